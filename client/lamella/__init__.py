@@ -1,0 +1,60 @@
+"""Version control for neural-network weights.
+
+>>> import lamella, numpy as np
+>>> repo = lamella.init("memory://docs")
+>>> version = repo.push({"w": np.zeros((2, 3), np.float32)}, "demo@main", message="first")
+>>> version["w"][0, :2]
+array([0., 0.], dtype=float32)
+"""
+
+from lamella_engine.distance import Distance
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    LamellaError,
+    LimitError,
+    NotFoundError,
+    OutcomeUnknownError,
+    PermissionDeniedError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    StorageError,
+    TensorNotFoundError,
+    UnsupportedFormatError,
+    VersionNotFoundError,
+)
+from lamella_engine.maintenance import Problem, Verification
+from lamella_engine.repository import Diff, RefInfo, Repository, Stats, init
+from lamella_engine.repository import open_repository as open
+from lamella_engine.versions import LazyTensor, Version
+
+__all__ = [
+    "AlreadyExistsError",
+    "ConflictError",
+    "CorruptionError",
+    "Diff",
+    "Distance",
+    "InvalidInputError",
+    "LamellaError",
+    "LazyTensor",
+    "LimitError",
+    "NotFoundError",
+    "OutcomeUnknownError",
+    "PermissionDeniedError",
+    "Problem",
+    "RefInfo",
+    "RefNotFoundError",
+    "Repository",
+    "RepositoryNotFoundError",
+    "Stats",
+    "StorageError",
+    "TensorNotFoundError",
+    "UnsupportedFormatError",
+    "Verification",
+    "Version",
+    "VersionNotFoundError",
+    "init",
+    "open",
+]

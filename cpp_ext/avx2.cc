@@ -1,0 +1,471 @@
+// The AVX2 variant. Only entered on a CPU that has AVX2, F16C and POPCNT; see CMakeLists.txt for why nothing in here
+// may come from a header as an inline function: intrinsics are the one exception, since they are always inlined.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace lamella {
+namespace {
+
+using std::size_t;
+using std::uint64_t;
+using std::uint8_t;
+
+// Work goes in blocks of 32 lanes of W bytes: W registers, which become W planes of one register each.
+constexpr size_t block = 32;
+
+__m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+void store(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+
+// deinterleave<H>: from two registers of lanes of 2H bytes, in order, the lower and the upper halves, in order.
+// interleave<H> is its inverse. Packs and unpacks work within 128 bits, hence the permutations.
+template <size_t H>
+void deinterleave(__m256i first, __m256i second, __m256i& low, __m256i& high) {
+    __m256i l, h;
+    if constexpr (H == 1) {
+        const __m256i mask = _mm256_set1_epi16(0x00ff);
+        l = _mm256_packus_epi16(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
+        h = _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8));
+    } else if constexpr (H == 2) {
+        const __m256i mask = _mm256_set1_epi32(0x0000ffff);
+        l = _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
+        h = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));
+    } else {
+        const __m256 f = _mm256_castsi256_ps(first), s = _mm256_castsi256_ps(second);
+        l = _mm256_castps_si256(_mm256_shuffle_ps(f, s, 0x88));
+        h = _mm256_castps_si256(_mm256_shuffle_ps(f, s, 0xdd));
+    }
+    low = _mm256_permute4x64_epi64(l, 0xd8);
+    high = _mm256_permute4x64_epi64(h, 0xd8);
+}
+
+template <size_t H>
+void interleave(__m256i low, __m256i high, __m256i& first, __m256i& second) {
+    __m256i a, b;
+    if constexpr (H == 1) {
+        a = _mm256_unpacklo_epi8(low, high);
+        b = _mm256_unpackhi_epi8(low, high);
+    } else if constexpr (H == 2) {
+        a = _mm256_unpacklo_epi16(low, high);
+        b = _mm256_unpackhi_epi16(low, high);
+    } else {
+        a = _mm256_unpacklo_epi32(low, high);
+        b = _mm256_unpackhi_epi32(low, high);
+    }
+    first = _mm256_permute2x128_si256(a, b, 0x20);
+    second = _mm256_permute2x128_si256(a, b, 0x31);
+}
+
+template <size_t W>
+void lanes_to_planes(const __m256i* lanes, __m256i* planes) {
+    if constexpr (W == 1) {
+        planes[0] = lanes[0];
+    } else {
+        __m256i low[W / 2], high[W / 2];
+        for (size_t i = 0; i < W / 2; ++i) deinterleave<W / 2>(lanes[2 * i], lanes[2 * i + 1], low[i], high[i]);
+        lanes_to_planes<W / 2>(low, planes);
+        lanes_to_planes<W / 2>(high, planes + W / 2);
+    }
+}
+
+template <size_t W>
+void planes_to_lanes(const __m256i* planes, __m256i* lanes) {
+    if constexpr (W == 1) {
+        lanes[0] = planes[0];
+    } else {
+        __m256i low[W / 2], high[W / 2];
+        planes_to_lanes<W / 2>(planes, low);
+        planes_to_lanes<W / 2>(planes + W / 2, high);
+        for (size_t i = 0; i < W / 2; ++i) interleave<W / 2>(low[i], high[i], lanes[2 * i], lanes[2 * i + 1]);
+    }
+}
+
+// Arithmetic on lanes of W bytes.
+template <size_t W>
+struct Lanes {
+    static __m256i add(__m256i a, __m256i b) {
+        if constexpr (W == 1) return _mm256_add_epi8(a, b);
+        if constexpr (W == 2) return _mm256_add_epi16(a, b);
+        if constexpr (W == 4) return _mm256_add_epi32(a, b);
+        if constexpr (W == 8) return _mm256_add_epi64(a, b);
+    }
+    static __m256i subtract(__m256i a, __m256i b) {
+        if constexpr (W == 1) return _mm256_sub_epi8(a, b);
+        if constexpr (W == 2) return _mm256_sub_epi16(a, b);
+        if constexpr (W == 4) return _mm256_sub_epi32(a, b);
+        if constexpr (W == 8) return _mm256_sub_epi64(a, b);
+    }
+    // All ones in lanes whose sign bit is set.
+    static __m256i negative(__m256i v) {
+        const __m256i zero = _mm256_setzero_si256();
+        if constexpr (W == 1) return _mm256_cmpgt_epi8(zero, v);
+        if constexpr (W == 2) return _mm256_srai_epi16(v, 15);
+        if constexpr (W == 4) return _mm256_srai_epi32(v, 31);
+        if constexpr (W == 8) return _mm256_cmpgt_epi64(zero, v);
+    }
+    static __m256i below_sign() {
+        if constexpr (W == 1) return _mm256_set1_epi8(0x7f);
+        if constexpr (W == 2) return _mm256_set1_epi16(0x7fff);
+        if constexpr (W == 4) return _mm256_set1_epi32(0x7fffffff);
+        if constexpr (W == 8) return _mm256_set1_epi64x(0x7fffffffffffffff);
+    }
+    static __m256i one() {
+        if constexpr (W == 1) return _mm256_set1_epi8(1);
+        if constexpr (W == 2) return _mm256_set1_epi16(1);
+        if constexpr (W == 4) return _mm256_set1_epi32(1);
+        if constexpr (W == 8) return _mm256_set1_epi64x(1);
+    }
+    // Unsigned halves. There is no shift of bytes: shift pairs and drop what came from the neighbour.
+    static __m256i half(__m256i v) {
+        if constexpr (W == 1) return _mm256_and_si256(_mm256_srli_epi16(v, 1), below_sign());
+        if constexpr (W == 2) return _mm256_srli_epi16(v, 1);
+        if constexpr (W == 4) return _mm256_srli_epi32(v, 1);
+        if constexpr (W == 8) return _mm256_srli_epi64(v, 1);
+    }
+    static __m256i negate_where(__m256i v, __m256i mask) { return subtract(_mm256_xor_si256(v, mask), mask); }
+    static __m256i ordered(__m256i v) { return _mm256_xor_si256(v, _mm256_and_si256(negative(v), below_sign())); }
+};
+
+template <size_t W>
+struct Plain {
+    static constexpr bool has_base = false;
+    static __m256i forward(__m256i x, __m256i) { return x; }
+    static __m256i inverse(__m256i z, __m256i) { return z; }
+};
+
+template <size_t W>
+struct Xor {
+    static constexpr bool has_base = true;
+    static __m256i forward(__m256i x, __m256i base) { return _mm256_xor_si256(x, base); }
+    static __m256i inverse(__m256i z, __m256i base) { return _mm256_xor_si256(z, base); }
+};
+
+template <size_t W>
+struct Residual {
+    static constexpr bool has_base = true;
+    using L = Lanes<W>;
+    static __m256i forward(__m256i x, __m256i base) {
+        const __m256i d = L::negate_where(L::subtract(L::ordered(x), L::ordered(base)), L::negative(base));
+        return _mm256_xor_si256(L::add(d, d), L::negative(d));
+    }
+    static __m256i inverse(__m256i z, __m256i base) {
+        const __m256i odd = L::subtract(_mm256_setzero_si256(), _mm256_and_si256(z, L::one()));
+        const __m256i d = L::negate_where(_mm256_xor_si256(L::half(z), odd), L::negative(base));
+        return L::ordered(L::add(L::ordered(base), d));
+    }
+};
+
+// One block of lanes to one register a plane; plane p starts at planes + p * n.
+template <size_t W, class Relation>
+void split_block(const uint8_t* src, const uint8_t* base, size_t n, uint8_t* planes) {
+    __m256i lanes[W], out[W];
+    for (size_t k = 0; k < W; ++k) {
+        lanes[k] = load(src + k * block);
+        if constexpr (Relation::has_base) lanes[k] = Relation::forward(lanes[k], load(base + k * block));
+    }
+    lanes_to_planes<W>(lanes, out);
+    for (size_t p = 0; p < W; ++p) store(planes + p * n, out[p]);
+}
+
+template <size_t W, class Relation>
+void merge_block(const uint8_t* const* planes, size_t at, const uint8_t* base, uint8_t* out) {
+    __m256i in[W], lanes[W];
+    for (size_t p = 0; p < W; ++p) in[p] = load(planes[p] + at);
+    planes_to_lanes<W>(in, lanes);
+    for (size_t k = 0; k < W; ++k) {
+        if constexpr (Relation::has_base) lanes[k] = Relation::inverse(lanes[k], load(base + k * block));
+        store(out + k * block, lanes[k]);
+    }
+}
+
+// What is left after the last whole block goes through one more block, padded with zeros.
+template <size_t W, class Relation>
+void split(const uint8_t* src, const uint8_t* base, size_t n, uint8_t* planes) {
+    size_t i = 0;
+    for (; i + block <= n; i += block) {
+        split_block<W, Relation>(src + i * W, Relation::has_base ? base + i * W : nullptr, n, planes + i);
+    }
+    if (i == n) return;
+    uint8_t tail[W * block] = {}, base_tail[W * block] = {}, out[W * block];
+    std::memcpy(tail, src + i * W, (n - i) * W);
+    if constexpr (Relation::has_base) std::memcpy(base_tail, base + i * W, (n - i) * W);
+    split_block<W, Relation>(tail, base_tail, block, out);
+    for (size_t p = 0; p < W; ++p) std::memcpy(planes + p * n + i, out + p * block, n - i);
+}
+
+template <size_t W, class Relation>
+void merge(const uint8_t* const* planes, const uint8_t* base, size_t n, uint8_t* out) {
+    size_t i = 0;
+    for (; i + block <= n; i += block) {
+        merge_block<W, Relation>(planes, i, Relation::has_base ? base + i * W : nullptr, out + i * W);
+    }
+    if (i == n) return;
+    uint8_t tail[W * block] = {}, base_tail[W * block] = {}, lanes[W * block];
+    const uint8_t* tails[W];
+    for (size_t p = 0; p < W; ++p) {
+        tails[p] = tail + p * block;
+        std::memcpy(tail + p * block, planes[p] + i, n - i);
+    }
+    if constexpr (Relation::has_base) std::memcpy(base_tail, base + i * W, (n - i) * W);
+    merge_block<W, Relation>(tails, 0, base_tail, lanes);
+    std::memcpy(out + i * W, lanes, (n - i) * W);
+}
+
+template <template <size_t> class Relation>
+void split_any(const uint8_t* src, const uint8_t* base, size_t n, size_t width, uint8_t* planes) {
+    switch (width) {
+        case 1:
+            return split<1, Relation<1>>(src, base, n, planes);
+        case 2:
+            return split<2, Relation<2>>(src, base, n, planes);
+        case 4:
+            return split<4, Relation<4>>(src, base, n, planes);
+        default:
+            return split<8, Relation<8>>(src, base, n, planes);
+    }
+}
+
+template <template <size_t> class Relation>
+void merge_any(const uint8_t* const* planes, const uint8_t* base, size_t n, size_t width, uint8_t* out) {
+    switch (width) {
+        case 1:
+            return merge<1, Relation<1>>(planes, base, n, out);
+        case 2:
+            return merge<2, Relation<2>>(planes, base, n, out);
+        case 4:
+            return merge<4, Relation<4>>(planes, base, n, out);
+        default:
+            return merge<8, Relation<8>>(planes, base, n, out);
+    }
+}
+
+void split_planes(const uint8_t* src, size_t n, size_t width, uint8_t* planes) noexcept {
+    split_any<Plain>(src, nullptr, n, width, planes);
+}
+
+void xor_split(const uint8_t* src, const uint8_t* base, size_t n, size_t width, uint8_t* planes) noexcept {
+    split_any<Xor>(src, base, n, width, planes);
+}
+
+void residual_split(const uint8_t* src, const uint8_t* base, size_t n, size_t width, uint8_t* planes) noexcept {
+    split_any<Residual>(src, base, n, width, planes);
+}
+
+void merge_planes(const uint8_t* const* planes, size_t n, size_t width, uint8_t* out) noexcept {
+    merge_any<Plain>(planes, nullptr, n, width, out);
+}
+
+void xor_merge(const uint8_t* const* planes, const uint8_t* base, size_t n, size_t width, uint8_t* out) noexcept {
+    merge_any<Xor>(planes, base, n, width, out);
+}
+
+void residual_merge(const uint8_t* const* planes, const uint8_t* base, size_t n, size_t width, uint8_t* out) noexcept {
+    merge_any<Residual>(planes, base, n, width, out);
+}
+
+// Lanes as float64: `four(p)` gives the four lanes at p.
+
+__m128i load64(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+__m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+struct Table8 {
+    static constexpr size_t width = 1;
+    const double* table;
+    __m256d four(const uint8_t* p) const { return _mm256_setr_pd(table[p[0]], table[p[1]], table[p[2]], table[p[3]]); }
+};
+
+struct Int16 {
+    static constexpr size_t width = 2;
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepi16_epi32(load64(p))); }
+};
+
+struct UInt16 {
+    static constexpr size_t width = 2;
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepu16_epi32(load64(p))); }
+};
+
+struct Int32 {
+    static constexpr size_t width = 4;
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(load128(p)); }
+};
+
+struct UInt32 {
+    static constexpr size_t width = 4;
+    __m256d four(const uint8_t* p) const {
+        // Below 2^32, the bits of 2^52 or-ed with u are those of 2^52 + u.
+        const __m256d two52 = _mm256_set1_pd(4503599627370496.0);
+        const __m256i bits = _mm256_or_si256(_mm256_cvtepu32_epi64(load128(p)), _mm256_castpd_si256(two52));
+        return _mm256_sub_pd(_mm256_castsi256_pd(bits), two52);
+    }
+};
+
+template <class T>
+struct Integer64 {
+    static constexpr size_t width = 8;
+    __m256d four(const uint8_t* p) const {  // AVX2 has no conversion of 64-bit integers
+        T v[4];
+        std::memcpy(v, p, sizeof v);
+        return _mm256_setr_pd(static_cast<double>(v[0]), static_cast<double>(v[1]), static_cast<double>(v[2]),
+                              static_cast<double>(v[3]));
+    }
+};
+
+struct Float16 {
+    static constexpr size_t width = 2;
+    __m256d four(const uint8_t* p) const { return _mm256_cvtps_pd(_mm_cvtph_ps(load64(p))); }
+};
+
+struct BFloat16 {
+    static constexpr size_t width = 2;
+    __m256d four(const uint8_t* p) const {
+        return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load64(p)), 16)));
+    }
+};
+
+struct Float32 {
+    static constexpr size_t width = 4;
+    __m256d four(const uint8_t* p) const { return _mm256_cvtps_pd(_mm_castsi128_ps(load128(p))); }
+};
+
+struct Float64 {
+    static constexpr size_t width = 8;
+    __m256d four(const uint8_t* p) const { return _mm256_castsi256_pd(load(p)); }
+};
+
+int count(int mask) { return _mm_popcnt_u32(static_cast<unsigned>(mask)); }
+
+// How many of the elements of E bytes in `nbytes` (8 lanes: 8, 16, 32 or 64) differ.
+template <size_t E, size_t nbytes>
+uint64_t changed(const uint8_t* a, const uint8_t* b) {
+    if constexpr (nbytes == 8) {
+        return static_cast<uint64_t>(8 - count(_mm_movemask_epi8(_mm_cmpeq_epi8(load64(a), load64(b))) & 0xff));
+    } else if constexpr (nbytes == 16) {
+        return static_cast<uint64_t>(8 - count(_mm_movemask_epi8(_mm_cmpeq_epi16(load128(a), load128(b)))) / 2);
+    } else if constexpr (nbytes == 64) {
+        return changed<E, 32>(a, b) + changed<E, 32>(a + 32, b + 32);
+    } else if constexpr (E == 4) {
+        const int equal = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(load(a), load(b))));
+        return static_cast<uint64_t>(8 - count(equal));
+    } else {
+        const int equal = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(load(a), load(b))));
+        if constexpr (E == 8) return static_cast<uint64_t>(4 - count(equal));
+        return static_cast<uint64_t>(2 - count(equal & (equal >> 1) & 5));
+    }
+}
+
+// Half of the partial sums: those of lanes 0-3 or of lanes 4-7 of every stride.
+struct HalfSums {
+    __m256d squared_difference = _mm256_setzero_pd();
+    __m256d absolute_difference = _mm256_setzero_pd();
+    __m256d dot = _mm256_setzero_pd();
+    __m256d squared_a = _mm256_setzero_pd();
+    __m256d squared_b = _mm256_setzero_pd();
+
+    // `largest` is one for both halves: a maximum does not depend on the order, and this loop is short of registers.
+    void add(__m256d x, __m256d y, __m256d& largest) {
+        const __m256d difference = _mm256_sub_pd(x, y);
+        const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), difference);
+        squared_difference = _mm256_add_pd(squared_difference, _mm256_mul_pd(difference, difference));
+        absolute_difference = _mm256_add_pd(absolute_difference, magnitude);
+        // Of a NaN and a number this gives the second, the number.
+        largest = _mm256_max_pd(magnitude, largest);
+        dot = _mm256_add_pd(dot, _mm256_mul_pd(x, y));
+        squared_a = _mm256_add_pd(squared_a, _mm256_mul_pd(x, x));
+        squared_b = _mm256_add_pd(squared_b, _mm256_mul_pd(y, y));
+    }
+};
+
+void store(double (&to)[stride], __m256d low, __m256d high) {
+    _mm256_storeu_pd(to, low);
+    _mm256_storeu_pd(to + 4, high);
+}
+
+template <size_t lanes_per_element, class Lane>
+Moments moments_of(const uint8_t* a, const uint8_t* b, size_t n, Lane lane) {
+    constexpr size_t element = lanes_per_element * Lane::width;
+    constexpr size_t half = 4 * Lane::width;
+    constexpr size_t step = 2 * half;
+    const size_t nbytes = n * element;
+    HalfSums low, high;
+    __m256d largest = _mm256_setzero_pd();
+    uint64_t differing = 0;
+    size_t at = 0;
+    for (; at + step <= nbytes; at += step) {
+        low.add(lane.four(a + at), lane.four(b + at), largest);
+        high.add(lane.four(a + at + half), lane.four(b + at + half), largest);
+        differing += changed<element, step>(a + at, b + at);
+    }
+    if (at < nbytes) {
+        // Lanes past the end count as +0.0, which changes no sum. They are masked because a byte 0 may mean another
+        // number.
+        uint8_t tail_a[step] = {}, tail_b[step] = {};
+        std::memcpy(tail_a, a + at, nbytes - at);
+        std::memcpy(tail_b, b + at, nbytes - at);
+        uint64_t inside[stride] = {};
+        for (size_t i = 0; i < (nbytes - at) / Lane::width; ++i) inside[i] = ~uint64_t{0};
+        const __m256d in_low = _mm256_loadu_pd(reinterpret_cast<const double*>(inside));
+        const __m256d in_high = _mm256_loadu_pd(reinterpret_cast<const double*>(inside + 4));
+        low.add(_mm256_and_pd(lane.four(tail_a), in_low), _mm256_and_pd(lane.four(tail_b), in_low), largest);
+        high.add(_mm256_and_pd(lane.four(tail_a + half), in_high), _mm256_and_pd(lane.four(tail_b + half), in_high),
+                 largest);
+        differing += changed<element, step>(tail_a, tail_b);
+    }
+    PartialSums partial;
+    store(partial.squared_difference, low.squared_difference, high.squared_difference);
+    store(partial.absolute_difference, low.absolute_difference, high.absolute_difference);
+    store(partial.largest_difference, largest, _mm256_setzero_pd());
+    store(partial.dot, low.dot, high.dot);
+    store(partial.squared_a, low.squared_a, high.squared_a);
+    store(partial.squared_b, low.squared_b, high.squared_b);
+    return finish(partial, differing);
+}
+
+Moments all_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table) {
+    switch (kind) {
+        case Kind::table8:
+            return moments_of<1>(a, b, n, Table8{table});
+        case Kind::int16:
+            return moments_of<1>(a, b, n, Int16{});
+        case Kind::uint16:
+            return moments_of<1>(a, b, n, UInt16{});
+        case Kind::int32:
+            return moments_of<1>(a, b, n, Int32{});
+        case Kind::uint32:
+            return moments_of<1>(a, b, n, UInt32{});
+        case Kind::int64:
+            return moments_of<1>(a, b, n, Integer64<std::int64_t>{});
+        case Kind::uint64:
+            return moments_of<1>(a, b, n, Integer64<uint64_t>{});
+        case Kind::float16:
+            return moments_of<1>(a, b, n, Float16{});
+        case Kind::bfloat16:
+            return moments_of<1>(a, b, n, BFloat16{});
+        case Kind::float32:
+            return moments_of<1>(a, b, n, Float32{});
+        case Kind::float64:
+            return moments_of<1>(a, b, n, Float64{});
+        case Kind::complex64:
+            return moments_of<2>(a, b, n, Float32{});
+        case Kind::complex128:
+            return moments_of<2>(a, b, n, Float64{});
+    }
+    return {};
+}
+
+Moments moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table) noexcept {
+    const Moments result = all_moments(a, b, n, kind, table);
+    // The loop above subtracts without asking whether the bits are equal, which is only wrong for lanes that are not
+    // finite. Those show as a NaN, are rare in weights, and get the careful definition.
+    const bool nan = result.absolute_difference != result.absolute_difference;
+    return nan ? scalar_kernels.moments(a, b, n, kind, table) : result;
+}
+
+}  // namespace
+
+const Kernels avx2_kernels = {
+    "avx2", split_planes, xor_split, residual_split, merge_planes, xor_merge, residual_merge, moments,
+};
+
+}  // namespace lamella

@@ -1,0 +1,162 @@
+// lamella_engine._kernels: checks every length, lets go of the GIL, calls the active variant.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using lamella::Kind;
+
+// noconvert() stands on every one of these arguments: without it a strided array would be copied, and an output
+// written to the copy.
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Planes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const double, nb::shape<256>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* message) {
+    if (!holds) throw nb::value_error(message);
+}
+
+void require_width(std::size_t width) {
+    require(width == 1 || width == 2 || width == 4 || width == 8, "width must be 1, 2, 4 or 8");
+}
+
+void require_planes(std::size_t nbytes, const Planes& planes) {
+    require_width(planes.shape(0));
+    require(planes.shape(0) * planes.shape(1) == nbytes, "planes must hold as many bytes as src");
+}
+
+struct PlanePointers {
+    const std::uint8_t* data[8];
+    std::size_t n;
+    std::size_t width;
+};
+
+PlanePointers pointers(const std::vector<Bytes>& planes, const Out& out) {
+    require_width(planes.size());
+    PlanePointers found{{}, planes[0].size(), planes.size()};
+    for (std::size_t p = 0; p < planes.size(); ++p) {
+        require(planes[p].size() == found.n, "planes must have one length");
+        found.data[p] = planes[p].data();
+    }
+    require(found.n * found.width == out.size(), "out must hold as many bytes as the planes");
+    return found;
+}
+
+void split_planes(Bytes src, Planes planes) {
+    require_planes(src.size(), planes);
+    nb::gil_scoped_release release;
+    lamella::active().split_planes(src.data(), planes.shape(1), planes.shape(0), planes.data());
+}
+
+void xor_split(Bytes src, Bytes base, Planes planes) {
+    require_planes(src.size(), planes);
+    require(src.size() == base.size(), "base must be as long as src");
+    nb::gil_scoped_release release;
+    lamella::active().xor_split(src.data(), base.data(), planes.shape(1), planes.shape(0), planes.data());
+}
+
+void residual_split(Bytes src, Bytes base, Planes planes) {
+    require_planes(src.size(), planes);
+    require(src.size() == base.size(), "base must be as long as src");
+    nb::gil_scoped_release release;
+    lamella::active().residual_split(src.data(), base.data(), planes.shape(1), planes.shape(0), planes.data());
+}
+
+void merge_planes(const std::vector<Bytes>& planes, Out out) {
+    const PlanePointers from = pointers(planes, out);
+    nb::gil_scoped_release release;
+    lamella::active().merge_planes(from.data, from.n, from.width, out.data());
+}
+
+void xor_merge(const std::vector<Bytes>& planes, Bytes base, Out out) {
+    const PlanePointers from = pointers(planes, out);
+    require(base.size() == out.size(), "base must be as long as out");
+    nb::gil_scoped_release release;
+    lamella::active().xor_merge(from.data, base.data(), from.n, from.width, out.data());
+}
+
+void residual_merge(const std::vector<Bytes>& planes, Bytes base, Out out) {
+    const PlanePointers from = pointers(planes, out);
+    require(base.size() == out.size(), "base must be as long as out");
+    nb::gil_scoped_release release;
+    lamella::active().residual_merge(from.data, base.data(), from.n, from.width, out.data());
+}
+
+bool is_constant(Bytes src, std::size_t width) {
+    require(width != 0 && src.size() % width == 0, "src must be whole lanes");
+    nb::gil_scoped_release release;
+    return lamella::is_constant(src.data(), src.size(), width);
+}
+
+using MomentsTuple = std::tuple<std::size_t, std::uint64_t, double, double, double, double, double, double>;
+
+MomentsTuple moments(Bytes a, Bytes b, Kind kind, std::optional<Table> table) {
+    const std::size_t width = lamella::element_width(kind);
+    require(a.size() == b.size(), "a and b must be of one length");
+    require(a.size() % width == 0, "a must be whole elements");
+    require((kind == Kind::table8) == table.has_value(), "a table goes with TABLE8 and with nothing else");
+    lamella::Moments m;
+    {
+        nb::gil_scoped_release release;
+        m = lamella::active().moments(a.data(), b.data(), a.size() / width, kind, table ? table->data() : nullptr);
+    }
+    return {a.size() / width,     m.changed, m.squared_difference, m.absolute_difference,
+            m.largest_difference, m.dot,     m.squared_a,          m.squared_b};
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    m.doc() = "Per-chunk loops. cpp_ext/kernels.hpp defines each; all of them let go of the GIL.";
+
+    nb::enum_<Kind>(m, "Kind", "What a lane is to moments.")
+        .value("TABLE8", Kind::table8)
+        .value("INT16", Kind::int16)
+        .value("UINT16", Kind::uint16)
+        .value("INT32", Kind::int32)
+        .value("UINT32", Kind::uint32)
+        .value("INT64", Kind::int64)
+        .value("UINT64", Kind::uint64)
+        .value("FLOAT16", Kind::float16)
+        .value("BFLOAT16", Kind::bfloat16)
+        .value("FLOAT32", Kind::float32)
+        .value("FLOAT64", Kind::float64)
+        .value("COMPLEX64", Kind::complex64)
+        .value("COMPLEX128", Kind::complex128);
+
+    m.def(
+        "isa", [] { return lamella::active().isa; }, "Name of the variant in use: \"avx2\" or \"scalar\".");
+    m.def(
+        "set_isa", [](const char* isa) { require(lamella::select(isa), "this build or CPU has no such variant"); },
+        "isa"_a, "Use this variant from now on, in all threads; they differ in speed only. Raises ValueError.");
+
+    m.def("split_planes", split_planes, "src"_a.noconvert(), "planes"_a.noconvert(),
+          "planes[p, i] = byte p of lane i of src; planes is (width, lanes).");
+    m.def("xor_split", xor_split, "src"_a.noconvert(), "base"_a.noconvert(), "planes"_a.noconvert(),
+          "split_planes of src ^ base.");
+    m.def("residual_split", residual_split, "src"_a.noconvert(), "base"_a.noconvert(), "planes"_a.noconvert(),
+          "split_planes of the residual of src against base.");
+    m.def("merge_planes", merge_planes, "planes"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of split_planes; 1, 2, 4 or 8 planes, which may lie apart.");
+    m.def("xor_merge", xor_merge, "planes"_a.noconvert(), "base"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of xor_split.");
+    m.def("residual_merge", residual_merge, "planes"_a.noconvert(), "base"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of residual_split.");
+
+    m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
+    m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
+          "Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).");
+}

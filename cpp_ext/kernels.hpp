@@ -1,0 +1,129 @@
+// The kernels' contract. Every variant of an instruction set fills one table of these functions, and every variant
+// returns bit for bit what the scalar one returns; scalar.cc is the reference, written to be read.
+//
+// Rules that hold for all of them, checked by bindings.cc, which is their only caller:
+//   * nothing allocates, throws, or keeps a pointer;
+//   * no alignment is asked for; inputs may be the same memory, outputs are disjoint from everything;
+//   * `width` is 1, 2, 4 or 8: the bytes of a lane, one little-endian machine number;
+//   * `n` counts lanes and may be 0.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lamella {
+
+// What a lane is to `moments`.
+enum class Kind : std::uint8_t {
+    table8,  // any one-byte type: `table` gives the value of each of the 256 bytes
+    int16,
+    uint16,
+    int32,
+    uint32,
+    int64,
+    uint64,
+    float16,
+    bfloat16,
+    float32,
+    float64,
+    complex64,   // two float32 lanes an element
+    complex128,  // two float64 lanes an element
+};
+
+// Bytes of one element and of one lane; they differ for complex kinds.
+constexpr std::size_t element_width(Kind kind) {
+    switch (kind) {
+        case Kind::table8:
+            return 1;
+        case Kind::int16:
+        case Kind::uint16:
+        case Kind::float16:
+        case Kind::bfloat16:
+            return 2;
+        case Kind::int32:
+        case Kind::uint32:
+        case Kind::float32:
+            return 4;
+        case Kind::int64:
+        case Kind::uint64:
+        case Kind::float64:
+        case Kind::complex64:
+            return 8;
+        case Kind::complex128:
+            return 16;
+    }
+    return 0;
+}
+
+// Sums over the lanes of a and b, all in float64. A NaN is always the one quiet NaN without payload.
+struct Moments {
+    std::uint64_t changed;       // elements whose bits differ
+    double squared_difference;   // sum (a - b)^2
+    double absolute_difference;  // sum |a - b|
+    double largest_difference;   // max |a - b|, 0 for n = 0, NaN if any difference is NaN
+    double dot;                  // sum a * b
+    double squared_a;            // sum a^2
+    double squared_b;            // sum b^2
+};
+
+// The sums while `moments` runs: lane i is added to the sums at i % stride, and `finish` adds those up in one fixed
+// order. Eight float64 are two AVX2 registers, enough to hide the latency of an addition.
+inline constexpr std::size_t stride = 8;
+struct PartialSums {
+    double squared_difference[stride];
+    double absolute_difference[stride];
+    double largest_difference[stride];  // ignores NaN, which the absolute difference remembers
+    double dot[stride];
+    double squared_a[stride];
+    double squared_b[stride];
+};
+Moments finish(const PartialSums& partial, std::uint64_t changed) noexcept;
+
+struct Kernels {
+    const char* isa;
+
+    // planes[p * n + i] = byte p of src[i].
+    void (*split_planes)(const std::uint8_t* src, std::size_t n, std::size_t width, std::uint8_t* planes) noexcept;
+
+    // planes[p * n + i] = byte p of (src[i] ^ base[i]).
+    void (*xor_split)(const std::uint8_t* src, const std::uint8_t* base, std::size_t n, std::size_t width,
+                      std::uint8_t* planes) noexcept;
+
+    // planes[p * n + i] = byte p of residual(src[i], base[i]), defined for a lane of W bits, mod 2^W (FORMAT.md):
+    //   o(u)        u with its bits below the sign flipped if the sign bit is set: orders floats as integers, and is a
+    //               bijection on all bit patterns, NaN payloads and -0.0 too
+    //   d           o(x) - o(base), negated if base's sign bit is set (so that growth away from 0 is positive)
+    //   residual    2d for d >= 0, else -2d - 1, with d read as two's complement ("zigzag")
+    void (*residual_split)(const std::uint8_t* src, const std::uint8_t* base, std::size_t n, std::size_t width,
+                           std::uint8_t* planes) noexcept;
+
+    // The inverses. Plane p is read at planes[p][0 .. n): planes may lie apart, or be one another.
+    void (*merge_planes)(const std::uint8_t* const* planes, std::size_t n, std::size_t width,
+                         std::uint8_t* out) noexcept;
+    void (*xor_merge)(const std::uint8_t* const* planes, const std::uint8_t* base, std::size_t n, std::size_t width,
+                      std::uint8_t* out) noexcept;
+    void (*residual_merge)(const std::uint8_t* const* planes, const std::uint8_t* base, std::size_t n,
+                           std::size_t width, std::uint8_t* out) noexcept;
+
+    // Moments of n *elements*. The difference of two lanes with the same bits is 0, even for NaN and infinity: what did
+    // not change is at distance 0. `table` has 256 entries for Kind::table8 and is not read otherwise. 64-bit integers
+    // are rounded to float64.
+    Moments (*moments)(const std::uint8_t* a, const std::uint8_t* b, std::size_t n, Kind kind,
+                       const double* table) noexcept;
+};
+
+extern const Kernels scalar_kernels;
+#ifdef LAMELLA_HAVE_AVX2
+extern const Kernels avx2_kernels;
+#endif
+
+// The table in use: the fastest this CPU runs, or the scalar one if the environment says LAMELLA_ISA=scalar.
+const Kernels& active() noexcept;
+
+// Uses the table named "scalar" or "avx2" from now on, in all threads. False if this build or CPU lacks it.
+bool select(const char* isa) noexcept;
+
+// Whether all lanes of src (nbytes bytes, a multiple of width) are equal; true for none.
+bool is_constant(const std::uint8_t* src, std::size_t nbytes, std::size_t width) noexcept;
+
+}  // namespace lamella

@@ -1,0 +1,74 @@
+"""
+Per-chunk loops. cpp_ext/kernels.hpp defines each; all of them let go of the GIL.
+"""
+
+from collections.abc import Sequence
+import enum
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class Kind(enum.Enum):
+    """What a lane is to moments."""
+
+    TABLE8 = 0
+
+    INT16 = 1
+
+    UINT16 = 2
+
+    INT32 = 3
+
+    UINT32 = 4
+
+    INT64 = 5
+
+    UINT64 = 6
+
+    FLOAT16 = 7
+
+    BFLOAT16 = 8
+
+    FLOAT32 = 9
+
+    FLOAT64 = 10
+
+    COMPLEX64 = 11
+
+    COMPLEX128 = 12
+
+def isa() -> str:
+    """Name of the variant in use: "avx2" or "scalar"."""
+
+def set_isa(isa: str) -> None:
+    """
+    Use this variant from now on, in all threads; they differ in speed only. Raises ValueError.
+    """
+
+def split_planes(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], planes: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """planes[p, i] = byte p of lane i of src; planes is (width, lanes)."""
+
+def xor_split(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], planes: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """split_planes of src ^ base."""
+
+def residual_split(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], planes: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """split_planes of the residual of src against base."""
+
+def merge_planes(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Inverse of split_planes; 1, 2, 4 or 8 planes, which may lie apart."""
+
+def xor_merge(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Inverse of xor_split."""
+
+def residual_merge(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Inverse of residual_split."""
+
+def is_constant(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> bool:
+    """Whether all lanes of src are equal."""
+
+def moments(a: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], b: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: Kind, table: Annotated[NDArray[numpy.float64], dict(shape=(256), order='C', device='cpu', writable=False)] | None = None) -> tuple[int, int, float, float, float, float, float, float]:
+    """
+    Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).
+    """

@@ -1,0 +1,109 @@
+"""Checkpoints: tensors in files and in memory, as named runs of bytes, and back.
+
+    tensors       arrays and torch tensors in memory
+    safetensors   the file format: its one parser, files to read, layouts to write
+    files         writing files whole or not at all
+
+A checkpoint tells a push what is there (structure, attachments) and hands out one cell's bytes at a time.
+"""
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from lamella_engine.checkpoints.files import check_attachment_path, write_file
+from lamella_engine.checkpoints.safetensors import PlacedTensor, SafetensorsCheckpoint, SafetensorsLayout
+from lamella_engine.checkpoints.tensors import MemoryCheckpoint, to_numpy
+from lamella_engine.chunking import Region
+from lamella_engine.errors import InvalidInputError
+from lamella_engine.model import Attachment, Buffer, TensorSpec
+
+__all__ = [
+    "Checkpoint",
+    "MemoryCheckpoint",
+    "PlacedTensor",
+    "SafetensorsCheckpoint",
+    "SafetensorsLayout",
+    "check_attachment_path",
+    "open_checkpoint",
+    "to_numpy",
+    "write_file",
+]
+
+
+class Checkpoint(Protocol):
+    """Where a push gets its tensors from. Reading is safe from several threads; closing is for when they are done."""
+
+    structure: tuple[TensorSpec, ...]
+    """The tensors, sorted by name (code points)."""
+    attachments: tuple[Attachment, ...]
+    """What else it takes to give the source back byte for byte."""
+
+    def read(self, tensor: TensorSpec, region: Region, out: "Buffer | None" = None) -> Buffer:
+        """Return the bytes of one cell, little-endian and in C order.
+
+        Parameters
+        ----------
+        tensor
+            One of ``structure``.
+        region
+            A place in ``tensor.grid``.
+        out : writable bytes, at least ``region.nbytes``, or None
+            Memory to use if the source cannot lend its own. A caller that gives the same memory again and again spares
+            the system new pages for every cell.
+
+        Returns
+        -------
+        Buffer
+            Exactly ``region.nbytes`` bytes, to be read only: a view of the tensor itself, or of ``out``, or new. Valid
+            as long as ``out`` is not used again and the tensor not changed.
+
+        Raises
+        ------
+        TensorNotFoundError
+            There is no such tensor.
+        InvalidInputError
+            The source was cut short or freed meanwhile (``source_changed``, ``freed_tensor``), or the checkpoint was
+            closed (``closed``).
+        StorageError
+            The file could not be read.
+        """
+
+    def check_unchanged(self) -> None:
+        """Raise InvalidInputError (``source_changed``) if the source was seen to change since it was opened."""
+
+    def close(self) -> None:
+        """Let go of the source. Doing it twice is harmless."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_checkpoint(source: object) -> Checkpoint:
+    """Open a checkpoint for reading.
+
+    Parameters
+    ----------
+    source
+        A mapping of names to torch tensors or NumPy arrays, or the path of a ``.safetensors`` file.
+
+    Raises
+    ------
+    InvalidInputError
+        Neither of the two (``bad_source``), or what :class:`MemoryCheckpoint` or :class:`SafetensorsCheckpoint`
+        refuses.
+    NotFoundError
+        There is no such file.
+    """
+    if isinstance(source, Mapping):
+        return MemoryCheckpoint(source)
+    if isinstance(source, str | os.PathLike):
+        return SafetensorsCheckpoint(source)
+    raise InvalidInputError(
+        f"cannot read tensors from a {type(source).__name__}: give a mapping of names to tensors, or a path",
+        kind="bad_source",
+    )

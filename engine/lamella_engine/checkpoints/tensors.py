@@ -1,0 +1,170 @@
+"""Tensors in memory: arrays and torch tensors by name as a checkpoint, and decoded bytes as arrays."""
+
+from collections.abc import Mapping
+from math import prod
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+
+from lamella_engine.chunking import Region
+from lamella_engine.dtypes import Dtype, dtype_of_numpy
+from lamella_engine.errors import InvalidInputError, TensorNotFoundError
+from lamella_engine.model import Attachment, Buffer, TensorSpec
+from lamella_engine.torch_tensors import (
+    array_of,
+    change_count,
+    check_storable,
+    dtype_of_torch,
+    is_torch_tensor,
+    shape_of,
+)
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+class MemoryCheckpoint:
+    """A mapping of names to NumPy arrays and torch tensors as a checkpoint.
+
+    The mapping is copied (not the tensors), so that adding and removing names afterwards has no effect. Arrays may have
+    any strides and either byte order; torch tensors any strides and device, and may require grad. Tied tensors are
+    simply read twice.
+
+    Parameters
+    ----------
+    tensors
+        Names may be any strings without half surrogates, the empty one included.
+
+    Raises
+    ------
+    InvalidInputError
+        A name is no string (``bad_tensor_name``), a value no tensor, such as a masked array (``not_a_tensor``), its
+        dtype none of lamella's (``unknown_dtype``), or a kind of
+        :func:`~lamella_engine.torch_tensors.check_storable`. The message names the tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, object]) -> None:
+        self._tensors: dict[str, Any] = {}
+        specs: list[TensorSpec] = []
+        for name, value in dict(tensors).items():
+            specs.append(_spec_of(_check_tensor_name(name), value))
+            # Scalars of NumPy have no memory of their own.
+            self._tensors[name] = np.asarray(value) if isinstance(value, np.generic) else value
+        self.structure: tuple[TensorSpec, ...] = tuple(sorted(specs, key=lambda spec: spec.name))
+        self.attachments: tuple[Attachment, ...] = ()
+        self._change_counts = self._count_changes()
+        self._closed = False
+
+    def read(self, tensor: TensorSpec, region: Region, out: "Buffer | None" = None) -> Buffer:
+        """See :meth:`Checkpoint.read`; a view of contiguous tensors in the CPU's memory."""
+        if self._closed:
+            raise InvalidInputError("the checkpoint was closed: open it again", kind="closed")
+        value = self._tensors.get(tensor.name)
+        if value is None:
+            raise TensorNotFoundError(f"there is no tensor {tensor.name[:80]!r}", tensor=tensor.name)
+        if is_torch_tensor(value):
+            try:
+                part = array_of(value, region.slices)
+            except InvalidInputError as error:
+                raise _refused(tensor.name, error) from None
+        else:
+            part = value[(*region.slices, ...)]
+        if part.flags.c_contiguous and part.dtype.byteorder != ">":
+            return _octets(part)
+        target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
+        # Between dtypes that differ at most in byte order this moves bytes and computes nothing.
+        np.copyto(target.view(tensor.dtype.numpy or np.uint8).reshape(part.shape), part)
+        return target
+
+    def check_unchanged(self) -> None:
+        """See :meth:`Checkpoint.check_unchanged`: torch counts changes in place; those of NumPy arrays go unnoticed."""
+        now = self._count_changes()
+        changed = next((name for name, count in self._change_counts.items() if now[name] != count), None)
+        if changed is not None:
+            raise InvalidInputError(
+                f"tensor {changed[:80]!r} changed while it was read: push a copy, or between training steps",
+                kind="source_changed",
+                tensor=changed,
+            )
+
+    def close(self) -> None:
+        """Let go of the tensors. Doing it twice is harmless."""
+        self._closed = True
+        self._tensors = {}
+        self._change_counts = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _count_changes(self) -> dict[str, int]:
+        return {name: change_count(value) for name, value in self._tensors.items() if is_torch_tensor(value)}
+
+
+def to_numpy(data: Buffer, dtype: Dtype, shape: tuple[int, ...]) -> Array:
+    """View decoded bytes as an array, without copying.
+
+    Parameters
+    ----------
+    data
+        Exactly the tensor's little-endian C-order bytes. The array is writable if they are.
+    dtype, shape
+        Of the tensor.
+
+    Returns
+    -------
+    array of ``dtype.numpy`` and ``shape``
+        NumPy has no elements smaller than a byte: an opaque dtype gives its bytes as they are, uint8, 1-d.
+
+    Raises
+    ------
+    InvalidInputError
+        ``data`` is too long or too short (``wrong_length``).
+    """
+    octets = np.frombuffer(data, np.uint8)
+    if octets.nbytes * 8 != dtype.bits * prod(shape):
+        raise InvalidInputError(
+            f"{octets.nbytes} bytes are no {dtype.name} tensor of shape {shape}", kind="wrong_length"
+        )
+    return octets if dtype.numpy is None else octets.view(dtype.numpy).reshape(shape)
+
+
+def _check_tensor_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise InvalidInputError(f"{name!r} is no name: tensors are named by strings", kind="bad_tensor_name")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInputError(
+            f"{name[:80]!r} is no valid Unicode: rename the tensor", kind="bad_tensor_name"
+        ) from None
+    return str(name)
+
+
+def _spec_of(name: str, value: object) -> TensorSpec:
+    try:
+        if is_torch_tensor(value):
+            check_storable(value)
+            return TensorSpec(name, dtype_of_torch(value.dtype), shape_of(value))
+        if isinstance(value, np.ndarray | np.generic) and not isinstance(value, np.ma.MaskedArray):
+            return TensorSpec(name, dtype_of_numpy(value.dtype), value.shape)
+    except InvalidInputError as error:
+        raise _refused(name, error) from None
+    raise InvalidInputError(
+        f"{name[:80]!r} is a {type(value).__name__}: give one flat mapping of names to torch tensors or NumPy arrays",
+        kind="not_a_tensor",
+        tensor=name,
+    )
+
+
+def _refused(name: str, error: InvalidInputError) -> InvalidInputError:
+    return InvalidInputError(f"tensor {name[:80]!r}: {error}", kind=error.kind, tensor=name, **error.context)
+
+
+def _octets(array: Array) -> Array:
+    """View a C-contiguous array as its bytes."""
+    return array.reshape(-1).view(np.uint8)

@@ -1,0 +1,10 @@
+"""The seam, and the store beneath it: deduplication, packs, locators, bases, the log.
+
+packed                    a ContentStore on objects
+push                      what is missing, packs for it, one entry that makes it a version
+reader                    from an id to metadata, cells and copies
+revisions  packs  log     how a version is named; blobs in packs; the log and its state
+decoding                  from a chain of blobs to a chunk
+seam                      the interface: what is above speaks in versions, cells and blobs
+manifest                  pages, read as they are needed
+"""

@@ -1,0 +1,464 @@
+"""The log: the one growing thing of a repository, and the state that it adds up to.
+
+An entry is created once, by put-if-absent, and never changed; there is no lock and no head object (FORMAT.md, "Log").
+Everything that decides whether a change is right is read from a :class:`State`, and the put of the next entry fails if
+that state is no longer the newest. This is the only commit point there is.
+"""
+
+import getpass
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    NotFoundError,
+    OutcomeUnknownError,
+    RepositoryNotFoundError,
+    StorageError,
+)
+from lamella_engine.format import fold as folds
+from lamella_engine.format.entry import (
+    Entry,
+    FoldRef,
+    Genesis,
+    PackAdded,
+    RefChange,
+    VersionAdded,
+    decode_entry,
+    decode_genesis,
+    encode_entry,
+    encode_genesis,
+    entry_digest,
+)
+from lamella_engine.format.names import fold_number, log_name, log_number
+from lamella_engine.model import PushId, RefKind
+from lamella_engine.objects import Objects
+
+logger = logging.getLogger("lamella")
+
+# Entries between two folds: an opener reads at most this many entries one by one. At 16 the newest of 10,000 versions
+# opens with less than twice the reads of the newest of 10, and folding costs about 1.5 KB a push
+# (tests/test_open_cost.py prints both).
+FOLD_EVERY = 16
+
+# Tries of one commit. Each lost race means that somebody else's commit went through, so the repository moves on.
+COMMIT_TRIES = 64
+
+# Tries after an answer that did not say whether the entry was written.
+UNKNOWN_TRIES = 5
+
+DEFAULT_MAX_DEPTH = 8
+"""Longest chain of deltas unless a repository says otherwise at its making."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Where a ref stands."""
+
+    kind: RefKind
+    number: int
+
+
+class Blocks:
+    """Reads the blocks of folds, and keeps them: they never change. Safe for several threads."""
+
+    KEPT = 4096
+    """Blocks kept in memory: at 4 KiB each, 16 MiB, the tables of some 50,000 versions."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._rows: dict[bytes, folds.Rows] = {}
+
+    def load(self, ref: folds.BlockRef) -> folds.Rows:
+        """Return the rows of a block; raises CorruptionError if it is missing or damaged."""
+        rows = self._rows.get(ref.digest)
+        if rows is None:
+            rows = folds.parse_block(_part(self._objects, ref.object, ref.start, ref.nbytes), ref)
+            if len(self._rows) >= self.KEPT:
+                self._rows.clear()
+            self._rows[ref.digest] = rows
+        return rows
+
+
+def _part(objects: Objects, name: str, start: int, nbytes: int) -> bytes:
+    try:
+        return objects.get_range(name, start, start + nbytes)
+    except NotFoundError:
+        raise CorruptionError(
+            f"{name} is missing, though the log names it", kind="missing_object", object=name
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What entries 0 to ``number`` add up to: the newest fold, and the few entries after it."""
+
+    genesis: Genesis
+    number: int
+    digest: bytes
+    """Of entry ``number``."""
+    blocks: Blocks
+    fold: FoldRef | None = None
+    root: folds.FoldRoot | None = None
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each table, the rows set since the fold; None where one was deleted."""
+
+    def ref(self, model: str, name: str) -> Ref | None:
+        """Return where a ref stands, or None if there is none."""
+        row = self._get("refs", f"{model} {name}")
+        return None if row is None else Ref(row[0], row[1])
+
+    def refs(self, model: str) -> Iterator[tuple[str, Ref]]:
+        """Yield the refs of a model by name."""
+        for key, row in self._scan("refs", start=f"{model} ", stop=f"{model}!"):
+            yield key.partition(" ")[2], Ref(row[0], row[1])
+
+    def models(self) -> list[str]:
+        """Return the models that have versions, by name."""
+        found: list[str] = []
+        start = ""
+        while (row := next(self._scan("versions", start=start, stop=None), None)) is not None:
+            model = row[0].partition(" ")[0]
+            found.append(model)
+            start = f"{model}!"  # the character after the space that ends a model's name
+        return found
+
+    def version(self, model: str, number: int) -> VersionAdded | None:
+        """Return where a version's metadata lies, or None if the model has no such number."""
+        row = self._get("versions", version_key(model, number))
+        return None if row is None else _version(version_key(model, number), row)
+
+    def versions(self, model: str = "") -> Iterator[VersionAdded]:
+        """Yield the versions of a model (of all models if none is named) by number."""
+        start, stop = (f"{model} ", f"{model}!") if model else ("", None)
+        for key, row in self._scan("versions", start=start, stop=stop):
+            yield _version(key, row)
+
+    def last_number(self, model: str) -> int:
+        """Return the highest version number of a model, 0 if it has none."""
+        stop = f"{model}!"
+        best = ""
+        if self.root is not None:
+            found = folds.last_before(self.root.tables["versions"], stop, self.blocks.load)
+            best = found[0] if found else ""
+        best = max([best, *(key for key in self.changes.get("versions", ()) if key < stop)])
+        name, _, number = best.partition(" ")
+        return int(number) if name == model else 0
+
+    def pack(self, name: str) -> PackAdded | None:
+        """Return the row of a live pack, or None if the pack is not live."""
+        row = self._get("packs", name)
+        return None if row is None else PackAdded(name, row[0], row[1])
+
+    def packs(self) -> Iterator[PackAdded]:
+        """Yield the live packs by name."""
+        for name, row in self._scan("packs", start="", stop=None):
+            yield PackAdded(name, row[0], row[1])
+
+    def where_is(self, pack: str) -> tuple[str, ...]:
+        """Return the packs that hold the blobs of ``pack`` by now: itself, or what has replaced it."""
+        row = self._get("replaced", pack)
+        if row is None:
+            return (pack,)
+        return tuple(dict.fromkeys(name for new in row for name in self.where_is(new)))
+
+    def is_fenced(self, push: PushId) -> bool:
+        """Whether a push may not commit any more."""
+        return self._get("fenced", push) is not None
+
+    def committed_at(self, push: PushId) -> int | None:
+        """Return the number of the entry that commits a push, or None if none does."""
+        row = self._get("pushes", push)
+        return None if row is None else int(row)
+
+    def table(self, table: str) -> Iterator[tuple[str, Any]]:
+        """Yield all rows of a table (see ``format.fold.TABLES``)."""
+        return self._scan(table, start="", stop=None)
+
+    def _get(self, table: str, key: str) -> Any | None:
+        changed = self.changes.get(table, {})
+        if key in changed:
+            return changed[key]
+        return None if self.root is None else folds.lookup(self.root.tables[table], key, self.blocks.load)
+
+    def _scan(self, table: str, *, start: str, stop: str | None) -> Iterator[tuple[str, Any]]:
+        changed = {
+            key: row
+            for key, row in self.changes.get(table, {}).items()
+            if key >= start and (stop is None or key < stop)
+        }
+        fresh = iter(sorted(changed.items()))
+        ahead = next(fresh, None)
+        old = () if self.root is None else folds.scan(self.root.tables[table], self.blocks.load, start=start, stop=stop)
+        for key, row in old:
+            while ahead is not None and ahead[0] < key:
+                if ahead[1] is not None:
+                    yield ahead
+                ahead = next(fresh, None)
+            if key not in changed:
+                yield key, row
+        while ahead is not None:
+            if ahead[1] is not None:
+                yield ahead
+            ahead = next(fresh, None)
+
+    def after(self, entry: Entry, digest: bytes) -> "State":
+        """Return the state with one more entry; raises CorruptionError if the entry contradicts this state."""
+        changes = {table: dict(rows) for table, rows in self.changes.items()}
+
+        def put(table: str, key: str, row: Any) -> None:
+            changes.setdefault(table, {})[key] = row
+
+        for ref in entry.refs:
+            at = self.ref(ref.model, ref.name)
+            if (None if at is None else at.number) != ref.old:
+                raise CorruptionError(f"entry {entry.number} moves a ref from where it is not", kind="broken_log")
+            put("refs", f"{ref.model} {ref.name}", None if ref.new is None else [ref.kind, ref.new])
+        for version in entry.versions:
+            key = version_key(version.model, version.number)
+            put("versions", key, [version.metadata, version.nbytes, version.digest.hex(), version.decoded_nbytes])
+        for pack in entry.packs:
+            put("packs", pack.name, [pack.nbytes, pack.verifier])
+        for old, new in entry.replaced.items():
+            put("packs", old, None)
+            put("replaced", old, list(new))
+        for name in entry.condemned:
+            put("packs", name, None)
+            put("condemned", name, entry.number)
+        for push in entry.fenced:
+            put("fenced", push, entry.number)
+        for push in entry.pushes:
+            put("pushes", push, entry.number)
+        return replace(self, number=entry.number, digest=digest, changes=changes)
+
+
+def version_key(model: str, number: int) -> str:
+    """Return the key of a version in its table: numbers of one model sort by value."""
+    return f"{model} {number:020d}"
+
+
+def _version(key: str, row: Any) -> VersionAdded:
+    model, _, number = key.partition(" ")
+    return VersionAdded(model, int(number), row[0], row[1], bytes.fromhex(row[2]), row[3])
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a commit wants the next entry to say; the log adds the rest."""
+
+    refs: tuple[RefChange, ...] = ()
+    versions: tuple[VersionAdded, ...] = ()
+    packs: tuple[PackAdded, ...] = ()
+
+
+class Log:
+    """A repository's log. Safe for several threads and processes."""
+
+    def __init__(self, objects: Objects) -> None:
+        """Open the log that ``objects`` holds. Raises RepositoryNotFoundError if there is none."""
+        self._objects = objects
+        self._blocks = Blocks(objects)
+        self._lock = threading.Lock()
+        self._state = self._load()
+
+    @classmethod
+    def create(cls, objects: Objects, *, max_depth: int = DEFAULT_MAX_DEPTH) -> "Log":
+        """Start a log. Raises AlreadyExistsError if there is one."""
+        genesis = Genesis(secrets.token_hex(16), max_depth, now())
+        try:
+            objects.put_if_absent(log_name(0), [encode_genesis(genesis)])
+        except AlreadyExistsError:
+            raise AlreadyExistsError("there is a repository already: open it", kind="repository_exists") from None
+        return cls(objects)
+
+    @property
+    def state(self) -> State:
+        """The newest state that this process has seen."""
+        return self._state
+
+    def refresh(self) -> State:
+        """Read the entries that others have added, and return the newest state. Costs one read if there are none."""
+        with self._lock:
+            self._state = self._follow(self._state)
+            return self._state
+
+    def commit(self, push: PushId, make: Callable[[State], Change | None]) -> State:
+        """Add an entry that commits ``push``: the only way in which a repository changes.
+
+        Parameters
+        ----------
+        push
+            Names the commit. If an entry that commits it is found, the commit has succeeded: repeating one is safe.
+        make
+            Given the newest state, returns what to change, or None for nothing; raises if the change is not right any
+            more. Called again after every lost race.
+
+        Raises
+        ------
+        ConflictError
+            The push was fenced, or races were lost :data:`COMMIT_TRIES` times.
+        OutcomeUnknownError
+            The store did not say whether the entry was written, and could not be asked.
+        """
+        unknown = 0
+        for _ in range(COMMIT_TRIES):
+            state = self.refresh() if not unknown else self._read_back(push)
+            if state.committed_at(push) is not None:
+                return state
+            if state.is_fenced(push):
+                raise ConflictError("this push was fenced off as abandoned: push again", kind="fenced", push_id=push)
+            change = make(state)
+            if change is None:
+                return state
+            data = encode_entry(self._entry(state, push, change))
+            try:
+                self._objects.put_if_absent(log_name(state.number + 1), [data])
+            except AlreadyExistsError:
+                continue
+            except StorageError as error:
+                unknown += 1
+                if not error.transient or unknown == UNKNOWN_TRIES:
+                    after = self._read_back(push)
+                    if after.committed_at(push) is None and not error.transient:
+                        raise  # refused outright, and nothing is there: this one is known to have failed
+                    raise _unknown(push) from error
+            else:
+                return self.refresh()
+        raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
+
+    def history(self) -> Iterator[tuple[Entry, State]]:
+        """Yield every entry from the first, each with the state after it, rebuilt from the entries alone."""
+        state = self._genesis()
+        while (step := self._next(state)) is not None:
+            entry, digest = step
+            state = state.after(entry, digest)
+            yield entry, state
+
+    def check_tail(self, state: State) -> None:
+        """Raise CorruptionError if an entry lies beyond a gap after ``state``: somebody's commit would be lost
+        there."""
+        expected = state.number + 1
+        for info in self._objects.list("log/", after=log_name(state.number), limit=2):
+            if log_number(info.name) != expected:
+                raise CorruptionError(f"entry {expected} is missing from the log: restore it", kind="log_gap")
+            expected += 1
+
+    def _load(self) -> State:
+        state = self._genesis()
+        newest = next(self._objects.list("fold/", limit=1), None)
+        if newest is not None:
+            # A fold found by listing is only a hint at where to look: the entry after it vouches for one by its digest.
+            # If that entry does not exist yet, entry n itself vouches for the fold before.
+            number = fold_number(newest.name)
+            for at in (number + 1, number):
+                fold = self._fold_named_by(state.genesis, at) if at > 0 else None
+                if fold is not None:
+                    state = self._at(state, fold)
+                    break
+        state = self._follow(state)
+        self.check_tail(state)
+        return state
+
+    def _genesis(self) -> State:
+        try:
+            data = self._objects.get(log_name(0))
+        except NotFoundError:
+            raise RepositoryNotFoundError("there is no repository here: make one with init") from None
+        return State(decode_genesis(data), 0, entry_digest(data), self._blocks)
+
+    def _fold_named_by(self, genesis: Genesis, number: int) -> FoldRef | None:
+        """Return the fold that entry ``number`` vouches for; its place in the chain is checked once the fold is
+        loaded."""
+        try:
+            data = self._objects.get(log_name(number))
+        except NotFoundError:
+            return None
+        entry = decode_entry(data, number=number, repository=genesis.repository, previous=None)
+        return entry.fold
+
+    def _at(self, state: State, fold: FoldRef) -> State:
+        data = _part(self._objects, fold.name, fold.start, fold.nbytes)
+        root = folds.parse_root(data, name=fold.name, expected=fold.digest, repository=state.genesis.repository)
+        return replace(state, number=root.number, digest=root.entry, fold=fold, root=root, changes={})
+
+    def _follow(self, state: State) -> State:
+        while (step := self._next(state)) is not None:
+            state = state.after(*step)
+        return state
+
+    def _next(self, state: State) -> tuple[Entry, bytes] | None:
+        number = state.number + 1
+        try:
+            data = self._objects.get(log_name(number))
+        except NotFoundError:
+            return None
+        entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
+        return entry, entry_digest(data)
+
+    def _entry(self, state: State, push: PushId, change: Change) -> Entry:
+        fold = state.fold
+        if state.number - (0 if fold is None else fold.number) >= FOLD_EVERY:
+            fold = self._write_fold(state)
+        return Entry(
+            repository=state.genesis.repository,
+            number=state.number + 1,
+            previous=state.digest,
+            fold=fold,
+            refs=change.refs,
+            versions=change.versions,
+            packs=change.packs,
+            pushes=(push,),
+            principal=principal(),
+            time=now(),
+        )
+
+    def _write_fold(self, state: State) -> FoldRef:
+        """Write the fold of ``state``, or find it written: its bytes, and so its name, follow from the log alone."""
+        writer = folds.FoldWriter(self._blocks.load)
+        for table in folds.TABLES:
+            top = None if state.root is None else state.root.tables[table]
+            writer.update(table, top, state.changes.get(table, {}))
+        name, parts, start, digest = writer.finish(
+            repository=state.genesis.repository, number=state.number, entry=state.digest
+        )
+        try:
+            self._objects.put_if_absent(name, parts)
+        except AlreadyExistsError:
+            logger.debug("%s was written by somebody else", name)
+        fold = FoldRef(name, start, len(parts[-1]), digest)
+        with self._lock:
+            if self._state.number == state.number:
+                self._state = self._at(state, fold)
+        return fold
+
+    def _read_back(self, push: PushId) -> State:
+        try:
+            return self.refresh()
+        except StorageError as error:
+            raise _unknown(push) from error
+
+
+def _unknown(push: PushId) -> OutcomeUnknownError:
+    return OutcomeUnknownError(
+        f"the store did not say whether push {push} was recorded: look at the branch before pushing again", push_id=push
+    )
+
+
+def now() -> str:
+    """Return the time as entries and versions write it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def principal() -> str:
+    """Return who is acting, as far as the machine can tell."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a uid without a name, as in many containers
+        return ""

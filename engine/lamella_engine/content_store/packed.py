@@ -1,0 +1,225 @@
+"""The content store on objects: packs, metadata objects and the log."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lamella_engine.chunk_index import ChunkIndex
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, State
+from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.content_store.packs import Packs
+from lamella_engine.content_store.push import PackedPush, PushContext
+from lamella_engine.content_store.reader import Reader
+from lamella_engine.content_store.revisions import Revision, parse_revision
+from lamella_engine.content_store.seam import Reading, Recorded, RefPlace, RefUpdate
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    RefNotFoundError,
+    VersionNotFoundError,
+)
+from lamella_engine.executor import Executor
+from lamella_engine.format.entry import RefChange, VersionAdded
+from lamella_engine.format.names import new_push_id
+from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_name
+from lamella_engine.objects import Objects
+from lamella_engine.objects.probe import probe
+
+# Packs of other processes whose indexes a push reads for the sake of deduplication, newest first. Reading one costs
+# about a millisecond; what is left out is found by later pushes, and until then only its bytes are stored again.
+INDEX_CATCH_UP = 64
+
+
+class PackedStore:
+    """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+
+    Parameters
+    ----------
+    objects
+        Where the repository lies.
+    executor
+        Runs what is done for each chunk.
+    index_path
+        File of the chunk index; None keeps it in memory.
+    """
+
+    def __init__(self, objects: Objects, executor: Executor, *, index_path: Path | None = None) -> None:
+        self.objects = objects
+        self.executor = executor
+        self.log = Log(objects)
+        self.packs = Packs(objects, self._pack_nbytes)
+        self.reader = Reader(objects, self.log, self.packs, executor)
+        self._index = ChunkIndex(index_path)
+        self._probed = False
+
+    @classmethod
+    def create(
+        cls, objects: Objects, executor: Executor, *, index_path: Path | None = None, max_depth: int = DEFAULT_MAX_DEPTH
+    ) -> "PackedStore":
+        """Make a repository. Raises AlreadyExistsError if there is one, StorageError if the place is not safe for
+        one."""
+        probe(objects)
+        Log.create(objects, max_depth=max_depth)
+        store = cls(objects, executor, index_path=index_path)
+        store._probed = True
+        return store
+
+    def close(self) -> None:
+        """Release what is held. Idempotent."""
+        self._index.close()
+        self.executor.close()
+        self.objects.close()
+
+    def _pack_nbytes(self, pack: str) -> int:
+        row = self.log.state.pack(pack)
+        if row is None:
+            raise CorruptionError(f"{pack} is named, but is not live", kind="missing_pack", object=pack)
+        return row.nbytes
+
+    # -- versions -----------------------------------------------------------------------------------------------------
+
+    def resolve(self, revision: str) -> VersionId:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        parsed = parse_revision(revision)
+        state = self.log.refresh()
+        added = self._named(state, parsed)
+        id = self.reader.remember(added)
+        for _ in range(parsed.ancestors):
+            parents = self.reader.open(id).recorded.parents
+            if not parents:
+                raise VersionNotFoundError(f"{revision} goes back past the first version", revision=revision)
+            row = state.version(parents[0].model, parents[0].number)
+            if row is None or row.id != parents[0].id:
+                raise CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
+            id = self.reader.remember(row)
+        return id
+
+    def _named(self, state: State, revision: Revision) -> VersionAdded:
+        model = revision.model
+        if revision.id_prefix is not None:
+            return self.reader.find(revision.id_prefix, model=model)
+        assert model is not None
+        if revision.best is not None:
+            return self._best(state, model, revision.best)
+        number = revision.number
+        if revision.latest:
+            number = state.last_number(model)
+        if revision.ref is not None:
+            ref = state.ref(model, revision.ref)
+            if ref is None:
+                raise RefNotFoundError(f"there is no {model}@{revision.ref}", model=model, ref=revision.ref)
+            number = ref.number
+        assert number is not None
+        added = state.version(model, number)
+        if added is None:
+            what = f"{model} has no versions" if revision.latest else f"there is no {model}@v{number}"
+            raise VersionNotFoundError(what, model=model, number=number)
+        return added
+
+    def _best(self, state: State, model: str, metric: str) -> VersionAdded:
+        """Return the newest of the versions with the greatest ``metric``. Reads the metadata of every version of the
+        model."""
+        best: tuple[float, VersionAdded] | None = None
+        for added in state.versions(model):
+            value = self.reader.open_added(added).recorded.description.metrics.get(metric)
+            if value is not None and not math.isnan(value) and (best is None or value >= best[0]):
+                best = value, added
+        if best is None:
+            raise VersionNotFoundError(f"no version of {model} has the metric {metric!r}", model=model, metric=metric)
+        return best[1]
+
+    def version(self, id: VersionId) -> Recorded:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return self.reader.open(id).recorded
+
+    def manifest(self, id: VersionId) -> Manifest:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return self.reader.open(id).manifest
+
+    def models(self) -> list[str]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return self.log.refresh().models()
+
+    def refs(self, model: str) -> list[RefPlace]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return [RefPlace(name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
+
+    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return self.reader.read(id, cells)
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> PackedPush:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        check_name(model, what="model")
+        check_ref_name(branch)
+        self._probe_once()
+        state = self.log.refresh()
+        head = state.ref(model, branch)
+        if head is not None and head.kind != "branch":
+            raise AlreadyExistsError(f"{model}@{branch} is a {head.kind}: push to a branch", kind="not_a_branch")
+        at = None if head is None else state.version(model, head.number)
+        if head is not None and at is None:
+            raise CorruptionError(
+                f"{model}@{branch} stands at a version that is not in the log", kind="missing_version"
+            )
+        if parent is not None and at is not None and parent != at.id:
+            raise ConflictError(
+                f"{model}@{branch}
+                is at {at.id[:12]}, not at the parent given ({parent[:12]}): look at it, then push again", expected=parent,
+                actual=at.id,
+            )
+        opened = None
+        if at is not None:
+            opened = self.reader.open_added(at)
+        elif parent is not None:
+            opened = self.reader.open(parent)
+        self._catch_up(state)
+        context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
+        return PackedPush(context, model=model, branch=branch, push_id=push_id, state=state, head=head, parent=opened)
+
+    def _probe_once(self) -> None:
+        if not self._probed:
+            probe(self.objects)
+            self._probed = True
+
+    def _catch_up(self, state: State) -> None:
+        """Read the indexes of packs that the chunk index does not know, a bounded number of them, newest first."""
+        known = self._index.packs()
+        unknown = sorted((pack.name for pack in state.packs() if pack.name not in known), reverse=True)
+        for name in unknown[:INDEX_CATCH_UP]:
+            self._index.add(name, self.packs.index(name).by_chunk)
+
+    def update_refs(self, updates: Sequence[RefUpdate]) -> None:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        for update in updates:
+            check_name(update.model, what="model")
+            check_ref_name(update.name)
+        self._probe_once()
+
+        def make(state: State) -> Change | None:
+            changes = tuple(change for update in updates if (change := _ref_change(state, update)) is not None)
+            return Change(refs=changes) if changes else None
+
+        self.log.commit(new_push_id(), make)
+
+
+def _ref_change(state: State, update: RefUpdate) -> RefChange | None:
+    """Return what an update changes now, or None if the ref stands as it should already."""
+    at = state.ref(update.model, update.name)
+    name = f"{update.model}@{update.name}"
+    if at is None and update.number is None:
+        raise RefNotFoundError(f"there is no {name}", model=update.model, ref=update.name)
+    if update.number is not None:
+        if state.version(update.model, update.number) is None:
+            raise VersionNotFoundError(f"there is no {update.model}@v{update.number}")
+        if at is not None and at.kind != update.kind:
+            raise AlreadyExistsError(f"{name} is a {at.kind}: choose another name", kind="ref_of_another_kind")
+        if at is not None and at.number == update.number:
+            return None
+        if at is not None and at.kind == "tag":
+            raise AlreadyExistsError(f"the tag {name} stands at v{at.number}, and tags never move", kind="tag_exists")
+    kind = update.kind if at is None else at.kind
+    return RefChange(update.model, update.name, kind, None if at is None else at.number, update.number)

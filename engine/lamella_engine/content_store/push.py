@@ -1,0 +1,371 @@
+"""A push into objects: what is missing, packs for it, and the one entry that makes it a version."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from lamella_engine.chunk_index import ChunkIndex
+from lamella_engine.content_store.decoding import check_blob
+from lamella_engine.content_store.log import Change, Log, Ref, State
+from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
+from lamella_engine.content_store.reader import OpenVersion, Reader
+from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
+from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError
+from lamella_engine.executor import Executor
+from lamella_engine.format import canonical
+from lamella_engine.format.digests import Context, digest
+from lamella_engine.format.entry import PackAdded, RefChange, VersionAdded
+from lamella_engine.format.names import metadata_name, session_name
+from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
+from lamella_engine.model import Buffer, Cell, ChunkId, PushId, VersionId
+from lamella_engine.objects import Objects
+
+BASES_KEPT = 16
+"""Decoded bases kept: each is wanted twice, by the encoder and by the check of what it made. At most 64 MiB."""
+
+HEARTBEAT_S = 60.0
+"""A push that lives longer shows that it does by a session object, one every minute, so that its packs are not
+swept."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushContext:
+    """The parts of a store that a push works with."""
+
+    objects: Objects
+    executor: Executor
+    log: Log
+    packs: Packs
+    reader: Reader
+    index: ChunkIndex
+
+
+class PackedPush:
+    """See :class:`~lamella_engine.content_store.seam.Push`.
+
+    Parameters
+    ----------
+    context
+        The store.
+    model, branch
+        Where to.
+    state
+        The newest state when the push began: chunks are planned against what is live in it.
+    head
+        The branch's head at that time; None for a branch that is not there yet.
+    parent
+        The version that this one follows: the head, or where a new branch starts, or None.
+    """
+
+    def __init__(
+        self,
+        context: PushContext,
+        *,
+        model: str,
+        branch: str,
+        push_id: PushId,
+        state: State,
+        head: Ref | None,
+        parent: OpenVersion | None,
+    ) -> None:
+        self._store = context
+        self._model = model
+        self._branch = branch
+        self._id = push_id
+        self._state = state
+        self._head = head
+        self._parent = parent
+        recorded = None if parent is None else parent.recorded
+        self.parents: tuple[Parent, ...] = ()
+        if recorded is not None:
+            self.parents = (Parent(recorded.id, recorded.model, recorded.number),)
+        self._writer = PackWriter(context.objects, context.executor, push_id)
+        self._copies: dict[ChunkId, StoredBlob | None] = {}
+        """Copies of live chunks by id; None for a chunk that this push itself stores."""
+        self._wanted: dict[ChunkId, StoredBlob | None] = {}
+        """Chunks that were called missing and have not come, with the base that was offered."""
+        self._parent_cells: dict[ChunkId, StoredBlob] | None = None
+        self._live: dict[str, bool] = {}
+        self._bases: OrderedDict[StoredBlob, Buffer] = OrderedDict()
+        self._bases_lock = threading.Lock()
+        self._next_beat = time.monotonic() + HEARTBEAT_S
+        self._beats = 0
+        self._attempt = 0
+
+    # -- plan ---------------------------------------------------------------------------------------------------------
+
+    def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        for cell, chunk in cells:
+            if chunk in self._copies:
+                yield None
+                continue
+            natural = self._natural_base(cell)
+            copy = natural if natural is not None and natural.row.chunk == chunk else self._find_live(chunk)
+            self._copies[chunk] = copy
+            if copy is not None:
+                yield None
+                continue
+            base = natural
+            if base is not None and base.row.depth >= self._state.genesis.max_depth:
+                base = None  # one more delta would pass the repository's limit: start a new chain
+            self._wanted[chunk] = base
+            yield Missing(cell, chunk, None if base is None else base.row.chunk)
+
+    def _natural_base(self, cell: Cell) -> StoredBlob | None:
+        """Return the copy that stands at the same place in the parent, if a chunk there is one of the same kind."""
+        if self._parent is None or cell.tensor is None or not self._parent.manifest.has(cell.tensor):
+            return None
+        spec = self._parent.manifest.spec(cell.tensor)
+        if cell.number >= spec.grid.cell_count:
+            return None
+        (row,) = self._parent.manifest.rows(cell.tensor, range(cell.number, cell.number + 1))
+        if row.chunk is None:
+            return None
+        copy = self._store.reader.copy_of_row(self._parent, row)
+        return copy if self._is_live(copy) else None
+
+    def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
+        for pack in self._store.index.find([chunk]).get(chunk, ()):
+            if self._pack_is_live(pack):
+                indexed = self._store.packs.find(chunk, [pack])
+                if self._is_live(indexed):
+                    return indexed
+        copy = self._chunks_of_parent().get(chunk)
+        return copy if copy is not None and self._is_live(copy) else None
+
+    def _chunks_of_parent(self) -> dict[ChunkId, StoredBlob]:
+        if self._parent_cells is None:
+            self._parent_cells = {}
+            if self._parent is not None:
+                version, reader = self._parent, self._store.reader
+                for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
+                    self._parent_cells[chunk] = reader.copy(chunk, version.pack_of_manifest(place))
+                for row in version.manifest.all_rows():
+                    if row.chunk is not None and row.chunk not in self._parent_cells:
+                        self._parent_cells[row.chunk] = reader.copy_of_row(version, row)
+        return self._parent_cells
+
+    def _is_live(self, copy: StoredBlob) -> bool:
+        """Whether a copy and everything it stands on is live."""
+        return all(self._pack_is_live(link.pack) for link in self._store.reader.chain(copy))
+
+    def _pack_is_live(self, pack: str) -> bool:
+        live = self._live.get(pack)
+        if live is None:
+            live = self._live[pack] = self._state.pack(pack) is not None
+        return live
+
+    # -- write --------------------------------------------------------------------------------------------------------
+
+    def base(self, missing: Missing) -> Buffer:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        base = self._wanted[missing.chunk]
+        if base is None:
+            raise InvalidInputError("no base was offered for this chunk", kind="no_base")
+        return self._decoded(base)
+
+    def _decoded(self, base: StoredBlob) -> Buffer:
+        with self._bases_lock:
+            data = self._bases.get(base)
+        if data is None:
+            data = self._store.reader.decoded(base, base.row.decoded_nbytes)
+            with self._bases_lock:
+                self._bases[base] = data
+                if len(self._bases) > BASES_KEPT:
+                    self._bases.popitem(last=False)
+        return data
+
+    def write(self, blobs: Iterable[Blob]) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        for blob in self._store.executor.map(self._checked, blobs):
+            if blob.chunk not in self._wanted:
+                continue  # given twice
+            base = self._wanted.pop(blob.chunk)
+            self._writer.add(blob, base=None if blob.base is None else base)
+            if time.monotonic() >= self._next_beat:
+                self._beat()
+
+    def _checked(self, blob: Blob) -> Blob:
+        if blob.chunk not in self._copies:
+            raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
+        base = self._wanted.get(blob.chunk)
+        if blob.base is None:
+            check_blob(blob, None)
+        elif base is not None and base.row.chunk == blob.base:
+            check_blob(blob, self._decoded(base))
+        elif blob.chunk in self._wanted:
+            raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
+        return blob
+
+    def _beat(self) -> None:
+        self._store.objects.put_if_absent(session_name(self._id, self._beats), [b""])
+        self._beats += 1
+        self._next_beat = time.monotonic() + HEARTBEAT_S
+
+    # -- commit -------------------------------------------------------------------------------------------------------
+
+    def commit(self, description: Description) -> Recorded:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        if self._wanted:
+            raise InvalidInputError(f"{len(self._wanted)} chunks were never written", kind="incomplete_push")
+        if description.parents != tuple(parent.id for parent in self.parents):
+            raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
+        self._writer.close_pack()
+        self._writer.wait()
+        data = encode_description(description)
+        packs, manifest_runs, cell_runs = self._located(description)
+        equal: list[VersionAdded] = []
+        added: list[VersionAdded] = []
+
+        def make(state: State) -> Change | None:
+            equal.clear()
+            head = state.ref(self._model, self._branch)
+            self._check_head(state, head)
+            if head is not None and (same := self._same_as_head(state, head, description)) is not None:
+                equal.append(same)
+                return None
+            self._check_live(state, packs)
+            number = state.last_number(self._model) + 1
+            if not added or added[-1].number != number:
+                locator = Locator(
+                    model=self._model,
+                    number=number,
+                    parents=tuple((parent.model, parent.number) for parent in self.parents),
+                    packs=packs,
+                    manifest_runs=manifest_runs,
+                    cell_runs=cell_runs,
+                )
+                added.append(self._write_metadata(data, locator, description.decoded_nbytes))
+            return Change(
+                refs=(RefChange(self._model, self._branch, "branch", head.number if head else None, number),),
+                versions=(added[-1],),
+                packs=tuple(PackAdded(ref.name, ref.nbytes, "store") for ref, _ in self._writer.written.values()),
+            )
+
+        state = self._store.log.commit(self._id, make)
+        if equal:
+            return self._store.reader.open_added(equal[0]).recorded
+        if not added:  # an earlier call with this push id has committed it already
+            return self._store.reader.open(version_id(data)).recorded
+        for name, (_, index) in self._writer.written.items():
+            self._store.index.add(name, index.by_chunk)
+        for version in added:
+            if state.version(version.model, version.number) == version:
+                return self._store.reader.open_added(version).recorded
+        raise CorruptionError("a commit went through, but its version is not in the log", kind="broken_log")
+
+    def _check_head(self, state: State, head: Ref | None) -> None:
+        if head is not None and head.kind != "branch":
+            raise AlreadyExistsError(
+                f"{self._model}@{self._branch} is a {head.kind}: push to a branch", kind="not_a_branch"
+            )
+        if head != self._head:
+            expected, actual = (self._name(state, ref) for ref in (self._head, head))
+            raise ConflictError(
+                f"{self._model}@{self._branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
+                f"{expected or 'nothing'}; look at it, then push again",
+                expected=expected,
+                actual=actual,
+            )
+
+    def _name(self, state: State, ref: Ref | None) -> VersionId | None:
+        version = None if ref is None else state.version(self._model, ref.number)
+        return None if version is None else version.id
+
+    def _same_as_head(self, state: State, head: Ref, description: Description) -> VersionAdded | None:
+        row = state.version(self._model, head.number)
+        assert row is not None
+        there = self._store.reader.open_added(row).recorded.description
+        same = (
+            there.parameters_id == description.parameters_id
+            and there.attachments == description.attachments
+            and there.message == description.message
+            # compared as stored, so that NaN equals NaN and a tuple equals the list it was stored as
+            and _as_stored(there.recipe) == _as_stored(description.recipe)
+            and _as_stored(there.metrics) == _as_stored(description.metrics)
+        )
+        return row if same else None
+
+    def _check_live(self, state: State, packs: Iterable[PackRef]) -> None:
+        for pack in packs:
+            if pack.name not in self._writer.written and state.pack(pack.name) is None:
+                raise ConflictError(
+                    f"{pack.name}, which this version stands on, was condemned while the push ran: push again",
+                    kind="pack_not_live",
+                    object=pack.name,
+                )
+
+    def _write_metadata(self, description: bytes, locator: Locator, decoded_nbytes: int) -> VersionAdded:
+        data = encode_metadata(description, locator)
+        name = metadata_name(version_id(description), self._id, self._attempt)
+        self._attempt += 1
+        self._store.objects.put_if_absent(name, [data])
+        return VersionAdded(
+            locator.model, locator.number, name, len(data), digest(Context.METADATA, data), decoded_nbytes
+        )
+
+    def _located(
+        self, description: Description
+    ) -> tuple[tuple[PackRef, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """Return the packs of the closure, and the runs of manifest chunks and cells over them."""
+        own = {
+            chunk: StoredBlob(name, row)
+            for name, (_, index) in self._writer.written.items()
+            for chunk, row in index.by_chunk.items()
+        }
+        numbers: dict[str, int] = {}
+        closure: set[StoredBlob] = set()
+
+        def number_of(pack: str) -> int:
+            return numbers.setdefault(pack, len(numbers))
+
+        def copy_of(chunk: ChunkId) -> StoredBlob:
+            copy = own.get(chunk) or self._copies.get(chunk)
+            if copy is None:
+                raise InvalidInputError(
+                    f"the version names chunk {chunk.hex()[:12]}, which was never planned", kind="unplanned_chunk"
+                )
+            return copy
+
+        def pack_of(chunk: ChunkId) -> int:
+            copy = copy_of(chunk)
+            closure.add(copy)
+            return number_of(copy.pack)
+
+        def load(place: int) -> bytes:
+            chunk, nbytes = description.manifest_chunks[place]
+            return bytes(self._store.reader.decoded(copy_of(chunk), nbytes))
+
+        manifest_runs = _runs(pack_of(chunk) for chunk, _ in description.manifest_chunks)
+        manifest = Manifest(description, load)
+        manifest.check()
+        cell_runs = _runs(None if row.chunk is None else pack_of(row.chunk) for row in manifest.all_rows())
+        for copy in closure:
+            for link in self._store.reader.chain(copy):
+                number_of(link.pack)
+        refs = [
+            self._writer.written[name][0] if name in self._writer.written else self._store.packs.ref(name)
+            for name in numbers
+        ]
+        return tuple(refs), manifest_runs, cell_runs
+
+
+def _runs(numbers: Iterable[int | None]) -> tuple[tuple[int, int], ...]:
+    """Join equal neighbours into (count, number); None joins whatever is before it."""
+
+    def filled() -> Iterator[int]:
+        last = 0
+        for number in numbers:
+            last = last if number is None else number
+            yield last
+
+    return tuple((sum(1 for _ in run), number) for number, run in groupby(filled()))
+
+
+def _as_stored(value: object) -> bytes:
+    return canonical.dumps(value)

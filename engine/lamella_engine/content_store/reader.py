@@ -1,0 +1,233 @@
+"""Reading versions from objects: from an id to its metadata, its cells, and the copies that hold them."""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.log import Log
+from lamella_engine.content_store.manifest import Manifest, Row
+from lamella_engine.content_store.packs import Packs, StoredBlob, as_blob
+from lamella_engine.content_store.seam import Blob, Parent, Reading, Recorded
+from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError, VersionNotFoundError
+from lamella_engine.executor import Executor
+from lamella_engine.format.digests import Context, chunk_id, digest
+from lamella_engine.format.entry import VersionAdded
+from lamella_engine.format.names import metadata_version
+from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
+from lamella_engine.model import Cell, ChunkId, VersionId
+from lamella_engine.objects import Objects
+
+VERSIONS_KEPT = 32
+"""Opened versions kept with their parsed pages."""
+
+# What is read at a time, in encoded bytes and cells: enough that neighbouring blobs come in long reads, little enough
+# to be a small part of the memory that work in flight may hold.
+WINDOW_NBYTES = 16 << 20
+WINDOW_CELLS = 256
+
+ID_DIGITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVersion:
+    """A version with what reading it takes."""
+
+    added: VersionAdded
+    recorded: Recorded
+    locator: Locator
+    manifest: Manifest
+    manifest_stops: list[int]
+    """One past the last place of each run of ``locator.manifest_runs``."""
+    cell_stops: list[int]
+
+    def pack_of_manifest(self, place: int) -> str:
+        """Return the pack that a manifest chunk was written to, by its place in ``Description.manifest_chunks``."""
+        run = self.locator.manifest_runs[bisect_right(self.manifest_stops, place)]
+        return self.locator.packs[run[1]].name
+
+    def pack_of_cell(self, position: int) -> str:
+        """Return the pack that a cell was written to, by its number in the version."""
+        run = self.locator.cell_runs[bisect_right(self.cell_stops, position)]
+        return self.locator.packs[run[1]].name
+
+
+class Reader:
+    """Reads the versions of one repository. Safe for several threads."""
+
+    def __init__(self, objects: Objects, log: Log, packs: Packs, executor: Executor) -> None:
+        self._objects = objects
+        self._log = log
+        self._packs = packs
+        self._executor = executor
+        self._lock = threading.Lock()
+        self._open: OrderedDict[VersionId, OpenVersion] = OrderedDict()
+        self._places: dict[VersionId, tuple[str, int]] = {}
+
+    def remember(self, added: VersionAdded) -> VersionId:
+        """Note where a version stands, so that its id need not be looked for; return the id."""
+        if len(self._places) > 100_000:
+            self._places.clear()
+        self._places[added.id] = (added.model, added.number)
+        return added.id
+
+    def find(self, id_prefix: str, *, model: str | None = None) -> VersionAdded:
+        """Return the version whose id begins so. Raises VersionNotFoundError, or InvalidInputError if several do.
+
+        Names of metadata objects begin with the id, so a listing finds them; only those that the log confirms count.
+        """
+        known = self._places.get(VersionId(id_prefix)) if len(id_prefix) == ID_DIGITS else None
+        if known is not None and (added := self._log.state.version(*known)) is not None:
+            found = {added.id: added}
+        else:
+            found = {}
+            for info in self._objects.list(f"meta/{id_prefix}"):
+                added = self._confirmed(info.name, info.nbytes)
+                if added is not None:
+                    found[added.id] = added
+        if model is not None:
+            found = {id: added for id, added in found.items() if added.model == model}
+        if not found:
+            raise VersionNotFoundError(f"there is no version {id_prefix}", version=id_prefix)
+        if len(found) > 1:
+            raise InvalidInputError(
+                f"{id_prefix} begins the ids of {len(found)} versions: give more digits", kind="ambiguous_id"
+            )
+        added = next(iter(found.values()))
+        self.remember(added)
+        return added
+
+    def _confirmed(self, name: str, nbytes: int) -> VersionAdded | None:
+        id = metadata_version(name)
+        try:
+            data = self._metadata(name, nbytes)
+        except NotFoundError:
+            return None
+        _, locator = decode_metadata(data, expected=id)
+        added = self._log.state.version(locator.model, locator.number)
+        return added if added is not None and added.metadata == name else None
+
+    def _metadata(self, name: str, nbytes: int) -> bytes:
+        if nbytes > MAX_METADATA_NBYTES:
+            raise CorruptionError(f"{name} is longer than any metadata may be", kind="bad_metadata", object=name)
+        return self._objects.get_range(name, 0, nbytes)
+
+    def open(self, id: VersionId) -> OpenVersion:
+        """Return a version by its full id; raises VersionNotFoundError."""
+        with self._lock:
+            version = self._open.get(id)
+            if version is not None:
+                self._open.move_to_end(id)
+                return version
+        return self.open_added(self.find(id))
+
+    def open_added(self, added: VersionAdded) -> OpenVersion:
+        """Return a version by its row in the log; raises CorruptionError if its metadata is missing or damaged."""
+        with self._lock:
+            version = self._open.get(added.id)
+        if version is None:
+            version = self._load(added)
+            with self._lock:
+                self._open[added.id] = version
+                if len(self._open) > VERSIONS_KEPT:
+                    self._open.popitem(last=False)
+            self.remember(added)
+        return version
+
+    def _load(self, added: VersionAdded) -> OpenVersion:
+        try:
+            data = self._metadata(added.metadata, added.nbytes)
+        except NotFoundError:
+            raise CorruptionError(
+                f"{added.metadata} is missing, though the log names it", kind="missing_object", object=added.metadata
+            ) from None
+        if digest(Context.METADATA, data) != added.digest:
+            raise CorruptionError(
+                f"{added.metadata} is not the object that the log names", kind="bad_digest", object=added.metadata
+            )
+        description, locator = decode_metadata(data, expected=added.id)
+        if (locator.model, locator.number) != (added.model, added.number):
+            raise CorruptionError(f"{added.metadata} belongs to another version", kind="bad_metadata")
+        self._packs.learn(locator.packs)
+        parents = tuple(
+            Parent(id, model, number) for id, (model, number) in zip(description.parents, locator.parents, strict=True)
+        )
+        chunks = description.manifest_chunks
+
+        def load(place: int) -> bytes:
+            chunk, nbytes = chunks[place]
+            return bytes(self.decoded(self.copy(chunk, version.pack_of_manifest(place)), nbytes))
+
+        version = OpenVersion(
+            added,
+            Recorded(added.id, added.model, added.number, description, parents),
+            locator,
+            Manifest(description, load),
+            list(accumulate(count for count, _ in locator.manifest_runs)),
+            list(accumulate(count for count, _ in locator.cell_runs)),
+        )
+        return version
+
+    def copy(self, chunk: ChunkId, pack: str) -> StoredBlob:
+        """Return the copy of a chunk that was written to ``pack``, wherever it lies by now."""
+        return self._packs.find(chunk, self._log.state.where_is(pack))
+
+    def chain(self, blob: StoredBlob) -> tuple[StoredBlob, ...]:
+        """Return what has to be decoded for a blob, in order."""
+        return self._packs.chain(blob, self._log.state.where_is)
+
+    def decoded(self, blob: StoredBlob, nbytes: int) -> bytearray:
+        """Return the decoded bytes of a blob that is ``nbytes`` long decoded. Reads and decodes in the caller's
+        thread."""
+        chain = self.chain(blob)
+        out = bytearray(blob.row.decoded_nbytes)
+        if len(out) != nbytes:
+            raise CorruptionError(f"a chunk of {len(out)} bytes stands where {nbytes} belong", kind="bad_length")
+        decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out))
+        return out
+
+    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+        """See ``ContentStore.read``."""
+        version = self.open(id)
+        window: list[tuple[Cell, bytes | None, tuple[StoredBlob, ...]]] = []
+        nbytes = 0
+        for cell in cells:
+            content, chain = self._locate(version, cell)
+            window.append((cell, content, chain))
+            nbytes += sum(link.row.encoded_nbytes for link in chain)
+            if nbytes >= WINDOW_NBYTES or len(window) >= WINDOW_CELLS:
+                yield from self._readings(window)
+                window, nbytes = [], 0
+        yield from self._readings(window)
+
+    def _locate(self, version: OpenVersion, cell: Cell) -> tuple[bytes | None, tuple[StoredBlob, ...]]:
+        """Return the bytes of a cell that stands in its row, or the chain of one that does not."""
+        if cell.tensor is None:
+            chunk, _ = version.recorded.description.manifest_chunks[cell.number]
+            return None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number)))
+        (row,) = version.manifest.rows(cell.tensor, range(cell.number, cell.number + 1))
+        if row.chunk is None:
+            return row.content, ()
+        return None, self.chain(self.copy_of_row(version, row))
+
+    def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
+        """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
+        assert row.chunk is not None
+        blob = self.copy(row.chunk, version.pack_of_cell(row.position))
+        if blob.row.decoded_nbytes != row.nbytes:
+            raise CorruptionError(
+                f"a chunk of {blob.row.decoded_nbytes} bytes stands where {row.nbytes} belong", kind="bad_length"
+            )
+        return blob
+
+    def _readings(self, window: Sequence[tuple[Cell, bytes | None, tuple[StoredBlob, ...]]]) -> Iterator[Reading]:
+        payloads = self._packs.payloads((link for _, _, chain in window for link in chain), self._executor)
+        for cell, content, chain in window:
+            if content is not None:
+                raw = Blob(chunk_id(content), 0, 1, len(content), content, None)
+                yield Reading(cell, (raw,))
+            else:
+                yield Reading(cell, tuple(as_blob(link, payloads[link]) for link in chain))

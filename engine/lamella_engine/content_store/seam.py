@@ -1,0 +1,157 @@
+"""The seam: everything above it speaks in versions, cells and blobs, everything below in objects or messages.
+
+No call takes a bare chunk id: what can be read is what a version names.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.format.version import Description
+from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefKind, VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A chunk as stored, on its way between a store and whoever encodes or decodes it."""
+
+    chunk: ChunkId
+    encoding: int
+    """See codecs.Encoding."""
+    width: int
+    """Bytes of one lane."""
+    decoded_nbytes: int
+    payload: Buffer
+    base: ChunkId | None
+    """The chunk that must be decoded first, for a delta."""
+
+
+class Reading(NamedTuple):
+    """What it takes to have one cell."""
+
+    cell: Cell
+    chain: tuple[Blob, ...]
+    """A full blob first, each then the base of the next; the last decodes to the cell."""
+
+
+class Missing(NamedTuple):
+    """A cell whose chunk the store wants to be given."""
+
+    cell: Cell
+    chunk: ChunkId
+    base: ChunkId | None
+    """What a delta would be against, if the store prefers one; :meth:`Push.base` gives its bytes."""
+
+
+class Parent(NamedTuple):
+    """A version by its place in the repository."""
+
+    id: VersionId
+    model: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A version as the log records it."""
+
+    id: VersionId
+    model: str
+    number: int
+    description: Description
+    parents: tuple[Parent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefPlace:
+    """A ref and where it stands."""
+
+    name: str
+    kind: RefKind
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefUpdate:
+    """A ref to be set or deleted."""
+
+    model: str
+    name: str
+    kind: RefKind
+    number: int | None
+    """The version to stand at; None to delete the ref."""
+
+
+class ContentStore(Protocol):
+    """A repository's content. Safe for several threads."""
+
+    def resolve(self, revision: str) -> VersionId:
+        """Return the version that a revision names (design: ``model@ref``, ``model@v12``, an id or its unique prefix,
+        ``~N``).
+
+        Raises InvalidInputError for what is no revision, NotFoundError for what names nothing.
+        """
+
+    def version(self, id: VersionId) -> Recorded:
+        """Return what the repository records of a version; raises VersionNotFoundError."""
+
+    def manifest(self, id: VersionId) -> Manifest:
+        """Return a version's manifest, whose pages are read as they are needed."""
+
+    def models(self) -> list[str]:
+        """Return the names of all models that have versions."""
+
+    def refs(self, model: str) -> list[RefPlace]:
+        """Return the refs of a model by name."""
+
+    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+        """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
+
+        Raises TensorNotFoundError, or CorruptionError for a chunk that is missing or damaged.
+        """
+
+    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> "Push":
+        """Start a push to a branch.
+
+        ``parent`` must be the head of the branch if it exists, and defaults to it; on a new branch it is where the
+        branch starts. Raises ConflictError if it is another version.
+        """
+
+    def update_refs(self, updates: Sequence[RefUpdate]) -> None:
+        """Set or delete refs, all or none.
+
+        Raises AlreadyExistsError for a tag that stands elsewhere or a name of another kind, RefNotFoundError for deleting
+        what is not there, VersionNotFoundError for a number that the model lacks.
+        """
+
+
+class Push(Protocol):
+    """One push in flight, driven by one thread; :meth:`base` alone may be called from several."""
+
+    parents: tuple[Parent, ...]
+
+    def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
+        """Yield one answer for each cell, in order: None if its chunk is live or has been called missing before.
+
+        May call a chunk missing that is stored (it costs bytes); never calls one present that is not live.
+        """
+
+    def base(self, missing: Missing) -> Buffer:
+        """Return the decoded bytes that a delta for ``missing`` is made against; only if it names one."""
+
+    def write(self, blobs: Iterable[Blob]) -> None:
+        """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
+
+        Raises CorruptionError for a blob that does not decode to its chunk. What a failed call wrote is harmless.
+        """
+
+    def commit(self, description: Description) -> Recorded:
+        """Record the version and move its branch, if that still stands where this push found it.
+
+        Atomic: raises ConflictError and changes nothing visible otherwise. Repeating it is safe. If the branch's head
+        equals the version in parameters, attachments, recipe, metrics and message, nothing is recorded and that head
+        is returned.
+
+        Raises InvalidInputError if the description names a chunk that was neither planned nor written.
+        """

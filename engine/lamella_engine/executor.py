@@ -1,0 +1,102 @@
+"""Where per-chunk work runs: in the caller's thread, or in threads around kernels that release the GIL.
+
+A map keeps the order of its items and looks only a bounded way ahead, so memory stays bounded whatever comes in.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# What one unit of work may hold at a time: a chunk, its base, the planes of both forms that are compared, and the
+# payload, each at most 4 MiB.
+TASK_NBYTES = 24 << 20
+
+DEFAULT_MEMORY_NBYTES = 256 << 20
+"""Memory for work in flight, unless a caller says otherwise. With a pack being filled and one being written (64 MiB
+each) and the bases kept by a push (64 MiB), a push stays below 512 MiB."""
+
+
+class Executor(Protocol):
+    """Runs functions over items. Its methods are called from the thread that consumes the results."""
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yield ``function(item)`` in the order of ``items``, which is drawn from in the caller's thread.
+
+        The first exception, of ``function`` or of ``items``, ends the map; nothing of it runs on when it is raised.
+        """
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Start ``function``; its future tells how it ended."""
+
+    def close(self) -> None:
+        """Wait for what runs, and release the threads. Idempotent."""
+
+
+class ThreadExecutor:
+    """Threads of this process.
+
+    Parameters
+    ----------
+    memory_nbytes
+        Bound of the memory that work in flight may hold; fewer threads are used where many would pass it.
+    threads
+        At most so many; by default one for each core that this process may use.
+    """
+
+    def __init__(self, *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES, threads: int | None = None) -> None:
+        tasks = max(2, memory_nbytes // TASK_NBYTES)
+        cores = threads or len(os.sched_getaffinity(0))
+        # A push runs two maps at a time, one feeding the other: half of the tasks each, and a spare one beyond the
+        # running ones, so that a thread finds its next item waiting.
+        self._ahead = max(1, min(tasks // 2, cores + 2))
+        self._pool = ThreadPoolExecutor(min(cores, tasks), thread_name_prefix="lamella")
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """See :class:`Executor`."""
+        running: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                running.append(self._pool.submit(function, item))
+                if len(running) > self._ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+            for future in running:
+                if not future.cancelled():
+                    future.exception()
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """See :class:`Executor`."""
+        return self._pool.submit(function)
+
+    def close(self) -> None:
+        """See :class:`Executor`."""
+        self._pool.shutdown()
+
+
+class InlineExecutor:
+    """The caller's own thread: one thing after the other, for tests and for calls that are too small to share out."""
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """See :class:`Executor`."""
+        return map(function, items)
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """See :class:`Executor`."""
+        future: Future[Result] = Future()
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """See :class:`Executor`."""

@@ -1,0 +1,302 @@
+"""Log entries: every change of a repository, one after the other (FORMAT.md, "Log").
+
+An entry is one object of canonical JSON, and names the digest of the entry before it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from lamella_engine.chunking import MAX_CELL_ELEMENTS, MAX_CELL_NBYTES
+from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.format import canonical
+from lamella_engine.format.digests import Context, digest
+from lamella_engine.format.names import fold_number, metadata_version, parse_pack_name
+from lamella_engine.format.pack import MAX_DEPTH
+from lamella_engine.model import PushId, RefKind, VersionId
+
+ENTRY_FORMAT = 0
+MAX_ENTRY_NBYTES = 4 << 20
+
+KNOWN_FEATURES: frozenset[str] = frozenset()
+"""Features a genesis entry may require of whoever opens the repository. None exists yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Genesis:
+    """Entry 0: what holds for the whole repository, for ever."""
+
+    repository: str
+    """32 hex digits, drawn at random."""
+    max_depth: int
+    """Longest chain of deltas that a blob may stand on."""
+    created: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RefChange:
+    """One ref moved, made (``old`` is None) or deleted (``new`` is None)."""
+
+    model: str
+    name: str
+    kind: RefKind
+    old: int | None
+    """Number of the version it stood at."""
+    new: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionAdded:
+    """A version entered the repository."""
+
+    model: str
+    number: int
+    metadata: str
+    """Name of its metadata object, which carries its id."""
+    nbytes: int
+    digest: bytes
+    """Of the whole metadata object."""
+    decoded_nbytes: int
+    """Bytes of the version's tensors."""
+
+    @property
+    def id(self) -> VersionId:
+        """The version's id."""
+        return metadata_version(self.metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class PackAdded:
+    """A pack entered the repository; its name carries the digest of its index."""
+
+    name: str
+    nbytes: int
+    verifier: str
+    """``store`` if every blob was decoded and compared with its chunk id before this entry, ``writer`` if not yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRef:
+    """A fold: the state that entries up to ``number`` add up to."""
+
+    name: str
+    start: int
+    """First byte of its root in the object."""
+    nbytes: int
+    """Bytes of the root, which ends the object."""
+    digest: bytes
+    """Of the root."""
+
+    @property
+    def number(self) -> int:
+        """The last entry folded in."""
+        return fold_number(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Entry n > 0. Everything that must agree stands in one entry."""
+
+    repository: str
+    number: int
+    previous: bytes
+    """Digest of entry n-1."""
+    fold: FoldRef | None
+    """The newest fold when this entry was made; its number is at most n-1."""
+    refs: tuple[RefChange, ...] = ()
+    versions: tuple[VersionAdded, ...] = ()
+    packs: tuple[PackAdded, ...] = ()
+    replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Old pack -> the packs that hold its blobs from now on; the old one is no longer live."""
+    condemned: tuple[str, ...] = ()
+    """Packs that are no longer live and will be deleted."""
+    fenced: tuple[PushId, ...] = ()
+    """Pushes that may not commit any more."""
+    pushes: tuple[PushId, ...] = ()
+    """Pushes that this entry commits."""
+    principal: str = ""
+    time: str = ""
+    """UTC, ISO 8601; information only."""
+
+
+_GENESIS = {
+    "created": str,
+    "digest": str,
+    "features": [str],
+    "format": int,
+    "grid": (int, int),
+    "max_depth": int,
+    "n": int,
+    "repository": str,
+}
+
+_FOLD = {"digest": str, "name": str, "nbytes": int, "start": int}
+
+_ENTRY = {
+    "condemned": [str],
+    "fenced": [str],
+    "fold": object,
+    "format": int,
+    "n": int,
+    "packs": [(str, int, str)],
+    "previous": str,
+    "principal": str,
+    "pushes": [str],
+    "refs": [object],
+    "replaced": {str: [str]},
+    "repository": str,
+    "time": str,
+    "versions": [(str, int, str, int, str, int)],
+}
+
+
+def entry_digest(data: bytes) -> bytes:
+    """Return the digest of an entry's bytes, which the next entry names."""
+    return digest(Context.ENTRY, data)
+
+
+def encode_genesis(genesis: Genesis) -> bytes:
+    """Return the bytes of entry 0."""
+    return canonical.dumps(
+        {
+            "created": genesis.created,
+            "digest": "blake3-256",
+            "features": sorted(genesis.features),
+            "format": ENTRY_FORMAT,
+            "grid": [MAX_CELL_ELEMENTS, MAX_CELL_NBYTES],
+            "max_depth": genesis.max_depth,
+            "n": 0,
+            "repository": genesis.repository,
+        }
+    )
+
+
+def decode_genesis(data: bytes) -> Genesis:
+    """Parse entry 0; raises CorruptionError or, for a repository made by a newer lamella, UnsupportedFormatError."""
+    what = "entry 0"
+    value = _parse(data, what)
+    features = value.get("features")
+    if isinstance(features, list) and (unknown := {str(item) for item in features} - KNOWN_FEATURES):
+        raise UnsupportedFormatError(f"this repository requires {', '.join(sorted(unknown))}: upgrade lamella")
+    canonical.conform(value, _GENESIS, what=what)
+    if value["digest"] != "blake3-256" or value["grid"] != [MAX_CELL_ELEMENTS, MAX_CELL_NBYTES]:
+        raise UnsupportedFormatError("this repository uses another digest or grid: upgrade lamella")
+    if value["n"] != 0 or not value["max_depth"] <= MAX_DEPTH:
+        raise CorruptionError("entry 0 is damaged", kind="bad_entry")
+    _hex(value["repository"], 16, what)
+    return Genesis(value["repository"], value["max_depth"], value["created"], tuple(value["features"]))
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Return the bytes of an entry after the first."""
+    return canonical.dumps(
+        {
+            "condemned": entry.condemned,
+            "fenced": entry.fenced,
+            "fold": None if entry.fold is None else encode_fold_ref(entry.fold),
+            "format": ENTRY_FORMAT,
+            "n": entry.number,
+            "packs": [[pack.name, pack.nbytes, pack.verifier] for pack in entry.packs],
+            "previous": entry.previous.hex(),
+            "principal": entry.principal,
+            "pushes": entry.pushes,
+            "refs": [[ref.model, ref.name, ref.kind, ref.old, ref.new] for ref in entry.refs],
+            "replaced": {old: list(new) for old, new in entry.replaced.items()},
+            "repository": entry.repository,
+            "time": entry.time,
+            "versions": [
+                [v.model, v.number, v.metadata, v.nbytes, v.digest.hex(), v.decoded_nbytes] for v in entry.versions
+            ],
+        }
+    )
+
+
+def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes | None) -> Entry:
+    """Parse entry ``number`` and check that it follows the entry whose digest is ``previous`` (None: not known yet).
+
+    Raises CorruptionError, or UnsupportedFormatError for a field or format that this lamella does not know.
+    """
+    what = f"entry {number}"
+    value = _parse(data, what)
+    canonical.conform(value, _ENTRY, what=what)
+    if value["n"] != number or value["repository"] != repository:
+        raise CorruptionError(f"{what} belongs elsewhere", kind="bad_entry")
+    follows = _hex(value["previous"], 32, what)
+    if previous is not None and follows != previous:
+        raise CorruptionError(f"{what} does not follow entry {number - 1}: the log is broken there", kind="broken_log")
+    fold = None if value["fold"] is None else decode_fold_ref(value["fold"], what)
+    if fold is not None and fold.number >= number:
+        raise CorruptionError(f"{what} names a fold of its own future", kind="bad_entry")
+    refs = []
+    for row in value["refs"]:
+        canonical.conform(row, (str, str, str, {int, None}, {int, None}), what=f"a ref of {what}")
+        if row[2] not in get_args(RefKind):
+            raise UnsupportedFormatError(f"{what} has a ref of kind {row[2]!r}: upgrade lamella")
+        refs.append(RefChange(*row))
+    versions = tuple(
+        VersionAdded(model, at, metadata, nbytes, _hex(text, 32, what), decoded_nbytes)
+        for model, at, metadata, nbytes, text, decoded_nbytes in value["versions"]
+    )
+    for version in versions:
+        metadata_version(version.metadata)
+    packs = tuple(PackAdded(*row) for row in value["packs"])
+    for name in (
+        *(pack.name for pack in packs),
+        *value["condemned"],
+        *value["replaced"],
+        *(new for names in value["replaced"].values() for new in names),
+    ):
+        parse_pack_name(name)
+    for push in (*value["pushes"], *value["fenced"]):
+        _hex(push, 16, what)
+    return Entry(
+        repository=repository,
+        number=number,
+        previous=follows,
+        fold=fold,
+        refs=tuple(refs),
+        versions=versions,
+        packs=packs,
+        replaced={old: tuple(new) for old, new in value["replaced"].items()},
+        condemned=tuple(value["condemned"]),
+        fenced=tuple(map(PushId, value["fenced"])),
+        pushes=tuple(map(PushId, value["pushes"])),
+        principal=value["principal"],
+        time=value["time"],
+    )
+
+
+def encode_fold_ref(fold: FoldRef) -> dict[str, Any]:
+    """Return a fold reference as JSON."""
+    return {"digest": fold.digest.hex(), "name": fold.name, "nbytes": fold.nbytes, "start": fold.start}
+
+
+def decode_fold_ref(value: Any, what: str) -> FoldRef:
+    """Parse a fold reference; raises CorruptionError."""
+    canonical.conform(value, _FOLD, what=f"the fold of {what}")
+    fold = FoldRef(value["name"], value["start"], value["nbytes"], _hex(value["digest"], 32, what))
+    if fold_number(fold.name) < 0:
+        raise CorruptionError(f"{what} names no fold", kind="bad_entry")
+    return fold
+
+
+def _parse(data: bytes, what: str) -> dict[str, Any]:
+    if len(data) > MAX_ENTRY_NBYTES:
+        raise CorruptionError(f"{what} is longer than {MAX_ENTRY_NBYTES} bytes", kind="bad_entry")
+    value = canonical.loads(data, what=what)
+    if not isinstance(value, dict):
+        raise CorruptionError(f"{what} is no entry", kind="bad_entry")
+    if value.get("format") != ENTRY_FORMAT:
+        raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
+    return value
+
+
+def _hex(text: str, nbytes: int, what: str) -> bytes:
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != nbytes or value.hex() != text:
+        raise CorruptionError(f"{what} has {text[:80]!r} where {nbytes} bytes in hex belong", kind="bad_entry")
+    return value

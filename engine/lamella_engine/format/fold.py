@@ -1,0 +1,257 @@
+"""Folds: the state of a repository as sorted tables in immutable blocks (FORMAT.md, "Fold").
+
+A fold is one object: the blocks that changed since the fold before, then a root. Blocks form a tree for each table; a
+block names its children by object, place and digest, so those that did not change stay where they were written. Looking
+a key up reads one block for each level, and what a new fold writes grows with what changed, not with the repository.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.format import canonical
+from lamella_engine.format.digests import Context, digest
+from lamella_engine.format.names import fold_name, fold_number
+
+FOLD_FORMAT = 0
+
+# A leaf of 4 KiB holds some twenty versions: small, because opening a version reads one leaf of a table or two, and
+# each fold writes the last leaf of most tables again. Inner blocks have a few dozen children, so 10,000 versions make
+# a tree of three levels.
+BLOCK_NBYTES = 4 << 10
+MAX_BLOCK_NBYTES = 256 << 10
+MAX_HEIGHT = 16
+
+TABLES = ("condemned", "fenced", "packs", "pushes", "refs", "replaced", "versions")
+"""Every fold has these tables. Keys are text, in code-point order; rows are in FORMAT.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """Where a block lies."""
+
+    object: str
+    start: int
+    nbytes: int
+    digest: bytes
+    height: int
+    """0 for a leaf."""
+
+    def row(self) -> list[Any]:
+        """Return the place as JSON; the height is the parent's to know."""
+        return [self.object, self.start, self.nbytes, self.digest.hex()]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRoot:
+    """The state after entry ``number``, by reference."""
+
+    repository: str
+    number: int
+    entry: bytes
+    """Digest of entry ``number``."""
+    tables: Mapping[str, BlockRef | None]
+    """The top block of each table; None for an empty one."""
+
+
+Rows = list[tuple[str, Any]]
+"""Rows of a leaf, or first key and place of each child of an inner block; keys ascend strictly."""
+
+Load = Callable[[BlockRef], Rows]
+"""How the tree is read: gives the checked rows of a block."""
+
+
+def parse_block(data: bytes, ref: BlockRef) -> Rows:
+    """Parse the bytes of the block at ``ref``; raises CorruptionError."""
+    what = f"a block of {ref.object}"
+    if digest(Context.FOLD, data) != ref.digest:
+        raise CorruptionError(f"{what} is not the one its parent names", kind="bad_digest", object=ref.object)
+    value = canonical.loads(data, what=what)
+    canonical.conform(value, [(str, object)], what=what)
+    rows = [(key, _child(item, ref.height - 1, ref.object) if ref.height else item) for key, item in value]
+    if not rows or any(left[0] >= right[0] for left, right in pairwise(rows)):
+        raise CorruptionError(f"{what} is not in order", kind="bad_fold", object=ref.object)
+    return rows
+
+
+def lookup(top: BlockRef | None, key: str, load: Load) -> Any | None:
+    """Return the row of ``key``, or None."""
+    ref = top
+    while ref is not None:
+        rows = load(ref)
+        at = bisect_right(rows, key, key=lambda row: row[0]) - 1
+        if at < 0:
+            return None
+        if ref.height == 0:
+            return rows[at][1] if rows[at][0] == key else None
+        ref = rows[at][1]
+    return None
+
+
+def scan(top: BlockRef | None, load: Load, *, start: str = "", stop: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the rows with ``start`` <= key < ``stop`` in order, reading only the blocks that hold them."""
+    if top is None:
+        return
+    rows = load(top)
+    first = max(bisect_right(rows, start, key=lambda row: row[0]) - 1, 0)
+    for key, item in rows[first:]:
+        if stop is not None and key >= stop:
+            return
+        if top.height:
+            yield from scan(item, load, start=start, stop=stop)
+        elif key >= start:
+            yield key, item
+
+
+def last_before(top: BlockRef | None, stop: str, load: Load) -> tuple[str, Any] | None:
+    """Return the row with the greatest key < ``stop``, or None."""
+    if top is None:
+        return None
+    rows = load(top)
+    for key, item in reversed(rows):
+        if key < stop:
+            if top.height == 0:
+                return key, item
+            found = last_before(item, stop, load)
+            if found is not None:
+                return found
+    return None
+
+
+class FoldWriter:
+    """Builds one fold: takes changes for each table, collects new blocks, ends with the root.
+
+    Parameters
+    ----------
+    load
+        Reads blocks of earlier folds.
+    """
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._blocks: list[bytes] = []
+        self._nbytes = 0
+        self._tables: dict[str, _Pending | BlockRef | None] = {}
+
+    def update(self, table: str, top: BlockRef | None, changes: Mapping[str, Any]) -> None:
+        """Set the rows of ``table``: those under ``top``, with each change made (None deletes a row)."""
+        ordered = sorted(changes.items())
+        if not ordered:
+            self._tables[table] = top
+            return
+        nodes = self._merge(top, ordered) if top is not None else self._split(_present(ordered), 0)
+        while len(nodes) > 1:
+            nodes = self._split([(key, ref) for key, ref in nodes], nodes[0][1].height + 1)
+        self._tables[table] = nodes[0][1] if nodes else None
+
+    def _merge(self, ref: BlockRef, changes: Rows) -> list[tuple[str, "_Pending | BlockRef"]]:
+        rows = self._load(ref)
+        if ref.height == 0:
+            merged = dict(rows) | dict(changes)
+            return self._split(_present(sorted(merged.items())), 0)
+        children: list[tuple[str, Any]] = []
+        for at, (key, child) in enumerate(rows):
+            next_key = rows[at + 1][0] if at + 1 < len(rows) else None
+            mine = [
+                change
+                for change in changes
+                if (at == 0 or change[0] >= key) and (next_key is None or change[0] < next_key)
+            ]
+            children += self._merge(child, mine) if mine else [(key, child)]
+        # Deletions can leave children of unequal height only if a whole subtree vanished, and then it is simply gone.
+        return self._split(children, ref.height)
+
+    def _split(self, rows: Rows, height: int) -> list[tuple[str, "_Pending | BlockRef"]]:
+        """Cut rows into new blocks of at most BLOCK_NBYTES (or one row), and return their first keys and places."""
+        nodes: list[tuple[str, _Pending | BlockRef]] = []
+        encoded = [canonical.dumps([key, item.row() if height else item]) for key, item in rows]
+        first = nbytes = 0
+        for at in range(len(rows) + 1):
+            if at < len(rows) and (at == first or nbytes + len(encoded[at]) < BLOCK_NBYTES):
+                nbytes += len(encoded[at]) + 1
+                continue
+            if at > first:
+                nodes.append((rows[first][0], self._add(b"[" + b",".join(encoded[first:at]) + b"]", height)))
+            if at < len(rows):
+                first, nbytes = at, len(encoded[at]) + 1
+        return nodes
+
+    def _add(self, block: bytes, height: int) -> "_Pending":
+        if len(block) > MAX_BLOCK_NBYTES:
+            raise CorruptionError("a row of a fold is longer than a block may be", kind="bad_fold")
+        ref = _Pending(self._nbytes, len(block), digest(Context.FOLD, block), height)
+        self._blocks.append(block)
+        self._nbytes += len(block)
+        return ref
+
+    def finish(self, *, repository: str, number: int, entry: bytes) -> tuple[str, list[bytes], int, bytes]:
+        """Return the fold's name, the parts of its object, where its root starts, and the root's digest."""
+        root = canonical.dumps(
+            {
+                "entry": entry.hex(),
+                "format": FOLD_FORMAT,
+                "n": number,
+                "repository": repository,
+                "tables": {
+                    table: None if (top := self._tables.get(table)) is None else [*top.row(), top.height]
+                    for table in TABLES
+                },
+            }
+        )
+        root_digest = digest(Context.FOLD, root)
+        return fold_name(number, root_digest), [*self._blocks, root], self._nbytes, root_digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A block of the fold that is being written, whose object has no name yet."""
+
+    start: int
+    nbytes: int
+    digest: bytes
+    height: int
+
+    def row(self) -> list[Any]:
+        return ["", self.start, self.nbytes, self.digest.hex()]
+
+
+def _present(rows: Iterable[tuple[str, Any]]) -> Rows:
+    return [(key, item) for key, item in rows if item is not None]
+
+
+_ROOT = {"entry": str, "format": int, "n": int, "repository": str, "tables": dict.fromkeys(TABLES, object)}
+
+
+def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> FoldRoot:
+    """Parse the root of the fold called ``name`` whose digest is ``expected``; raises CorruptionError."""
+    what = f"the root of {name}"
+    if digest(Context.FOLD, data) != expected or fold_name(fold_number(name), expected) != name:
+        raise CorruptionError(f"{what} is not the one the log names", kind="bad_digest", object=name)
+    value = canonical.loads(data, what=what)
+    if isinstance(value, dict) and value.get("format") != FOLD_FORMAT:
+        raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
+    canonical.conform(value, _ROOT, what=what)
+    if value["n"] != fold_number(name) or value["repository"] != repository:
+        raise CorruptionError(f"{what} belongs elsewhere", kind="bad_fold", object=name)
+    tables: dict[str, BlockRef | None] = {}
+    for table, top in value["tables"].items():
+        if top is None:
+            tables[table] = None
+            continue
+        canonical.conform(top, (str, int, int, str, int), what=what)
+        tables[table] = _child(top[:4], top[4], name)
+    return FoldRoot(repository, value["n"], bytes.fromhex(value["entry"]), tables)
+
+
+def _child(value: Any, height: int, parent: str) -> BlockRef:
+    what = f"a block of {parent}"
+    canonical.conform(value, (str, int, int, str), what=what)
+    name, start, nbytes, text = value
+    fold_number(name or parent)
+    if height > MAX_HEIGHT or nbytes > MAX_BLOCK_NBYTES or re.fullmatch("[0-9a-f]{64}", text) is None:
+        raise CorruptionError(f"{what} names a block that cannot be", kind="bad_fold", object=parent)
+    return BlockRef(name or parent, start, nbytes, bytes.fromhex(text), height)

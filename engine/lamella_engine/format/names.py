@@ -1,0 +1,89 @@
+"""Names of objects. No name is ever used twice: each carries the push or the entry that made it (FORMAT.md,
+"Names")."""
+
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from lamella_engine.errors import CorruptionError
+from lamella_engine.model import PushId, VersionId
+
+_LAST_ENTRY = 10**20 - 1
+"""Greatest entry number that fits the 20 digits of a log name."""
+
+
+def new_push_id() -> PushId:
+    """Return a fresh push id: 48 bits of milliseconds since 1970, then 80 random bits.
+
+    The time is there for locality alone (ids made one after the other sort side by side in the fold's tables); no rule
+    depends on it, and a wrong clock does no harm.
+    """
+    return PushId(f"{time.time_ns() // 1_000_000 & (1 << 48) - 1:012x}{secrets.token_hex(10)}")
+
+
+def log_name(number: int) -> str:
+    """Return the name of log entry ``number``."""
+    return f"log/{number:020d}"
+
+
+def log_number(name: str) -> int:
+    """Return the number of the log entry called ``name``; raises CorruptionError if nothing of lamella's has that
+    name."""
+    return int(_match(r"log/([0-9]{20})", name)[1])
+
+
+def session_name(push: PushId, beat: int) -> str:
+    """Return the name of heartbeat ``beat`` (from 0) of a push that lives long."""
+    return f"sessions/{push}-{beat}"
+
+
+def metadata_name(version: VersionId, push: PushId, attempt: int) -> str:
+    """Return the name of a version's metadata object, written for try ``attempt`` of a push's commit."""
+    return f"meta/{version}-{push}-{attempt}"
+
+
+def metadata_version(name: str) -> VersionId:
+    """Return the version that a metadata object describes."""
+    return VersionId(_match(r"meta/([0-9a-f]{64})-[0-9a-f]{32}-[0-9]+", name)[1])
+
+
+@dataclass(frozen=True, slots=True)
+class PackName:
+    """The parts of a pack's name."""
+
+    push: PushId
+    number: int
+    """Counts the packs of one push, from 0."""
+    digest: bytes
+    """Digest of the pack's index: who knows the name can check every byte of the pack."""
+
+    def __str__(self) -> str:
+        return f"packs/{self.push}-{self.number}-{self.digest.hex()}"
+
+
+def parse_pack_name(name: str) -> PackName:
+    """Take a pack's name apart; raises CorruptionError."""
+    found = _match(r"packs/([0-9a-f]{32})-([0-9]{1,9})-([0-9a-f]{64})", name)
+    return PackName(PushId(found[1]), int(found[2]), bytes.fromhex(found[3]))
+
+
+def fold_name(number: int, root_digest: bytes) -> str:
+    """Return the name of the fold of entries up to ``number``.
+
+    The number is written as its distance from 10^20 - 1, so that the newest fold comes first in a listing and is found
+    by listing one name.
+    """
+    return f"fold/{_LAST_ENTRY - number:020d}-{root_digest[:8].hex()}"
+
+
+def fold_number(name: str) -> int:
+    """Return the number of the last entry that a fold holds; raises CorruptionError."""
+    return _LAST_ENTRY - int(_match(r"fold/([0-9]{20})-[0-9a-f]{16}", name)[1])
+
+
+def _match(pattern: str, name: str) -> re.Match[str]:
+    found = re.fullmatch(pattern, name)
+    if found is None:
+        raise CorruptionError(f"{name!r} is not a name that lamella gives", kind="bad_object_name", name=name)
+    return found

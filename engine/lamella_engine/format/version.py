@@ -1,0 +1,289 @@
+"""A version's description (what it is, and the source of its id) and its locator (where it was written).
+
+Both stand, a line of canonical JSON each, in one metadata object (FORMAT.md, "Version" and "Locator"). The id is the
+digest of the first line alone: the second may say something else in a copy of the repository.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.format import canonical
+from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
+from lamella_engine.format.manifest import CellPage, StructurePage
+from lamella_engine.format.names import parse_pack_name
+from lamella_engine.model import AttachmentRole, ChunkId, VersionId
+
+VERSION_FORMAT = 0
+
+MAX_METADATA_NBYTES = 1 << 28
+"""Longest metadata object; 256 MiB is the table of contents of some 4 TB of weights in which no two neighbours share
+a pack."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentPages:
+    """An attachment as a version lists it."""
+
+    path: str
+    role: AttachmentRole
+    chunks: tuple[tuple[ChunkId, int], ...]
+    """Its bytes in order: id and length of each chunk."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole attachment."""
+        return sum(nbytes for _, nbytes in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Everything that a version's id is the digest of."""
+
+    structure_id: str
+    parameters_id: str
+    tensor_count: int
+    cell_count: int
+    decoded_nbytes: int
+    """Bytes of all its tensors."""
+    pages: tuple[StructurePage, ...]
+    attachments: tuple[AttachmentPages, ...]
+    parents: tuple[VersionId, ...]
+    message: str
+    author: str
+    created: str
+    """UTC, ISO 8601 with microseconds; information only."""
+    metrics: Mapping[str, Any]
+    recipe: Any
+
+    @property
+    def manifest_chunks(self) -> tuple[tuple[ChunkId, int], ...]:
+        """The version's own chunks in the order that its locator counts them: id and decoded length.
+
+        Each structure page, followed by the cell pages of its tensors; then the chunks of each attachment.
+        """
+        found: list[tuple[ChunkId, int]] = []
+        for page in self.pages:
+            found.append((page.chunk, page.nbytes))
+            found += ((cells.chunk, cells.nbytes) for cells in page.cells)
+        for attachment in self.attachments:
+            found += attachment.chunks
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class PackRef:
+    """A pack with what a reader needs to fetch its index in one range."""
+
+    name: str
+    nbytes: int
+    index_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """Where a version was written. Names packs as they were then; a reader maps replaced ones through the log."""
+
+    model: str
+    number: int
+    """The version's number in its model, which the log confirms."""
+    parents: tuple[tuple[str, int], ...]
+    """Model and number of each parent, in the order of the description."""
+    packs: tuple[PackRef, ...]
+    """Every pack of the closure: those that hold its chunks, and those that hold their bases."""
+    manifest_runs: tuple[tuple[int, int], ...]
+    """(count, position in ``packs``) over :attr:`Description.manifest_chunks`."""
+    cell_runs: tuple[tuple[int, int], ...]
+    """(count, position in ``packs``) over all cells; what it says of a cell that stands in its row means nothing."""
+
+
+_DESCRIPTION = {
+    "attachments": [{"chunks": [(str, int)], "path": str, "role": str}],
+    "author": str,
+    "created": str,
+    "format": int,
+    "message": str,
+    "metrics": {str: float},
+    "parameters": str,
+    "parents": [str],
+    "recipe": object,
+    "structure": {
+        "cells": int,
+        "id": str,
+        "nbytes": int,
+        "pages": [(str, int, str, int, [(str, int, int)])],
+        "tensors": int,
+    },
+}
+
+_LOCATOR = {
+    "cells": [(int, int)],
+    "manifest": [(int, int)],
+    "model": str,
+    "number": int,
+    "packs": [(str, int, int)],
+    "parents": [(str, int)],
+}
+
+
+def encode_description(description: Description) -> bytes:
+    """Return the canonical bytes of a description; their digest is the version's id."""
+    return canonical.dumps(
+        {
+            "attachments": [
+                {
+                    "chunks": [[chunk.hex(), nbytes] for chunk, nbytes in item.chunks],
+                    "path": item.path,
+                    "role": item.role,
+                }
+                for item in description.attachments
+            ],
+            "author": description.author,
+            "created": description.created,
+            "format": VERSION_FORMAT,
+            "message": description.message,
+            "metrics": description.metrics,
+            "parameters": description.parameters_id,
+            "parents": list(description.parents),
+            "recipe": description.recipe,
+            "structure": {
+                "cells": description.cell_count,
+                "id": description.structure_id,
+                "nbytes": description.decoded_nbytes,
+                "pages": [
+                    [
+                        page.chunk.hex(),
+                        page.nbytes,
+                        page.first_name,
+                        page.first_cell,
+                        [[cells.chunk.hex(), cells.nbytes, cells.first_cell] for cells in page.cells],
+                    ]
+                    for page in description.pages
+                ],
+                "tensors": description.tensor_count,
+            },
+        }
+    )
+
+
+def version_id(description: bytes) -> VersionId:
+    """Return the id of the version whose description has these bytes."""
+    return VersionId(digest(Context.VERSION, description).hex())
+
+
+def encode_metadata(description: bytes, locator: Locator) -> bytes:
+    """Return the metadata object of a version."""
+    second = canonical.dumps(
+        {
+            "cells": locator.cell_runs,
+            "manifest": locator.manifest_runs,
+            "model": locator.model,
+            "number": locator.number,
+            "packs": [[pack.name, pack.nbytes, pack.index_nbytes] for pack in locator.packs],
+            "parents": locator.parents,
+        }
+    )
+    return description + b"\n" + second + b"\n"
+
+
+def decode_metadata(data: bytes, *, expected: VersionId) -> tuple[Description, Locator]:
+    """Parse and check the metadata object of version ``expected``.
+
+    Raises CorruptionError if the description's digest is another or a rule of FORMAT.md is broken.
+    """
+    what = f"the metadata of version {expected[:12]}"
+    lines = data.split(b"\n")
+    if len(lines) != 3 or lines[2]:
+        raise CorruptionError(f"{what} is not two lines", kind="bad_metadata")
+    if version_id(lines[0]) != expected:
+        raise CorruptionError(f"{what} describes another version", kind="bad_digest")
+    description = _description(canonical.loads(lines[0], what=what), what)
+    return description, _locator(canonical.loads(lines[1], what=what), description, what)
+
+
+def _description(value: Any, what: str) -> Description:
+    if isinstance(value, dict) and value.get("format") != VERSION_FORMAT:
+        raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
+    canonical.conform(value, _DESCRIPTION, what=what)
+    structure = value["structure"]
+    attachments = []
+    for item in value["attachments"]:
+        if item["role"] not in get_args(AttachmentRole):
+            raise UnsupportedFormatError(f"{what} has an attachment of role {item['role']!r}: upgrade lamella")
+        chunks = tuple((_chunk(chunk, what), nbytes) for chunk, nbytes in item["chunks"])
+        attachments.append(AttachmentPages(item["path"], item["role"], chunks))
+    pages = tuple(
+        StructurePage(
+            _chunk(chunk, what),
+            nbytes,
+            first_name,
+            first_cell,
+            tuple(CellPage(_chunk(cells, what), cells_nbytes, first) for cells, cells_nbytes, first in cell_pages),
+        )
+        for chunk, nbytes, first_name, first_cell, cell_pages in structure["pages"]
+    )
+    names = [page.first_name for page in pages]
+    firsts = [cells.first_cell for page in pages for cells in page.cells]
+    starts = [page.first_cell for page in pages]
+    owned = all(page.cells[0].first_cell == page.first_cell for page in pages if page.cells)
+    if (
+        names != sorted(set(names))
+        or firsts != sorted(set(firsts))
+        or starts != sorted(starts)
+        or not owned
+        or (starts[:1] or [0]) != [0]
+        or any(first >= structure["cells"] for first in firsts)
+        or (not pages and structure["tensors"])
+    ):
+        raise CorruptionError(f"{what} lists its pages out of order", kind="bad_metadata")
+    for parent in (*value["parents"], structure["id"], value["parameters"]):
+        _chunk(parent, what)
+    return Description(
+        structure_id=structure["id"],
+        parameters_id=value["parameters"],
+        tensor_count=structure["tensors"],
+        cell_count=structure["cells"],
+        decoded_nbytes=structure["nbytes"],
+        pages=pages,
+        attachments=tuple(attachments),
+        parents=tuple(VersionId(parent) for parent in value["parents"]),
+        message=value["message"],
+        author=value["author"],
+        created=value["created"],
+        metrics=value["metrics"],
+        recipe=value["recipe"],
+    )
+
+
+def _locator(value: Any, description: Description, what: str) -> Locator:
+    canonical.conform(value, _LOCATOR, what=what)
+    packs = tuple(PackRef(name, nbytes, index_nbytes) for name, nbytes, index_nbytes in value["packs"])
+    for pack in packs:
+        parse_pack_name(pack.name)
+        if pack.index_nbytes > pack.nbytes:
+            raise CorruptionError(f"{what} has a pack with an index longer than itself", kind="bad_metadata")
+    for key, total in (("manifest", len(description.manifest_chunks)), ("cells", description.cell_count)):
+        runs = value[key]
+        if sum(count for count, _ in runs) != total or any(pack >= len(packs) for _, pack in runs):
+            raise CorruptionError(f"{what} does not locate all its {key}", kind="bad_metadata")
+    if len(value["parents"]) != len(description.parents):
+        raise CorruptionError(f"{what} does not locate all its parents", kind="bad_metadata")
+    return Locator(
+        model=value["model"],
+        number=value["number"],
+        parents=tuple((model, number) for model, number in value["parents"]),
+        packs=packs,
+        manifest_runs=tuple((count, pack) for count, pack in value["manifest"]),
+        cell_runs=tuple((count, pack) for count, pack in value["cells"]),
+    )
+
+
+def _chunk(text: str, what: str) -> ChunkId:
+    try:
+        chunk = bytes.fromhex(text)
+    except ValueError:
+        chunk = b""
+    if len(chunk) != DIGEST_NBYTES or chunk.hex() != text:
+        raise CorruptionError(f"{what} has {text[:80]!r} where a digest belongs", kind="bad_metadata")
+    return ChunkId(chunk)

@@ -1,0 +1,179 @@
+"""Looking after a repository. Today: verify, which reads everything and changes nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from lamella_engine.content_store.log import State
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.packs import StoredBlob
+from lamella_engine.errors import CorruptionError, LamellaError, UnsupportedFormatError
+from lamella_engine.format.digests import Context, Digester, chunk_id
+from lamella_engine.format.entry import VersionAdded
+from lamella_engine.format.fold import TABLES
+
+Result = TypeVar("Result")
+
+BLOBS_AT_ONCE = 256
+"""Blobs read and checked at a time: at most 1 GiB of encoded bytes in theory, a few MB in a repository of deltas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it should be."""
+
+    __module__ = "lamella"
+
+    kind: str
+    """The kind of the error that reading it raises."""
+    message: str
+    where: str
+    """The object, or the version as ``model@v<number>``."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What verify looked at and what it found."""
+
+    __module__ = "lamella"
+
+    deep: bool
+    entries: int = 0
+    versions: int = 0
+    packs: int = 0
+    blobs: int = 0
+    read_nbytes: int = 0
+    """Bytes of blobs that were read."""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+
+def verify(store: PackedStore, *, deep: bool = False) -> Verification:
+    """Check a repository against FORMAT.md, from the log to the last blob.
+
+    Always: the chain of entries, the fold against the entries, every version's metadata and pages, every cell's copy
+    and everything it stands on, every pack's index and the digest of every blob. With ``deep`` every blob is also
+    decoded and its chunk id computed again, and every version's parameters id from those of its cells.
+
+    A problem is noted, and what does not depend on it is still checked. Raises CorruptionError only if the log itself
+    cannot be read, for then nothing can be said at all.
+    """
+    report = Verification(deep)
+    checker = _Checker(store, report)
+    state = checker.log()
+    checker.packs(state)
+    checker.versions(state)
+    return report
+
+
+class _Checker:
+    def __init__(self, store: PackedStore, report: Verification) -> None:
+        self._store = store
+        self._report = report
+
+    def _try(self, where: str, check: Callable[[], Result]) -> Result | None:
+        try:
+            return check()
+        except (CorruptionError, UnsupportedFormatError) as error:
+            self._report.problems.append(Problem(error.kind, error.message, where))
+        return None
+
+    def log(self) -> State:
+        """Rebuild the state from the entries alone, and compare it with what readers see."""
+        seen = self._store.log.refresh()
+        rebuilt = seen
+        for entry, state in self._store.log.history():
+            self._report.entries += 1
+            rebuilt = state
+            if entry.number == seen.number:
+                break
+        for table in TABLES:
+            self._try(f"fold, table {table}", partial(_compare, table, seen, rebuilt))
+        for model in rebuilt.models():
+            for name, ref in rebuilt.refs(model):
+                if rebuilt.version(model, ref.number) is None:
+                    self._report.problems.append(
+                        Problem("missing_version", f"stands at v{ref.number}, which is not there", f"{model}@{name}")
+                    )
+        self._try("log", lambda: self._store.log.check_tail(self._store.log.refresh()))
+        return rebuilt
+
+    def packs(self, state: State) -> None:
+        """Check the index of every live pack, and every blob in it."""
+        for pack in state.packs():
+            self._report.packs += 1
+            index = self._try(pack.name, partial(self._store.packs.index, pack.name))
+            if index is None:
+                continue
+            blobs = [StoredBlob(pack.name, row) for row in index.rows]
+            for at in range(0, len(blobs), BLOBS_AT_ONCE):
+                self._blobs(blobs[at : at + BLOBS_AT_ONCE])
+
+    def _blobs(self, blobs: list[StoredBlob]) -> None:
+        self._report.blobs += len(blobs)
+        self._report.read_nbytes += sum(blob.row.encoded_nbytes for blob in blobs)
+
+        def check(blob: StoredBlob) -> LamellaError | None:
+            try:
+                self._check_blob(blob)
+            except (CorruptionError, UnsupportedFormatError) as error:
+                return error
+            return None
+
+        for blob, error in zip(blobs, self._store.executor.map(check, blobs), strict=True):
+            if error is not None:
+                self._report.problems.append(Problem(error.kind, error.message, blob.pack))
+
+    def _check_blob(self, blob: StoredBlob) -> None:
+        chain = self._store.reader.chain(blob)
+        if self._report.deep:
+            data = self._store.reader.decoded(blob, blob.row.decoded_nbytes)
+            if chunk_id(data) != blob.row.chunk:
+                raise CorruptionError(
+                    f"a blob of {blob.pack} does not decode to chunk {blob.row.chunk.hex()[:12]}", kind="bad_chunk"
+                )
+        else:
+            self._store.packs.payload(chain[-1])
+
+    def versions(self, state: State) -> None:
+        """Check that every version can be read: its metadata, its pages, and a live copy for each cell."""
+        for added in state.versions():
+            self._report.versions += 1
+            self._try(f"{added.model}@v{added.number}", partial(self._version, state, added))
+
+    def _version(self, state: State, added: VersionAdded) -> None:
+        version = self._store.reader.open_added(added)
+        version.manifest.check()
+        parameters = Digester(Context.PARAMETERS)
+        parameters.update(bytes.fromhex(version.recorded.description.structure_id))
+        named = {live for pack in version.locator.packs for live in state.where_is(pack.name)}
+        for row in version.manifest.all_rows():
+            if row.chunk is None:
+                parameters.update(chunk_id(row.content))
+                continue
+            parameters.update(row.chunk)
+            for link in self._store.reader.chain(self._store.reader.copy_of_row(version, row)):
+                if link.pack not in named:
+                    raise CorruptionError(
+                        f"{link.pack} is not in the closure that the version names", kind="bad_closure"
+                    )
+        for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
+            self._store.reader.copy(chunk, version.pack_of_manifest(place))
+        for attachment in version.recorded.description.attachments:
+            version.manifest.attachment(attachment.path)
+        if parameters.digest().hex() != version.recorded.description.parameters_id:
+            raise CorruptionError("the cells are not those that the parameters id is the digest of", kind="bad_digest")
+        for parent in version.recorded.parents:
+            row_of_parent = state.version(parent.model, parent.number)
+            if row_of_parent is None or row_of_parent.id != parent.id:
+                raise CorruptionError(f"its parent {parent.id[:12]} is not in the log", kind="missing_version")
+
+
+def _compare(table: str, seen: State, rebuilt: State) -> None:
+    if list(seen.table(table)) != list(rebuilt.table(table)):
+        raise CorruptionError("the fold is not what the entries add up to: delete it", kind="bad_fold")

@@ -1,0 +1,205 @@
+"""From versions to memory: decoded cells, whole tensors, and boxes cut out of tensors.
+
+Blobs are read in the caller's thread and decoded by the executor's, straight to where they belong.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product, tee
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.content_store.seam import ContentStore, Reading
+from lamella_engine.errors import TensorNotFoundError
+from lamella_engine.executor import Executor
+from lamella_engine.model import Cell, TensorSpec, VersionId
+
+Result = TypeVar("Result")
+
+Patterns: TypeAlias = str | Sequence[str] | None
+"""A glob over tensor names (``*``, ``?``, ``[...]``, case matters), several of them, or None for no restriction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which tensors are meant: those that match any of ``include``, and none of ``exclude``."""
+
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+    def tensors(self, manifest: Manifest) -> Iterator[TensorSpec]:
+        """Yield the selected tensors by name, reading only the pages that can hold them.
+
+        Raises TensorNotFoundError if a pattern of ``include`` matches no tensor: a partial load that silently leaves
+        out what was asked for is worse than none.
+        """
+        wanted: dict[str, TensorSpec] = {}
+        if self.include is None:
+            wanted = {spec.name: spec for spec in manifest.specs()}
+        for pattern in self.include or ():
+            found = [spec for spec in manifest.specs(_literal(pattern)) if fnmatchcase(spec.name, pattern)]
+            if not found:
+                raise TensorNotFoundError(f"no tensor matches {pattern!r}: see show for the names", pattern=pattern)
+            wanted |= {spec.name: spec for spec in found}
+        for name in sorted(wanted):
+            if not any(fnmatchcase(name, pattern) for pattern in self.exclude):
+                yield wanted[name]
+
+
+def select(include: Patterns = None, exclude: Patterns = None) -> Selection:
+    """Return the selection that these patterns make."""
+    return Selection(None if include is None else _several(include), _several(exclude))
+
+
+def _several(patterns: Patterns) -> tuple[str, ...]:
+    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _literal(pattern: str) -> str:
+    """Return what every name that matches begins with."""
+    return pattern[: min((at for at in map(pattern.find, "*?[") if at >= 0), default=len(pattern))]
+
+
+class _Pair(threading.local):
+    """Two cells' worth of memory for each thread, used again because first touch of fresh memory is slow."""
+
+    def __init__(self) -> None:
+        self.left = np.empty(MAX_CELL_NBYTES, np.uint8)
+        self.right = np.empty(MAX_CELL_NBYTES, np.uint8)
+
+
+_pair = _Pair()
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads decoded cells of one store.
+
+    Parameters
+    ----------
+    store
+        Where blobs come from.
+    executor
+        What decodes them.
+    check
+        Whether to compute every chunk's id again.
+    """
+
+    store: ContentStore
+    executor: Executor
+    check: bool = False
+
+    def read_into(self, version: VersionId, targets: Iterable[tuple[Cell, memoryview]]) -> None:
+        """Decode each cell into its target, which is writable and exactly as long as the cell.
+
+        Raises CorruptionError; then the content of the targets is undefined.
+        """
+        places: dict[Cell, memoryview] = {}
+
+        def cells() -> Iterator[Cell]:
+            for cell, target in targets:
+                places[cell] = target
+                yield cell
+
+        def decode(reading: Reading) -> None:
+            decode_chain(reading.chain, places.pop(reading.cell), check=self.check)
+
+        for _ in self.executor.map(decode, self.store.read(version, cells())):
+            pass
+
+    def stream(self, version: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, memoryview]]:
+        """Yield each cell with its decoded bytes, in order. The bytes are valid until the next item is asked for."""
+        free: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
+
+        def decode(reading: Reading) -> tuple[Cell, memoryview, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+            try:
+                memory = free.pop()
+            except IndexError:
+                memory = np.empty(MAX_CELL_NBYTES, np.uint8)
+            out = memory.data[: reading.chain[-1].decoded_nbytes]
+            decode_chain(reading.chain, out, check=self.check)
+            return reading.cell, out, memory
+
+        for cell, out, memory in self.executor.map(decode, self.store.read(version, cells)):
+            yield cell, out
+            free.append(memory)
+
+    def map_pairs(
+        self,
+        function: Callable[[Cell, memoryview, memoryview], Result],
+        a: VersionId,
+        b: VersionId,
+        cells: Iterable[Cell],
+    ) -> Iterator[Result]:
+        """Yield ``function(cell, bytes in a, bytes in b)`` for each cell, in order. The bytes are valid during the
+        call only."""
+        ours, theirs = tee(cells)
+
+        def decode(pair: tuple[Reading, Reading]) -> Result:
+            decoded = []
+            for memory, reading in zip((_pair.left, _pair.right), pair, strict=True):
+                out = memory.data[: reading.chain[-1].decoded_nbytes]
+                decode_chain(reading.chain, out, check=self.check)
+                decoded.append(out)
+            return function(pair[0].cell, *decoded)
+
+        yield from self.executor.map(decode, zip(self.store.read(a, ours), self.store.read(b, theirs), strict=True))
+
+    def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, bytearray]]:
+        """Yield whole tensors: their little-endian C-order bytes, in new memory."""
+        specs = list(specs)
+        memory = {spec.name: bytearray(spec.nbytes) for spec in specs}
+
+        def targets() -> Iterator[tuple[Cell, memoryview]]:
+            for spec in specs:
+                out = memoryview(memory[spec.name])
+                for number, region in enumerate(spec.grid.regions()):
+                    yield Cell(spec.name, number), out[region.start : region.stop]
+
+        self.read_into(version, targets())
+        for spec in specs:
+            yield spec, memory.pop(spec.name)
+
+    def box(self, version: VersionId, spec: TensorSpec, ranges: Sequence[range]) -> bytearray:
+        """Return the C-order bytes of a box of a tensor, decoding only the cells that it touches.
+
+        Parameters
+        ----------
+        spec
+            A tensor whose dtype is not opaque.
+        ranges
+            For each axis, the consecutive indexes wanted.
+        """
+        itemsize = spec.dtype.bits // 8
+        shape = tuple(len(wanted) for wanted in ranges)
+        out = np.zeros((*shape, itemsize), np.uint8)
+        if not out.size:
+            return bytearray()
+        grid = spec.grid
+        if not spec.shape:
+            numbers: Iterable[int] = [0]
+        else:
+            per_row = -(-spec.shape[grid.axis] // grid.length)
+            cut = ranges[grid.axis]
+            columns = range(cut[0] // grid.length, cut[-1] // grid.length + 1)
+            numbers = (
+                int(np.ravel_multi_index(leading, spec.shape[: grid.axis]) if leading else 0) * per_row + column
+                for *leading, column in product(*ranges[: grid.axis], columns)
+            )
+        cells = (Cell(spec.name, number) for number in numbers)
+        for cell, data in self.stream(version, cells):
+            place = grid.region(cell.number).slices
+            chunk = np.frombuffer(data, np.uint8).reshape((*(part.stop - part.start for part in place), itemsize))
+            inner, outer = [], []
+            for part, wanted in zip(place, ranges, strict=True):
+                first, stop = max(part.start, wanted.start), min(part.stop, wanted.stop)
+                inner.append(slice(first - part.start, stop - part.start))
+                outer.append(slice(first - wanted.start, stop - wanted.start))
+            out[tuple(outer)] = chunk[tuple(inner)]
+        return bytearray(out.data.cast("B"))

@@ -1,0 +1,447 @@
+"""A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from lamella_engine import maintenance
+from lamella_engine.checkpoints import (
+    SafetensorsLayout,
+    check_attachment_path,
+    open_checkpoint,
+    to_numpy,
+    write_file,
+)
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.revisions import parse_target
+from lamella_engine.content_store.seam import RefUpdate
+from lamella_engine.distance import Distance, measure
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    InvalidInputError,
+    RepositoryNotFoundError,
+)
+from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
+from lamella_engine.format import canonical
+from lamella_engine.format.names import new_push_id
+from lamella_engine.format.version import AttachmentPages
+from lamella_engine.maintenance import Verification
+from lamella_engine.model import Cell, RefKind, TensorSpec, VersionId
+from lamella_engine.objects import Objects, open_objects
+from lamella_engine.objects.local import LocalObjects
+from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.torch_tensors import to_torch
+from lamella_engine.versions import Version
+
+INDEX_PATH = Path("index", "chunks.sqlite")
+"""Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object."""
+
+OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
+"""Every object of a repository lies in one of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How large a repository is."""
+
+    __module__ = "lamella"
+
+    models: int
+    versions: int
+    packs: int
+    decoded_nbytes: int
+    """Bytes of the tensors of all versions, as if each were kept by itself."""
+    stored_nbytes: int
+    """Bytes of every object: blobs, indexes, manifests, log, folds. Derived indexes are left out."""
+
+    @property
+    def ratio(self) -> float:
+        """Decoded bytes for each stored one."""
+        return self.decoded_nbytes / self.stored_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """Which tensors of version b differ from version a, by name."""
+
+    __module__ = "lamella"
+
+    added: tuple[str, ...]
+    """In b only."""
+    removed: tuple[str, ...]
+    """In a only."""
+    reshaped: tuple[str, ...]
+    """Of another shape or dtype."""
+    changed: tuple[str, ...]
+    """Of equal shape and dtype, with other bytes."""
+    same: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefInfo:
+    """A ref and the version it stands at."""
+
+    __module__ = "lamella"
+
+    model: str
+    name: str
+    kind: RefKind
+    number: int
+
+
+class Repository:
+    """A repository: models, their versions, and refs to them. Safe for several threads and processes.
+
+    Made by :func:`lamella.init` and :func:`lamella.open`; a context manager that closes it at the end.
+    """
+
+    __module__ = "lamella"
+
+    def __init__(self, store: PackedStore, executor: Executor) -> None:
+        self._store = store
+        self._executor = executor
+        self._reader = Reader(store, executor)
+
+    def __enter__(self) -> "Repository":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release threads and files. Idempotent; nothing needs it to be durable."""
+        self._store.close()
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    def push(
+        self,
+        source: "Mapping[str, Any] | str | PathLike[str]",
+        target: str,
+        *,
+        message: str = "",
+        parent: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        recipe: Any = None,
+    ) -> Version:
+        """Store a checkpoint as a new version at the tip of a branch.
+
+        Parameters
+        ----------
+        source
+            A dict of torch tensors or NumPy arrays, or the path of a ``.safetensors`` file, which then checks out
+            byte for byte.
+        target
+            ``"model@branch"``. The branch is made if it is not there.
+        message
+            What to say about it.
+        parent
+            A revision. On a branch that exists it must be its head (the default); on a new one it is where the branch
+            starts.
+        metrics
+            Numbers by name, such as ``{"loss": 0.31}``.
+        recipe
+            What made it: anything that JSON can hold.
+
+        Returns
+        -------
+        Version
+            The new version; or the branch's head, if that is equal in tensors, files, metrics, recipe and message.
+
+        Raises
+        ------
+        InvalidInputError
+            The source or a name is malformed, or the source changed while it was read.
+        ConflictError
+            The branch is not, or no longer, where it was expected.
+        OutcomeUnknownError
+            The store did not say whether the version was recorded.
+        """
+        model, branch = parse_target(target)
+        notes = Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
+        canonical.dumps(recipe)  # refused now, not after the upload
+        with open_checkpoint(source) as checkpoint:
+            if not checkpoint.structure and not checkpoint.attachments:
+                raise InvalidInputError("there is nothing to push: the source has no tensors", kind="empty_source")
+            base = None if parent is None else self._store.resolve(parent)
+            push = self._store.begin(model, branch, parent=base, push_id=new_push_id())
+            recorded = push_checkpoint(push, checkpoint, self._executor, notes)
+        return Version(recorded, self._reader)
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def version(self, revision: str) -> Version:
+        """Return a version: ``"bert@main"``, ``"bert@v3"``, ``"bert@latest"``, ``"bert@best:accuracy"``, an id, each
+        with ``~N``.
+
+        Reads its metadata only. Raises NotFoundError if nothing has that name, InvalidInputError if it can be no name.
+        """
+        return self._version(self._store.resolve(revision))
+
+    def _version(self, id: VersionId) -> Version:
+        return Version(self._store.version(id), self._reader)
+
+    def checkout(
+        self,
+        revision: str,
+        out: "str | PathLike[str] | None" = None,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        framework: Literal["numpy", "torch"] = "numpy",
+        overwrite: bool = False,
+        verify: Literal["blob", "chunk"] = "blob",
+    ) -> dict[str, Any]:
+        """Get tensors back, in memory or as files.
+
+        Parameters
+        ----------
+        revision
+            Which version.
+        out
+            A directory, made if it is not there. Files that were pushed come back byte for byte; tensors that were
+            pushed from memory, or selected, become ``model.safetensors``. None returns tensors.
+        include, exclude
+            Globs over tensor names, one or several. Only the bytes of selected tensors are read.
+        framework
+            What tensors are returned as.
+        overwrite
+            Whether files that are there, and differ, may be replaced.
+        verify
+            ``"blob"`` checks the digest of everything that is read; ``"chunk"`` also computes the id of what it
+            decodes to.
+
+        Returns
+        -------
+        dict
+            Name -> array or tensor; with ``out``, path of each file in it -> its :class:`pathlib.Path`.
+
+        Raises
+        ------
+        AlreadyExistsError
+            A file is there, differs, and ``overwrite`` is off. No file is changed then.
+        TensorNotFoundError
+            A pattern of ``include`` matches nothing.
+        CorruptionError
+            Stored bytes are damaged; nothing half-written is left.
+        """
+        if framework not in ("numpy", "torch") or verify not in ("blob", "chunk"):
+            raise InvalidInputError("framework is 'numpy' or 'torch', verify is 'blob' or 'chunk'", kind="bad_option")
+        id = self._store.resolve(revision)
+        reader = Reader(self._store, self._executor, check=verify == "chunk")
+        if out is None:
+            specs = select(include, exclude).tensors(self._store.manifest(id))
+            convert = to_torch if framework == "torch" else to_numpy
+            return {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in reader.tensors(id, specs)}
+        files = _Files(reader, id, Path(out))
+        if include is None and exclude is None:
+            return files.as_pushed(overwrite=overwrite)
+        return files.selected(list(select(include, exclude).tensors(self._store.manifest(id))), overwrite=overwrite)
+
+    def log(self, revision: str) -> Iterator[Version]:
+        """Yield a version and its ancestors along first parents, newest first."""
+        id: VersionId | None = self._store.resolve(revision)
+        while id is not None:
+            version = self._version(id)
+            yield version
+            parents = self._store.version(id).parents
+            id = self._store.resolve(f"{parents[0].model}@v{parents[0].number}") if parents else None
+
+    def diff(self, a: str, b: str) -> Diff:
+        """Say which tensors differ between two versions; reads no weights."""
+        left, right = (self._store.manifest(self._store.resolve(revision)) for revision in (a, b))
+        ours = {spec.name: spec for spec in left.specs()}
+        theirs = {spec.name: spec for spec in right.specs()}
+        both = sorted(ours.keys() & theirs.keys())
+        alike = [name for name in both if ours[name] == theirs[name]]
+        equal = {
+            name
+            for name in alike
+            if all(one.content == other.content for one, other in zip(left.rows(name), right.rows(name), strict=True))
+        }
+        return Diff(
+            added=tuple(sorted(theirs.keys() - ours.keys())),
+            removed=tuple(sorted(ours.keys() - theirs.keys())),
+            reshaped=tuple(name for name in both if ours[name] != theirs[name]),
+            changed=tuple(name for name in alike if name not in equal),
+            same=tuple(name for name in alike if name in equal),
+        )
+
+    def distance(self, a: str, b: str, *, include: Patterns = None) -> Distance:
+        """Measure two versions against each other, exactly and in float64; chunks that are equal are not read.
+
+        Raises InvalidInputError if a selected tensor is in one version only, or has another dtype or shape there.
+        """
+        first, second = self._store.resolve(a), self._store.resolve(b)
+        return measure(self._reader, first, second, select(include))
+
+    # -- refs ----------------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """Return the names of all models."""
+        return self._store.models()
+
+    def refs(self, model: str) -> list[RefInfo]:
+        """Return the branches, tags and aliases of a model by name."""
+        return [RefInfo(model, ref.name, ref.kind, ref.number) for ref in self._store.refs(model)]
+
+    def branch(self, name: str, revision: str) -> None:
+        """Make a branch at a version of its model, or move it there, also back."""
+        self._set_ref("branch", name, revision)
+
+    def tag(self, name: str, revision: str) -> None:
+        """Make a tag. Raises AlreadyExistsError if it stands at another version: tags never move."""
+        self._set_ref("tag", name, revision)
+
+    def alias(self, name: str, revision: str) -> None:
+        """Make an alias, such as ``"bert@production"``, or move it."""
+        self._set_ref("alias", name, revision)
+
+    def delete_ref(self, name: str) -> None:
+        """Delete a branch, tag or alias. Versions stay. Raises RefNotFoundError."""
+        model, ref = parse_target(name)
+        self._store.update_refs([RefUpdate(model, ref, "branch", None)])
+
+    def _set_ref(self, kind: RefKind, name: str, revision: str) -> None:
+        model, ref = parse_target(name)
+        at = self._store.version(self._store.resolve(revision))
+        if at.model != model:
+            raise InvalidInputError(
+                f"{revision} is a version of {at.model}, not of {model}: push it to {name} with that parent",
+                kind="another_model",
+            )
+        self._store.update_refs([RefUpdate(model, ref, kind, at.number)])
+
+    # -- the whole -----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Return how large the repository is. Lists every object."""
+        state = self._store.log.refresh()
+        decoded = [version.decoded_nbytes for version in state.versions()]
+        infos = (info for name in OBJECT_DIRECTORIES for info in self._store.objects.list(f"{name}/"))
+        return Stats(
+            models=len(state.models()),
+            versions=len(decoded),
+            packs=sum(1 for _ in state.packs()),
+            decoded_nbytes=sum(decoded),
+            stored_nbytes=sum(info.nbytes for info in infos),
+        )
+
+    def verify(self, deep: bool = False) -> Verification:
+        """Check everything that is stored; see :class:`lamella.Verification` for what was found. Changes nothing.
+
+        ``deep`` also decodes every blob and computes its chunk id again.
+        """
+        return maintenance.verify(self._store, deep=deep)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Writes a version's files into a directory."""
+
+    reader: Reader
+    version: VersionId
+    out: Path
+
+    def as_pushed(self, *, overwrite: bool) -> dict[str, Path]:
+        """Write the files that were pushed; a version that was pushed from memory becomes one canonical file."""
+        manifest = self.reader.store.manifest(self.version)
+        attachments = manifest.description.attachments
+        if not attachments:
+            return self.selected(list(manifest.specs()), overwrite=overwrite)
+        return {item.path: self._attached(item, manifest.attachment(item.path), overwrite) for item in attachments}
+
+    def selected(self, specs: list[TensorSpec], *, overwrite: bool) -> dict[str, Path]:
+        """Write tensors as one canonical safetensors file."""
+        return {"model.safetensors": self._write("model.safetensors", SafetensorsLayout.canonical(specs), overwrite)}
+
+    def _attached(self, item: AttachmentPages, data: bytes, overwrite: bool) -> Path:
+        try:
+            check_attachment_path(item.path)
+            if item.role == "safetensors_header":
+                return self._write(item.path, SafetensorsLayout.from_header(data), overwrite)
+        except InvalidInputError as error:
+            raise CorruptionError(f"the attachment {item.path!r} is damaged: {error}", kind="bad_attachment") from None
+        path = self._place(item.path)
+        write_file(path, [data], nbytes=len(data), overwrite=overwrite)
+        return path
+
+    def _write(self, name: str, layout: SafetensorsLayout, overwrite: bool) -> Path:
+        def parts() -> Iterator[bytes | memoryview]:
+            yield layout.header
+            cells = (
+                Cell(tensor.spec.name, number)
+                for tensor in layout.tensors
+                for number in range(tensor.spec.grid.cell_count)
+            )
+            for _, data in self.reader.stream(self.version, cells):
+                yield data
+
+        path = self._place(name)
+        write_file(path, parts(), nbytes=layout.nbytes, overwrite=overwrite)
+        return path
+
+    def _place(self, name: str) -> Path:
+        path = self.out / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise AlreadyExistsError(f"{path.parent} is a file: give a directory", kind="not_a_directory") from None
+        except NotADirectoryError:
+            raise InvalidInputError(f"{path.parent} lies below a file: give a directory", kind="bad_path") from None
+        return path
+
+
+def _text(message: str) -> str:
+    if not isinstance(message, str):
+        raise InvalidInputError(f"a message is text, not a {type(message).__name__}", kind="bad_value")
+    canonical.dumps(message)
+    return message
+
+
+def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    stored = canonical.loads(canonical.dumps(dict(metrics or {})), what="metrics")
+    for name, value in stored.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InvalidInputError(f"the metric {name!r} is no number: put it into the recipe", kind="bad_metric")
+    return dict(stored)
+
+
+def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
+    """Make a repository.
+
+    Parameters
+    ----------
+    url
+        A directory path, ``file:///path``, or ``memory://name`` for one that lives as long as the process.
+    memory_nbytes
+        Bound of the memory for work in flight.
+
+    Raises
+    ------
+    AlreadyExistsError
+        There is one already.
+    StorageError
+        The place fails, or does not keep the promises that a repository needs.
+    """
+    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
+    objects = open_objects(str(url), create=True)
+    return Repository(PackedStore.create(objects, executor, index_path=_index_path(objects)), executor)
+
+
+def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
+    """Open a repository; see :func:`init` for the parameters. Raises RepositoryNotFoundError if there is none."""
+    try:
+        objects = open_objects(str(url))
+        executor = ThreadExecutor(memory_nbytes=memory_nbytes)
+        return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
+    except RepositoryNotFoundError:
+        raise RepositoryNotFoundError(f"there is no repository at {url}: make one with init", url=str(url)) from None
+
+
+def _index_path(objects: Objects) -> Path | None:
+    return objects.root / INDEX_PATH if isinstance(objects, LocalObjects) else None

@@ -1,0 +1,199 @@
+"""Torch tensors as bytes and back. The one module that imports torch, and only once somebody has a tensor.
+
+``import lamella`` must not cost an import of torch, so nothing here imports it at the top: that something is no tensor
+can be told without it, because a program that holds a tensor has imported torch already.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+from lamella_engine.dtypes import DTYPES, Dtype, dtype_named
+from lamella_engine.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lamella_engine.model import Buffer
+
+# Two f4 elements in a byte; the only torch dtype whose elements are not the elements of a lamella dtype.
+_PACKED_F4 = "float4_e2m1fn_x2"
+
+
+def is_torch_tensor(value: object) -> "TypeGuard[torch.Tensor]":
+    """Whether ``value`` is a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def dtype_of_torch(dtype: "torch.dtype") -> Dtype:
+    """Look a dtype up by its torch dtype; raises InvalidInputError (``unknown_dtype``)."""
+    name = str(dtype).removeprefix("torch.")
+    if name == _PACKED_F4:
+        return dtype_named("f4")
+    if name not in _TORCH_NAMES:
+        raise InvalidInputError(
+            f"tensors of dtype {dtype} cannot be stored; convert to a plain dtype", kind="unknown_dtype", dtype=name
+        )
+    return dtype_named(name)
+
+
+def torch_dtype_of(dtype: Dtype) -> "torch.dtype":
+    """Return torch's dtype for ``dtype``; raises InvalidInputError (``unknown_dtype``) if this torch has none."""
+    import torch
+
+    found = getattr(torch, _PACKED_F4 if dtype.name == "f4" else dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise InvalidInputError(
+            f"torch {torch.__version__} has no dtype for {dtype.name}: check out as arrays",
+            kind="unknown_dtype",
+            dtype=dtype.name,
+        )
+    return found
+
+
+def check_storable(tensor: "torch.Tensor") -> None:
+    """Raise InvalidInputError unless ``tensor`` is a plain run of elements in memory, of whatever strides and device.
+
+    The kinds are ``meta_tensor``, ``distributed_tensor``, ``wrapped_tensor`` (a subclass that is no tensor in memory
+    itself), ``uninitialized_tensor``, ``quantized_tensor``, ``sparse_tensor``, ``nested_tensor``, ``freed_tensor`` and
+    ``unknown_dtype``.
+    """
+    import torch
+
+    def refuse(problem: str, kind: str) -> InvalidInputError:
+        return InvalidInputError(problem, kind=kind)
+
+    if isinstance(tensor, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
+        raise refuse("it is a parameter without a shape yet: run the module once", "uninitialized_tensor")
+    if hasattr(type(tensor), "full_tensor"):
+        raise refuse("it is a distributed tensor: push its full_tensor()", "distributed_tensor")
+    if tensor.is_nested:
+        raise refuse("it is a nested tensor: push its components, or pad it", "nested_tensor")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise refuse(
+            f"a {type(tensor).__name__} holds no elements itself: push the plain tensors that it is made of",
+            "wrapped_tensor",
+        )
+    if tensor.is_meta:
+        raise refuse("it is a meta tensor, without data: materialize the model first", "meta_tensor")
+    if tensor.is_quantized:
+        raise refuse("it is quantized: push its int_repr(), scales and zero points", "quantized_tensor")
+    if tensor.layout is not torch.strided:
+        raise refuse(f"its layout is {tensor.layout}: push its indices and values, or to_dense()", "sparse_tensor")
+    dtype = dtype_of_torch(tensor.dtype)
+    if dtype.opaque and not tensor.dim():
+        raise refuse("a scalar cannot hold packed elements: give it an axis", "unknown_dtype")
+    _check_alive(tensor)
+
+
+def shape_of(tensor: "torch.Tensor") -> tuple[int, ...]:
+    """Shape in elements; torch counts packed elements (f4) by the byte."""
+    shape = tuple(tensor.shape)
+    if dtype_of_torch(tensor.dtype).opaque:
+        return (*shape[:-1], 2 * shape[-1])
+    return shape
+
+
+def change_count(tensor: "torch.Tensor") -> int:
+    """Return how often the tensor was changed in place, as far as torch counts (not under inference_mode)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[Any, np.dtype[Any]]":
+    """Return a part of a storable tensor as an array.
+
+    Parameters
+    ----------
+    tensor
+        Passed :func:`check_storable`. On any device; may require grad.
+    slices
+        The part, one slice for each axis; for an opaque dtype one slice of the tensor's bytes.
+
+    Returns
+    -------
+    array of the dtype's NumPy dtype, or uint8, 1-d, for an opaque dtype
+        Shares the tensor's memory if that is the CPU's and no lazy conjugation or negation is pending, else a copy of
+        this part only. The tensor's own strides.
+
+    Raises
+    ------
+    InvalidInputError
+        The tensor's memory was freed meanwhile (``freed_tensor``).
+    """
+    import torch
+
+    _check_alive(tensor)
+    dtype = dtype_of_torch(tensor.dtype)
+    with torch.no_grad():
+        if dtype.opaque:
+            part = tensor.detach().view(torch.uint8).reshape(-1)[slices]
+        else:
+            part = tensor.detach()[slices].resolve_conj().resolve_neg()
+        if part.device.type != "cpu":
+            part = part.contiguous().cpu()
+        # NumPy knows few of torch's dtypes, but integers of every width. DLPack and not Tensor.numpy(), which would
+        # forbid the caller's storage ever to be resized, as FSDP does.
+        carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(part.itemsize)
+        array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part.view(carrier) if carrier else part)
+    return array if dtype.numpy is None else array.view(dtype.numpy)
+
+
+def to_torch(
+    data: "Buffer", dtype: Dtype, shape: tuple[int, ...], *, device: "torch.device | str | None" = None
+) -> "torch.Tensor":
+    """Make a tensor of decoded bytes.
+
+    Parameters
+    ----------
+    data
+        Exactly the tensor's little-endian C-order bytes. Writable and aligned to an element, it becomes the tensor's
+        memory; otherwise it is copied.
+    dtype, shape
+        Of the tensor; f4 becomes torch's packed dtype, with half the length on its last axis.
+    device
+        Where the tensor shall be; None for the CPU.
+
+    Raises
+    ------
+    InvalidInputError
+        Torch has no such dtype, or packed elements do not fill the bytes of each row (``unknown_dtype``); ``data`` is
+        too long or too short (``wrong_length``).
+    """
+    import torch
+
+    target = torch_dtype_of(dtype)
+    if dtype.opaque:
+        if not shape or shape[-1] % 2:
+            raise InvalidInputError(
+                f"torch packs {dtype.name} in pairs on the last axis, which shape {shape} does not allow: check out as "
+                "arrays",
+                kind="unknown_dtype",
+                dtype=dtype.name,
+            )
+        shape = (*shape[:-1], shape[-1] // 2)
+    octets = np.frombuffer(data, np.uint8)
+    if octets.nbytes != target.itemsize * int(np.prod(shape, dtype=object)):
+        raise InvalidInputError(
+            f"{octets.nbytes} bytes are no {dtype.name} tensor of shape {shape}", kind="wrong_length"
+        )
+    if not octets.nbytes:
+        return torch.empty(shape, dtype=target, device=device)
+    if not octets.flags.writeable or octets.ctypes.data % target.itemsize:
+        octets = octets.copy()
+    tensor = torch.from_numpy(octets).view(target).reshape(shape)
+    return tensor if device is None else tensor.to(device)
+
+
+def _check_alive(tensor: "torch.Tensor") -> None:
+    """Raise InvalidInputError if the tensor's elements lie outside its storage, as after ``resize_(0)``."""
+    if not tensor.numel():
+        return
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if end > tensor.untyped_storage().nbytes():
+        raise InvalidInputError("its memory has been freed: gather the parameters first", kind="freed_tensor")
+
+
+_TORCH_NAMES = frozenset(dtype.name for dtype in DTYPES if not dtype.opaque)

@@ -1,0 +1,215 @@
+"""lamella on a real model: fine-tune all-MiniLM-L6-v2, push every checkpoint, and get each one back bit for bit.
+
+    python -m examples.demo REPOSITORY
+
+REPOSITORY is a directory that does not exist yet. Run from the root of the source tree; ``make demo`` does it all.
+"""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from benchmarks import corpora, minilm
+from benchmarks.corpora import Checkpoint, Precision
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import lamella
+
+MODELS: Mapping[Precision, str] = {"float32": "minilm-fp32", "bfloat16": "minilm-bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """One push: what went in, and what it cost."""
+
+    revision: str
+    checkpoint: str
+    file: str | None
+    """Name of the file, if it was pushed as one; None for a state dict."""
+    sha256: str
+    """Of the file, or of the state dict: see :func:`sha256_of_tensors`."""
+    decoded_nbytes: int
+    stored_nbytes: int
+    """What the repository grew by, every object counted."""
+    seconds: float
+
+
+def demonstrate(family: Sequence[Checkpoint], url: str, console: Console) -> None:
+    """Push ``family`` to a new repository at ``url`` and print what came of it.
+
+    Raises
+    ------
+    RuntimeError
+        A checkout differs from what was pushed.
+    """
+    repo = lamella.init(url)
+    pushes = list(push_all(repo, family))
+    console.print(_pushes(pushes))
+    tip = f"{MODELS['float32']}@main"
+    console.print(_distances(repo, f"{tip}~1", tip))
+    console.print(_one_layer(url, tip))
+
+    start = time.perf_counter()
+    repo.verify()
+    console.print(f"Verified the repository: {time.perf_counter() - start:.2f} s.\n")
+
+    for push in pushes:
+        start = time.perf_counter()
+        sha256 = sha256_of_checkout(repo, push)
+        console.print(f"{push.revision:<16} {sha256[:16]}... {time.perf_counter() - start:6.2f} s")
+        if sha256 != push.sha256:
+            raise RuntimeError(f"{push.revision} came back as {sha256}, but {push.sha256} went in")
+    console.print(f"Each of {len(pushes)} checkouts is bit for bit what was pushed (sha256).")
+
+
+def push_all(repo: lamella.Repository, family: Sequence[Checkpoint]) -> Iterator[Pushed]:
+    """Push every checkpoint as a state dict, in both precisions, then the published model as the file that it is."""
+    for precision, model in MODELS.items():
+        numbers: dict[str, int] = {}
+        for checkpoint in family:
+            tensors = checkpoint.tensors(precision)
+            parent = None if checkpoint.parent is None else f"{model}@v{numbers[checkpoint.parent]}"
+            pushed = _push(repo, tensors, checkpoint, precision, f"{model}@{checkpoint.branch}", parent)
+            numbers[checkpoint.name] = int(pushed.revision.rpartition("@v")[2])
+            yield pushed
+    published, model = family[0], MODELS["float32"]
+    yield _push(repo, published.path("float32"), published, "float32", f"{model}@published", f"{model}@v1")
+
+
+def _push(
+    repo: lamella.Repository,
+    source: dict[str, Tensor] | Path,
+    checkpoint: Checkpoint,
+    precision: Precision,
+    target: str,
+    parent: str | None,
+) -> Pushed:
+    stored_before, start = repo.stats().stored_nbytes, time.perf_counter()
+    version = repo.push(
+        source,
+        target,
+        message=f"{checkpoint.name} after {checkpoint.steps} steps",
+        parent=parent,
+        metrics=None if checkpoint.loss is None else {"loss": checkpoint.loss},
+        recipe={"hyper_parameters": {"optimizer": "AdamW", "steps": checkpoint.steps, "precision": precision}},
+    )
+    seconds = time.perf_counter() - start
+    return Pushed(
+        revision=f"{version.model}@v{version.number}",
+        checkpoint=checkpoint.name,
+        file=source.name if isinstance(source, Path) else None,
+        sha256=sha256_of_file(source) if isinstance(source, Path) else sha256_of_tensors(source),
+        decoded_nbytes=sum(version[name].nbytes for name in version),
+        stored_nbytes=repo.stats().stored_nbytes - stored_before,
+        seconds=seconds,
+    )
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return one digest over the names, dtypes, shapes and bytes of a state dict, whatever its order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the digest that ``sha256sum`` prints."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_checkout(repo: lamella.Repository, push: Pushed) -> str:
+    """Check out the whole version, in the form in which it was pushed, and return its digest."""
+    if push.file is None:
+        return sha256_of_tensors(repo.checkout(push.revision, framework="torch"))
+    with TemporaryDirectory() as folder:
+        repo.checkout(push.revision, Path(folder, "out"))
+        return sha256_of_file(Path(folder, "out", push.file))
+
+
+def _pushes(pushes: Sequence[Pushed]) -> Table:
+    table = _table("Pushes, in bytes", ("version", "pushed"), ("decoded", "stored", "ratio", "seconds"))
+
+    def add(version: str, what: str, decoded: int, stored: int, seconds: float) -> None:
+        table.add_row(version, what, f"{decoded:,}", f"{stored:,}", f"{stored / decoded:.1%}", f"{seconds:.2f}")
+
+    for push in pushes:
+        what = push.checkpoint if push.file is None else f"{push.checkpoint} (file)"
+        add(push.revision, what, push.decoded_nbytes, push.stored_nbytes, push.seconds)
+    table.add_section()
+    add(
+        "all",
+        "",
+        sum(push.decoded_nbytes for push in pushes),
+        sum(push.stored_nbytes for push in pushes),
+        sum(push.seconds for push in pushes),
+    )
+    return table
+
+
+def _distances(repo: lamella.Repository, before: str, after: str) -> Table:
+    table = _table(f"Distance from {before} to {after}", ("layer",), ("L2", "largest", "cosine", "changed"))
+    layers = [f"encoder.layer.{number}.*" for number in range(minilm.layers(repo.version(after)))]
+    for include in ("embeddings.*", *layers, "pooler.*", "*"):
+        distance = repo.distance(before, after, include=include)
+        table.add_row(
+            "all" if include == "*" else include,
+            f"{distance.l2:.5f}",
+            f"{distance.linf:.2e}",
+            f"{distance.cosine:.7f}",
+            f"{distance.changed:.1%}",
+        )
+    return table
+
+
+def _table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
+    table = Table(*texts, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _one_layer(url: str, revision: str) -> str:
+    """Check out the last encoder layer alone, from a repository opened for it, and say what that read."""
+    repo = lamella.open(url)
+    layer = f"encoder.layer.{minilm.layers(repo.version(revision)) - 1}.*"
+    read_before = read_nbytes()
+    tensors = lamella.open(url).checkout(revision, include=layer, framework="torch")
+    read = read_nbytes() - read_before
+    return (
+        f"Checked out {layer} of {revision} alone: {len(tensors)} tensors, "
+        f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes; "
+        f"read {read:,} of the repository's {repo.stats().stored_nbytes:,} bytes.\n"
+    )
+
+
+def read_nbytes() -> int:
+    """Return how many bytes this process has read so far, from any file, as the kernel counts them (Linux)."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
+
+
+def main() -> None:
+    """Run the demo on the published model."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("repository", type=Path, help="directory for the repository; must not exist")
+    repository = parser.parse_args().repository
+    console = Console()
+    console.print("Fine-tuning all-MiniLM-L6-v2: about a minute, or none if an earlier run did it.")
+    family = corpora.minilm_family(report=console.print)
+    demonstrate(family, str(repository), console)
+    console.print(f"Look around: lamella -C {repository} log {MODELS['float32']}@main")
+
+
+if __name__ == "__main__":
+    main()
