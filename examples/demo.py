@@ -48,7 +48,7 @@ def demonstrate(family: Sequence[Checkpoint], url: str, console: Console) -> Non
     Raises
     ------
     RuntimeError
-        A checkout differs from what was pushed.
+        The repository has a problem, or a checkout differs from what was pushed.
     """
     repo = lamella.init(url)
     pushes = list(push_all(repo, family))
@@ -58,8 +58,14 @@ def demonstrate(family: Sequence[Checkpoint], url: str, console: Console) -> Non
     console.print(_one_layer(url, tip))
 
     start = time.perf_counter()
-    repo.verify()
-    console.print(f"Verified the repository: {time.perf_counter() - start:.2f} s.\n")
+    found = repo.verify()
+    seconds = time.perf_counter() - start
+    if not found.ok:
+        raise RuntimeError(f"the repository is damaged: {found.problems}")
+    console.print(
+        f"Verified {found.versions} versions and {found.blobs:,} blobs in {found.packs} packs: "
+        f"no problem, {seconds:.2f} s.\n"
+    )
 
     for push in pushes:
         start = time.perf_counter()
@@ -107,7 +113,7 @@ def _push(
         checkpoint=checkpoint.name,
         file=source.name if isinstance(source, Path) else None,
         sha256=sha256_of_file(source) if isinstance(source, Path) else sha256_of_tensors(source),
-        decoded_nbytes=sum(version[name].nbytes for name in version),
+        decoded_nbytes=version.nbytes,
         stored_nbytes=repo.stats().stored_nbytes - stored_before,
         seconds=seconds,
     )
@@ -189,7 +195,7 @@ def _one_layer(url: str, revision: str) -> str:
     return (
         f"Checked out {layer} of {revision} alone: {len(tensors)} tensors, "
         f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes; "
-        f"read {read:,} of the repository's {repo.stats().stored_nbytes:,} bytes.\n"
+        f"read {read:,} bytes, the deltas and what they stand on, of {repo.stats().stored_nbytes:,} stored.\n"
     )
 
 

@@ -105,12 +105,12 @@ def _common(reader: Reader, a: VersionId, b: VersionId, selection: Selection) ->
             kind="structure_mismatch",
             tensor=odd[0],
         )
-    opaque = [spec.name for spec in left.values() if spec.dtype.opaque]
-    if opaque:
+    opaque = next((spec for spec in left.values() if spec.dtype.opaque), None)
+    if opaque is not None:
         raise InvalidInputError(
-            f"{opaque[0]!r}
-            is {left[opaque[0]].dtype.name}, which has no elements to measure: select others with include", kind="opaque_dtype",
-            tensor=opaque[0],
+            f"{opaque.name!r} is {opaque.dtype.name}, which has no elements to measure: select others with include",
+            kind="opaque_dtype",
+            tensor=opaque.name,
         )
     return list(left.values())
 

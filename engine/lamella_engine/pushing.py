@@ -8,6 +8,7 @@ will be read.
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from lamella_engine import codecs
@@ -89,14 +90,15 @@ class _Pushing:
         cut = list(structure_pages(structure))
         structure_digest = structure_id(page for page, _ in cut)
         self._parameters.update(bytes.fromhex(structure_digest))
-        tables: list[CellTable] = []
+        counts = (sum(spec.grid.cell_count for spec in specs) for _, specs in cut)
+        *firsts, cell_count = accumulate(counts, initial=0)
+        tables = [CellTable(first) for first in firsts]
 
         def places() -> Iterator[_Place]:
-            for _, specs in cut:
-                tables.append(CellTable(tables[-1].next_cell if tables else 0))
+            for (_, specs), table in zip(cut, tables, strict=True):
                 for spec in specs:
                     for number, region in enumerate(spec.grid.regions()):
-                        yield _Place(tables[-1], spec, number, region)
+                        yield _Place(table, spec, number, region)
 
         self._store(self._chunks(places()))
         manifest: list[bytes] = []
@@ -124,7 +126,7 @@ class _Pushing:
                 structure_id=structure_digest,
                 parameters_id=self._parameters.digest().hex(),
                 tensor_count=len(structure),
-                cell_count=tables[-1].next_cell if tables else 0,
+                cell_count=cell_count,
                 decoded_nbytes=sum(spec.nbytes for spec in structure),
                 pages=tuple(pages),
                 attachments=tuple(attachments),

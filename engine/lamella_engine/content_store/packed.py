@@ -167,8 +167,9 @@ class PackedStore:
             )
         if parent is not None and at is not None and parent != at.id:
             raise ConflictError(
-                f"{model}@{branch}
-                is at {at.id[:12]}, not at the parent given ({parent[:12]}): look at it, then push again", expected=parent,
+                f"{model}@{branch} is at {at.id[:12]}, not at the parent given ({parent[:12]}): look at it, then push "
+                "again",
+                expected=parent,
                 actual=at.id,
             )
         opened = None

@@ -54,8 +54,8 @@ def structure_row(spec: TensorSpec) -> bytes:
     row = canonical.dumps([spec.name, spec.dtype.name, list(spec.shape)]) + b"\n"
     if len(spec.name.encode()) > MAX_NAME_NBYTES or len(spec.shape) > MAX_RANK or max(spec.shape, default=0) > MAX_AXIS:
         raise LimitError(
-            f"tensor {spec.name[:80]!r}
-            of rank {len(spec.shape)} is past a limit: names have at most {MAX_NAME_NBYTES} " f"bytes, tensors {MAX_RANK} axes",
+            f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most {MAX_NAME_NBYTES} "
+            f"bytes, tensors at most {MAX_RANK} axes",
             kind="tensor_limit",
         )
     return row
@@ -123,7 +123,7 @@ class CellTable:
 
     def __init__(self, first_cell: int) -> None:
         self.first_cell = first_cell
-        self.next_cell = first_cell
+        self._next_cell = first_cell
         self._pages: list[tuple[bytes, int]] = []
         self._rows = bytearray()
         self._page_start = first_cell
@@ -133,7 +133,7 @@ class CellTable:
         if len(self._rows) + len(row) > PAGE_NBYTES:
             self._close()
         self._rows += row
-        self.next_cell += 1
+        self._next_cell += 1
 
     def pages(self) -> list[tuple[bytes, int]]:
         """Return the pages, each with the number of its first cell. No row may be added afterwards."""
@@ -144,7 +144,7 @@ class CellTable:
     def _close(self) -> None:
         self._pages.append((bytes(self._rows), self._page_start))
         self._rows.clear()
-        self._page_start = self.next_cell
+        self._page_start = self._next_cell
 
 
 def cell_rows(page: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
