@@ -320,6 +320,12 @@ class Everywhere(torch.Tensor):
         return self
 
 
+def freed():
+    tensor = torch.ones(2)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 NO_TENSORS = {
     "None": (lambda: None, "not_a_tensor"),
     "list": (lambda: [1.0, 2.0], "not_a_tensor"),
@@ -345,6 +351,7 @@ NO_TENSORS = {
         "quantized_tensor",
     ),
     "nested": (nested, "nested_tensor"),
+    "freed": (freed, "freed_tensor"),
     "fake": (fake, "wrapped_tensor"),
     "distributed": (lambda: torch.ones(2).as_subclass(Everywhere), "distributed_tensor"),
     "without shape": (lambda: torch.nn.LazyLinear(2).weight, "uninitialized_tensor"),

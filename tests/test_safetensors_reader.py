@@ -289,6 +289,18 @@ def test_a_change_of_the_file_is_noticed(path, change):
         assert caught.value.kind == "source_changed"
 
 
+def test_a_link_that_turns_to_another_file_is_noticed(path):
+    for name in ("one", "two"):
+        path.with_name(name).write_bytes(GOOD)
+    path.symlink_to("one")
+    with open_checkpoint(path) as checkpoint:
+        path.unlink()
+        path.symlink_to("two")
+        with pytest.raises(InvalidInputError) as caught:
+            checkpoint.check_unchanged()
+        assert caught.value.kind == "source_changed"
+
+
 def test_reading_is_no_change(path):
     path.write_bytes(GOOD)
     with open_checkpoint(path) as checkpoint:

@@ -5,6 +5,7 @@ Because ranks, files and callers' own chunks have no say, the same tensor has th
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 # Longest cell in elements and in bytes. 1 Mi elements is where a delta stops gaining from more context (256 Ki costs
@@ -99,6 +100,7 @@ class Grid:
         return row * -(-self.shape[self.axis] // self.length) + offset // (self.length * self.tail_nbytes)
 
 
+@lru_cache(4096)
 def grid(shape: tuple[int, ...], itemsize: int) -> Grid:
     """Cut a tensor of ``shape`` (each >= 0) with ``itemsize`` bytes an element (1 to 16).
 

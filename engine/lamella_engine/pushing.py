@@ -16,7 +16,7 @@ from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, Region
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
-from lamella_engine.executor import Executor
+from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
     INLINE_NBYTES,
@@ -28,10 +28,6 @@ from lamella_engine.format.manifest import (
 )
 from lamella_engine.format.version import AttachmentPages, Description
 from lamella_engine.model import Buffer, Cell, ChunkId, TensorSpec
-
-# Cells are handed to threads in batches of at least so many bytes: below that, handing over costs more than hashing.
-BATCH_NBYTES = 1 << 20
-BATCH_CELLS = 512
 
 POOLED_NBYTES = 1 << 16
 """Cells from this length on are read into memory that is used again; shorter ones are cheap to have anew."""
@@ -141,24 +137,21 @@ class _Pushing:
 
     def _chunks(self, places: Iterable[_Place]) -> Iterator[_Chunk]:
         """Enter every cell in its table and in the digest; yield those that do not stand in their row."""
-        for batch in self._executor.map(self._read_and_hash, _batches(places)):
-            for place, chunk in batch:
-                self._parameters.update(chunk.id)
-                if place.region.nbytes <= INLINE_NBYTES:
-                    place.table.add(bytes(chunk.data))
-                else:
-                    place.table.add(chunk.id)
-                    yield chunk
+        hashed = map_batched(self._executor, self._read_and_hash, places, nbytes=lambda place: place.region.nbytes)
+        for place, chunk in hashed:
+            self._parameters.update(chunk.id)
+            if place.region.nbytes <= INLINE_NBYTES:
+                place.table.add(bytes(chunk.data))
+            else:
+                place.table.add(chunk.id)
+                yield chunk
 
-    def _read_and_hash(self, batch: list[_Place]) -> list[tuple[_Place, _Chunk]]:
-        done = []
-        for place in batch:
-            memory = self._memory() if place.region.nbytes >= POOLED_NBYTES else None
-            data = self._checkpoint.read(place.spec, place.region, memory)
-            dtype = place.spec.dtype
-            cell = Cell(place.spec.name, place.number)
-            done.append((place, _Chunk(cell, chunk_id(data), data, dtype.lane, dtype.floating, memory)))
-        return done
+    def _read_and_hash(self, place: _Place) -> tuple[_Place, _Chunk]:
+        memory = self._memory() if place.region.nbytes >= POOLED_NBYTES else None
+        data = self._checkpoint.read(place.spec, place.region, memory)
+        dtype = place.spec.dtype
+        cell = Cell(place.spec.name, place.number)
+        return place, _Chunk(cell, chunk_id(data), data, dtype.lane, dtype.floating, memory)
 
     def _memory(self) -> bytearray:
         try:
@@ -187,7 +180,9 @@ class _Pushing:
                 else:
                     yield chunk, answer
 
-        self._push.write(self._executor.map(self._encode, missing()))
+        self._push.write(
+            map_batched(self._executor, self._encode, missing(), nbytes=lambda wanted: len(wanted[0].data))
+        )
 
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
@@ -199,16 +194,3 @@ class _Pushing:
         self._release(chunk)
         against = missing.base if codecs.needs_base(encoding) else None
         return Blob(chunk.id, encoding, chunk.width, nbytes, payload, against)
-
-
-def _batches(places: Iterable[_Place]) -> Iterator[list[_Place]]:
-    batch: list[_Place] = []
-    nbytes = 0
-    for place in places:
-        batch.append(place)
-        nbytes += place.region.nbytes
-        if nbytes >= BATCH_NBYTES or len(batch) == BATCH_CELLS:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch

@@ -17,7 +17,7 @@ from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import ContentStore, Reading
 from lamella_engine.errors import TensorNotFoundError
-from lamella_engine.executor import Executor
+from lamella_engine.executor import Executor, map_batched
 from lamella_engine.model import Cell, TensorSpec, VersionId
 
 Result = TypeVar("Result")
@@ -110,8 +110,11 @@ class Reader:
         def decode(reading: Reading) -> None:
             decode_chain(reading.chain, places.pop(reading.cell), check=self.check)
 
-        for _ in self.executor.map(decode, self.store.read(version, cells())):
+        for _ in self._decoded(decode, self.store.read(version, cells())):
             pass
+
+    def _decoded(self, decode: Callable[[Reading], Result], readings: Iterable[Reading]) -> Iterator[Result]:
+        return map_batched(self.executor, decode, readings, nbytes=lambda reading: reading.chain[-1].decoded_nbytes)
 
     def stream(self, version: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, memoryview]]:
         """Yield each cell with its decoded bytes, in order. The bytes are valid until the next item is asked for."""
@@ -126,7 +129,7 @@ class Reader:
             decode_chain(reading.chain, out, check=self.check)
             return reading.cell, out, memory
 
-        for cell, out, memory in self.executor.map(decode, self.store.read(version, cells)):
+        for cell, out, memory in self._decoded(decode, self.store.read(version, cells)):
             yield cell, out
             free.append(memory)
 
@@ -137,8 +140,10 @@ class Reader:
         b: VersionId,
         cells: Iterable[Cell],
     ) -> Iterator[Result]:
-        """Yield ``function(cell, bytes in a, bytes in b)`` for each cell, in order. The bytes are valid during the
-        call only."""
+        """Yield ``function(cell, bytes in a, bytes in b)`` for each cell, in order.
+
+        The bytes are valid during the call only.
+        """
         ours, theirs = tee(cells)
 
         def decode(pair: tuple[Reading, Reading]) -> Result:
@@ -149,7 +154,8 @@ class Reader:
                 decoded.append(out)
             return function(pair[0].cell, *decoded)
 
-        yield from self.executor.map(decode, zip(self.store.read(a, ours), self.store.read(b, theirs), strict=True))
+        pairs = zip(self.store.read(a, ours), self.store.read(b, theirs), strict=True)
+        return map_batched(self.executor, decode, pairs, nbytes=lambda pair: pair[0].chain[-1].decoded_nbytes)
 
     def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, bytearray]]:
         """Yield whole tensors: their little-endian C-order bytes, in new memory."""

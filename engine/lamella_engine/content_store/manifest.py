@@ -92,14 +92,21 @@ class Manifest:
             return False
         return True
 
-    def rows(self, name: str, indexes: range | None = None) -> Iterator[Row]:
-        """Yield the rows of a tensor's cells ``indexes`` (all of them by default), reading only their pages."""
+    def row(self, name: str, index: int) -> Row:
+        """Return the row of one cell of a tensor; raises TensorNotFoundError, IndexError."""
+        number, at = self._find(name)
+        page = self._page(number)
+        region = page.specs[at].grid.region(index)
+        return self._row(number, Cell(name, index), page.first_cells[at] + index, region.nbytes)
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """Yield the rows of a tensor's cells in order, reading only their pages."""
         number, at = self._find(name)
         page = self._page(number)
         spec, first = page.specs[at], page.first_cells[at]
         count = page.first_cells[at + 1] - first
         grid = spec.grid
-        for index in indexes if indexes is not None else range(count):
+        for index in range(count):
             yield self._row(number, Cell(name, index), first + index, grid.region(index).nbytes)
 
     def all_rows(self) -> Iterator[Row]:

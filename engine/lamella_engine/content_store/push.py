@@ -15,7 +15,7 @@ from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, Reader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
 from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError
-from lamella_engine.executor import Executor
+from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
 from lamella_engine.format.entry import PackAdded, RefChange, VersionAdded
@@ -123,7 +123,7 @@ class PackedPush:
         spec = self._parent.manifest.spec(cell.tensor)
         if cell.number >= spec.grid.cell_count:
             return None
-        (row,) = self._parent.manifest.rows(cell.tensor, range(cell.number, cell.number + 1))
+        row = self._parent.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
             return None
         copy = self._store.reader.copy_of_row(self._parent, row)
@@ -182,7 +182,7 @@ class PackedPush:
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        for blob in self._store.executor.map(self._checked, blobs):
+        for blob in map_batched(self._store.executor, self._checked, blobs, nbytes=lambda blob: blob.decoded_nbytes):
             if blob.chunk not in self._wanted:
                 continue  # given twice
             base = self._wanted.pop(blob.chunk)

@@ -208,7 +208,7 @@ class Reader:
         if cell.tensor is None:
             chunk, _ = version.recorded.description.manifest_chunks[cell.number]
             return None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number)))
-        (row,) = version.manifest.rows(cell.tensor, range(cell.number, cell.number + 1))
+        row = version.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
             return row.content, ()
         return None, self.chain(self.copy_of_row(version, row))

@@ -16,26 +16,32 @@ MAX_DEPTH = 64
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> bytes:
     """Return the canonical bytes of a value made of dict, list, tuple, str, int, float, bool and None.
 
-    Raises InvalidInputError for any other type, for keys that are not str, and for text that UTF-8 cannot hold.
+    Raises InvalidInputError for any other type, for keys that are not str, for text that UTF-8 cannot hold, and for integers
+    of thousands of digits.
     """
+    plain = _plain(value, MAX_DEPTH)
     try:
-        text = json.dumps(
-            _plain(value, MAX_DEPTH), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
-        return text.encode()
+        return _ENCODER.encode(plain).encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(f"text that is no valid Unicode cannot be stored: {error}", kind="bad_text") from None
+    except ValueError as error:  # Python writes no integer of more than 4,300 digits
+        raise InvalidInputError(f"a number cannot be stored: {error}", kind="bad_value") from None
 
 
 def _plain(value: Any, depth: int) -> Any:
     if depth == 0:
         raise InvalidInputError(f"nested deeper than {MAX_DEPTH} levels: flatten it", kind="too_deep")
+    if value is None or type(value) in (str, int, bool):  # by far the most, so first
+        return value
     match value:
-        case None | bool() | str():
-            return value
+        case str():
+            return str(value)
         case int():
             return int(value)
         case float():

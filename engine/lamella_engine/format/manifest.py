@@ -51,14 +51,8 @@ def structure_row(spec: TensorSpec) -> bytes:
 
     Raises LimitError for a name, rank or shape past the format's limits.
     """
-    row = canonical.dumps([spec.name, spec.dtype.name, list(spec.shape)]) + b"\n"
-    if len(spec.name.encode()) > MAX_NAME_NBYTES or len(spec.shape) > MAX_RANK or max(spec.shape, default=0) > MAX_AXIS:
-        raise LimitError(
-            f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most {MAX_NAME_NBYTES} "
-            f"bytes, tensors at most {MAX_RANK} axes",
-            kind="tensor_limit",
-        )
-    return row
+    _check_limits(spec)
+    return canonical.dumps([spec.name, spec.dtype.name, spec.shape]) + b"\n"
 
 
 def structure_pages(structure: Sequence[TensorSpec]) -> Iterator[tuple[bytes, Sequence[TensorSpec]]]:
@@ -78,6 +72,15 @@ def structure_pages(structure: Sequence[TensorSpec]) -> Iterator[tuple[bytes, Se
         yield b"".join(rows), structure[first:]
 
 
+def _check_limits(spec: TensorSpec) -> None:
+    if len(spec.name.encode()) > MAX_NAME_NBYTES or len(spec.shape) > MAX_RANK or max(spec.shape, default=0) > MAX_AXIS:
+        raise LimitError(
+            f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most {MAX_NAME_NBYTES} "
+            f"bytes, tensors at most {MAX_RANK} axes",
+            kind="tensor_limit",
+        )
+
+
 def structure_id(pages: Iterable[bytes]) -> str:
     """Return the id of the structure that has these pages, in order."""
     digester = Digester(Context.STRUCTURE)
@@ -90,16 +93,16 @@ def parse_structure_page(page: bytes) -> list[TensorSpec]:
     """Parse a structure page; raises CorruptionError unless its rows are canonical and in strict name order."""
     if not page.endswith(b"\n"):
         raise CorruptionError("a structure page does not end with a row", kind="bad_manifest")
+    # A row holds no line feed but its last, so the rows are canonical if and only if their list is.
+    rows = canonical.loads(b"[" + page[:-1].replace(b"\n", b",") + b"]", what="a structure page")
+    canonical.conform(rows, [(str, str, [int])], what="a structure page")
     specs: list[TensorSpec] = []
-    for line in page[:-1].split(b"\n"):
-        row = canonical.loads(line, what="a row of a structure page")
-        canonical.conform(row, (str, str, [int]), what="a row of a structure page")
-        name, dtype, shape = row
+    for name, dtype, shape in rows:
         if specs and name <= specs[-1].name:
             raise CorruptionError("a structure page is not in name order", kind="bad_manifest")
         try:
             spec = TensorSpec(name, dtype_named(dtype), tuple(shape))
-            structure_row(spec)
+            _check_limits(spec)
             _ = spec.nbytes
         except (InvalidInputError, LimitError) as error:
             raise CorruptionError(f"a structure page is damaged: {error}", kind="bad_manifest") from None
