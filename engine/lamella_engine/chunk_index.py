@@ -70,9 +70,10 @@ class ChunkIndex:
             except sqlite3.Error as error:
                 self._give_up(error)
 
-    def packs(self) -> set[str]:
-        """Return the packs that the index knows."""
-        return {name for (name,) in self._run("select name from packs", [])}
+    def known(self, packs: Sequence[str]) -> set[str]:
+        """Return those of ``packs`` (at most a few hundred) that the index knows."""
+        rows = self._run(f"select name from packs where name in ({','.join('?' * len(packs))})", packs)
+        return {name for (name,) in rows}
 
     def close(self) -> None:
         """Close the file. Idempotent."""

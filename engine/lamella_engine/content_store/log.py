@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from heapq import merge
 from typing import Any
 
 from lamella_engine.errors import (
@@ -124,7 +125,7 @@ class State:
         """Return the models that have versions, by name."""
         found: list[str] = []
         start = ""
-        while (row := next(self._scan("versions", start=start, stop=None), None)) is not None:
+        while (row := next(self._scan("versions", start=start), None)) is not None:
             model = row[0].partition(" ")[0]
             found.append(model)
             start = f"{model}!"  # the character after the space that ends a model's name
@@ -143,14 +144,8 @@ class State:
 
     def last_number(self, model: str) -> int:
         """Return the highest version number of a model, 0 if it has none."""
-        stop = f"{model}!"
-        best = ""
-        if self.root is not None:
-            found = folds.last_before(self.root.tables["versions"], stop, self.blocks.load)
-            best = found[0] if found else ""
-        best = max([best, *(key for key in self.changes.get("versions", ()) if key < stop)])
-        name, _, number = best.partition(" ")
-        return int(number) if name == model else 0
+        newest = next(self._scan("versions", start=f"{model} ", stop=f"{model}!", backwards=True), None)
+        return 0 if newest is None else int(newest[0].partition(" ")[2])
 
     def pack(self, name: str) -> PackAdded | None:
         """Return the row of a live pack, or None if the pack is not live."""
@@ -158,8 +153,13 @@ class State:
         return None if row is None else PackAdded(name, row[0], row[1])
 
     def packs(self) -> Iterator[PackAdded]:
-        """Yield the live packs by name."""
-        for name, row in self._scan("packs", start="", stop=None):
+        """Yield the live packs by name, which is by age, as far as the clocks of their makers agree."""
+        for name, row in self._scan("packs"):
+            yield PackAdded(name, row[0], row[1])
+
+    def newest_packs(self) -> Iterator[PackAdded]:
+        """Yield the live packs, the newest first."""
+        for name, row in self._scan("packs", backwards=True):
             yield PackAdded(name, row[0], row[1])
 
     def where_is(self, pack: str) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ class State:
 
     def table(self, table: str) -> Iterator[tuple[str, Any]]:
         """Yield all rows of a table (see ``format.fold.TABLES``)."""
-        return self._scan(table, start="", stop=None)
+        return self._scan(table)
 
     def _get(self, table: str, key: str) -> Any | None:
         changed = self.changes.get(table, {})
@@ -188,26 +188,20 @@ class State:
             return changed[key]
         return None if self.root is None else folds.lookup(self.root.tables[table], key, self.blocks.load)
 
-    def _scan(self, table: str, *, start: str, stop: str | None) -> Iterator[tuple[str, Any]]:
-        changed = {
-            key: row
-            for key, row in self.changes.get(table, {}).items()
-            if key >= start and (stop is None or key < stop)
-        }
-        fresh = iter(sorted(changed.items()))
-        ahead = next(fresh, None)
-        old = () if self.root is None else folds.scan(self.root.tables[table], self.blocks.load, start=start, stop=stop)
-        for key, row in old:
-            while ahead is not None and ahead[0] < key:
-                if ahead[1] is not None:
-                    yield ahead
-                ahead = next(fresh, None)
-            if key not in changed:
-                yield key, row
-        while ahead is not None:
-            if ahead[1] is not None:
-                yield ahead
-            ahead = next(fresh, None)
+    def _scan(
+        self, table: str, *, start: str = "", stop: str | None = None, backwards: bool = False
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the rows with ``start`` <= key < ``stop`` in order, or from the last to the first."""
+        changed = self.changes.get(table, {})
+        fresh = sorted(
+            ((key, row) for key, row in changed.items() if key >= start and (stop is None or key < stop)),
+            reverse=backwards,
+            key=_key,
+        )
+        top = None if self.root is None else self.root.tables[table]
+        folded = folds.scan(top, self.blocks.load, start=start, stop=stop, backwards=backwards)
+        kept = (item for item in folded if item[0] not in changed)
+        return (item for item in merge(fresh, kept, key=_key, reverse=backwards) if item[1] is not None)
 
     def after(self, entry: Entry, digest: bytes) -> "State":
         """Return the state with one more entry; raises CorruptionError if the entry contradicts this state."""
@@ -237,6 +231,10 @@ class State:
         for push in entry.pushes:
             put("pushes", push, entry.number)
         return replace(self, number=entry.number, digest=digest, changes=changes)
+
+
+def _key(item: tuple[str, Any]) -> str:
+    return item[0]
 
 
 def version_key(model: str, number: int) -> str:
@@ -355,33 +353,31 @@ class Log:
         newest = next(self._objects.list("fold/", limit=1), None)
         if newest is not None:
             # A fold found by listing is only a hint at where to look: the entry after it vouches for one by its digest.
-            # If that entry does not exist yet, entry n itself vouches for the fold before.
+            # If that entry does not exist yet, entry n itself vouches for the fold before. (That the entries really
+            # follow one another is checked as they are added to the fold.)
             number = fold_number(newest.name)
             for at in (number + 1, number):
-                fold = self._fold_named_by(state.genesis, at) if at > 0 else None
-                if fold is not None:
-                    state = self._at(state, fold)
+                data = self._entry_bytes(at)
+                if data is not None:
+                    entry = decode_entry(data, number=at, repository=state.genesis.repository, previous=None)
+                    state = state if entry.fold is None else self._at(state, entry.fold)
                     break
         state = self._follow(state)
         self.check_tail(state)
         return state
 
     def _genesis(self) -> State:
-        try:
-            data = self._objects.get(log_name(0))
-        except NotFoundError:
-            raise RepositoryNotFoundError("there is no repository here: make one with init") from None
+        data = self._entry_bytes(0)
+        if data is None:
+            raise RepositoryNotFoundError("there is no repository here: make one with init")
         return State(decode_genesis(data), 0, entry_digest(data), self._blocks)
 
-    def _fold_named_by(self, genesis: Genesis, number: int) -> FoldRef | None:
-        """Return the fold that entry ``number`` vouches for; its place in the chain is checked once the fold is
-        loaded."""
+    def _entry_bytes(self, number: int) -> bytes | None:
+        """Return the bytes of an entry, or None if it does not exist yet."""
         try:
-            data = self._objects.get(log_name(number))
+            return self._objects.get(log_name(number))
         except NotFoundError:
             return None
-        entry = decode_entry(data, number=number, repository=genesis.repository, previous=None)
-        return entry.fold
 
     def _at(self, state: State, fold: FoldRef) -> State:
         data = _part(self._objects, fold.name, fold.start, fold.nbytes)
@@ -395,9 +391,8 @@ class Log:
 
     def _next(self, state: State) -> tuple[Entry, bytes] | None:
         number = state.number + 1
-        try:
-            data = self._objects.get(log_name(number))
-        except NotFoundError:
+        data = self._entry_bytes(number)
+        if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
         return entry, entry_digest(data)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from lamella_engine.chunk_index import ChunkIndex
@@ -26,8 +27,8 @@ from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
 
-# Packs of other processes whose indexes a push reads for the sake of deduplication, newest first. Reading one costs
-# about a millisecond; what is left out is found by later pushes, and until then only its bytes are stored again.
+# So many of the newest packs are looked at before a push, and the indexes of those that other processes wrote are read for
+# the sake of deduplication. One costs about a millisecond; what lies further back and is unknown is only stored again.
 INDEX_CATCH_UP = 64
 
 
@@ -187,11 +188,12 @@ class PackedStore:
             self._probed = True
 
     def _catch_up(self, state: State) -> None:
-        """Read the indexes of packs that the chunk index does not know, a bounded number of them, newest first."""
-        known = self._index.packs()
-        unknown = sorted((pack.name for pack in state.packs() if pack.name not in known), reverse=True)
-        for name in unknown[:INDEX_CATCH_UP]:
-            self._index.add(name, self.packs.index(name).by_chunk)
+        """Read the indexes of those of the newest packs that the chunk index does not know."""
+        newest = [pack.name for pack in islice(state.newest_packs(), INDEX_CATCH_UP)]
+        known = self._index.known(newest)
+        for name in newest:
+            if name not in known:
+                self._index.add(name, self.packs.index(name).by_chunk)
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""

@@ -6,7 +6,7 @@ a key up reads one block for each level, and what a new fold writes grows with w
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,34 +92,23 @@ def lookup(top: BlockRef | None, key: str, load: Load) -> Any | None:
     return None
 
 
-def scan(top: BlockRef | None, load: Load, *, start: str = "", stop: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield the rows with ``start`` <= key < ``stop`` in order, reading only the blocks that hold them."""
+def scan(
+    top: BlockRef | None, load: Load, *, start: str = "", stop: str | None = None, backwards: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yield the rows with ``start`` <= key < ``stop`` in order, or from the last to the first.
+
+    Only blocks that hold them are read, and only when their rows are asked for.
+    """
     if top is None:
         return
     rows = load(top)
     first = max(bisect_right(rows, start, key=lambda row: row[0]) - 1, 0)
-    for key, item in rows[first:]:
-        if stop is not None and key >= stop:
-            return
+    last = len(rows) if stop is None else bisect_left(rows, stop, key=lambda row: row[0])
+    for key, item in reversed(rows[first:last]) if backwards else rows[first:last]:
         if top.height:
-            yield from scan(item, load, start=start, stop=stop)
+            yield from scan(item, load, start=start, stop=stop, backwards=backwards)
         elif key >= start:
             yield key, item
-
-
-def last_before(top: BlockRef | None, stop: str, load: Load) -> tuple[str, Any] | None:
-    """Return the row with the greatest key < ``stop``, or None."""
-    if top is None:
-        return None
-    rows = load(top)
-    for key, item in reversed(rows):
-        if key < stop:
-            if top.height == 0:
-                return key, item
-            found = last_before(item, stop, load)
-            if found is not None:
-                return found
-    return None
 
 
 class FoldWriter:
