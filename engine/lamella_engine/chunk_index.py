@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ without rowid;
 """
 
 # SQLite's limit on the variables of one statement is 32,766; a few hundred already hide the cost of a statement.
-_FIND_AT_ONCE = 500
+_NAMES_AT_ONCE = 500
 
 
 class ChunkIndex:
@@ -32,101 +32,87 @@ class ChunkIndex:
     Parameters
     ----------
     path
-        The file, made if it is absent; None keeps the index in memory. A file that cannot be used (damaged, read-only,
-        no room) leaves an index that knows nothing.
+        The file, made if it is absent; None keeps the index in memory. So does a file that cannot be used; one that is
+        damaged is removed.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.Lock()
         self._path = path
-        self._connection = self._connect()
+        self._connection = self._open()
 
-    def find(self, chunks: Sequence[ChunkId]) -> dict[ChunkId, list[str]]:
-        """Return the packs known to hold each of ``chunks``; chunks that are not known are left out."""
-        found: dict[ChunkId, list[str]] = {}
-        for at in range(0, len(chunks), _FIND_AT_ONCE):
-            some = chunks[at : at + _FIND_AT_ONCE]
-            rows = self._run(
-                "select chunk, name from chunks join packs on pack = number "
-                f"where chunk in ({','.join('?' * len(some))})",
-                [bytes(chunk) for chunk in some],
-            )
-            for chunk, name in rows:
-                found.setdefault(ChunkId(chunk), []).append(name)
+    def find(self, chunk: ChunkId) -> list[str]:
+        """Return the packs known to hold a chunk."""
+        rows = self._run("select name from chunks join packs on pack = number where chunk = ?", [bytes(chunk)])
+        return [name for (name,) in rows]
+
+    def known(self, packs: Iterable[str]) -> set[str]:
+        """Return those of ``packs`` that the index knows."""
+        found: set[str] = set()
+        names = list(packs)
+        for at in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[at : at + _NAMES_AT_ONCE]
+            rows = self._run(f"select name from packs where name in ({','.join('?' * len(some))})", some)
+            found.update(name for (name,) in rows)
         return found
 
     def add(self, pack: str, chunks: Iterable[ChunkId]) -> None:
         """Record that ``pack`` holds ``chunks``, all of them at once. Recording a pack twice changes nothing."""
-        with self._lock:
-            if self._connection is None:
-                return
-            try:
-                with self._connection:
-                    self._connection.execute("insert or ignore into packs (name) values (?)", [pack])
-                    (number,) = self._connection.execute("select number from packs where name = ?", [pack]).fetchone()
-                    self._connection.executemany(
-                        "insert or ignore into chunks values (?, ?)", ((bytes(chunk), number) for chunk in chunks)
-                    )
-            except sqlite3.Error as error:
-                self._give_up(error)
+        rows = [bytes(chunk) for chunk in chunks]
 
-    def known(self, packs: Sequence[str]) -> set[str]:
-        """Return those of ``packs`` (at most a few hundred) that the index knows."""
-        rows = self._run(f"select name from packs where name in ({','.join('?' * len(packs))})", packs)
-        return {name for (name,) in rows}
+        def insert(connection: sqlite3.Connection) -> list[Any]:
+            with connection:
+                connection.execute("insert or ignore into packs (name) values (?)", [pack])
+                (number,) = connection.execute("select number from packs where name = ?", [pack]).fetchone()
+                connection.executemany("insert or ignore into chunks values (?, ?)", ((row, number) for row in rows))
+            return []
+
+        self._use(insert)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
+        with self._lock:
+            self._connection.close()
 
     def _run(self, statement: str, values: Sequence[object]) -> list[Any]:
+        return self._use(lambda connection: connection.execute(statement, values).fetchall())
+
+    def _use(self, work: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
         with self._lock:
-            if self._connection is None:
-                return []
             try:
-                return self._connection.execute(statement, values).fetchall()
+                return work(self._connection)
             except sqlite3.Error as error:
-                self._give_up(error)
-                return []
+                self._set_aside(error)
+                self._connection.close()
+                self._connection = _prepared(":memory:")
+                return work(self._connection)
 
-    def _connect(self) -> sqlite3.Connection | None:
-        try:
-            return self._prepared()
-        except (sqlite3.Error, OSError) as error:
-            logger.info("the chunk index is made anew: %s", error)
-        with contextlib.suppress(OSError):
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
-        try:
-            return self._prepared()
-        except (sqlite3.Error, OSError) as error:
-            logger.info("no chunk index can be kept: %s", error)
-            return None
-
-    def _prepared(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         if self._path is not None:
-            self._path.parent.mkdir(exist_ok=True)
-        connection = sqlite3.connect(self._path or ":memory:", check_same_thread=False, timeout=10)
-        try:
-            # What a power cut takes from a derived file is found again, so nothing waits for the disk.
-            connection.execute("pragma synchronous = off")
-            connection.execute("pragma journal_mode = wal")
-            connection.executescript(_SCHEMA)
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
+            try:
+                self._path.parent.mkdir(exist_ok=True)
+                return _prepared(self._path)
+            except (sqlite3.Error, OSError) as error:
+                self._set_aside(error)
+        return _prepared(":memory:")
 
-    def _give_up(self, error: sqlite3.Error) -> None:
-        logger.info("the chunk index is not used any more: %s", error)
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
-        # OperationalError is a matter of circumstances (locked, disk full); the other errors mean that the file is
-        # damaged.
-        if self._path is not None and not isinstance(error, sqlite3.OperationalError):
+    def _set_aside(self, error: Exception) -> None:
+        """Do without the file from now on; remove it if it is damaged, so that the next process makes it anew."""
+        logger.info("the chunk index is kept in memory: %s", error)
+        # An OperationalError or OSError is a matter of circumstances: locked for long, out of room, read-only.
+        if self._path is not None and not isinstance(error, sqlite3.OperationalError | OSError):
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
+
+
+def _prepared(path: Path | str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, timeout=10)
+    try:
+        # What a power cut takes from a derived file is found again, so nothing waits for the disk.
+        connection.execute("pragma synchronous = off")
+        connection.execute("pragma journal_mode = wal")
+        connection.executescript(_SCHEMA)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

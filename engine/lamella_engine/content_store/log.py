@@ -70,8 +70,8 @@ class Ref:
 class Blocks:
     """Reads the blocks of folds, and keeps them: they never change. Safe for several threads."""
 
-    KEPT = 4096
-    """Blocks kept in memory: at 4 KiB each, 16 MiB, the tables of some 50,000 versions."""
+    KEPT = 1024
+    """Blocks kept in memory: with the rows of a 4 KiB block parsed, some 20 MB."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -315,7 +315,8 @@ class Log:
             change = make(state)
             if change is None:
                 return state
-            data = encode_entry(self._entry(state, push, change))
+            entry = self._entry(state, push, change)
+            data = encode_entry(entry)
             try:
                 self._objects.put_if_absent(log_name(state.number + 1), [data])
             except AlreadyExistsError:
@@ -328,7 +329,12 @@ class Log:
                         raise  # refused outright, and nothing is there: this one is known to have failed
                     raise _unknown(push) from error
             else:
-                return self.refresh()
+                if entry.fold is not None and entry.fold != state.fold:
+                    state = self._at(state, entry.fold)
+                with self._lock:
+                    if self._state.number < entry.number:
+                        self._state = state.after(entry, entry_digest(data))
+                    return self._state
         raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
 
     def history(self) -> Iterator[tuple[Entry, State]]:
@@ -428,9 +434,6 @@ class Log:
         except AlreadyExistsError:
             logger.debug("%s was written by somebody else", name)
         fold = FoldRef(name, start, len(parts[-1]), digest)
-        with self._lock:
-            if self._state.number == state.number:
-                self._state = self._at(state, fold)
         return fold
 
     def _read_back(self, push: PushId) -> State:

@@ -10,7 +10,7 @@ from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, Sta
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext
-from lamella_engine.content_store.reader import Reader
+from lamella_engine.content_store.reader import OpenVersion, Reader
 from lamella_engine.content_store.revisions import Revision, parse_revision
 from lamella_engine.content_store.seam import Reading, Recorded, RefPlace, RefUpdate
 from lamella_engine.errors import (
@@ -27,8 +27,9 @@ from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
 
-# So many of the newest packs are looked at before a push, and the indexes of those that other processes wrote are read for
-# the sake of deduplication. One costs about a millisecond; what lies further back and is unknown is only stored again.
+# So many of the newest packs (and all that the parent stands on) are looked at before a push, and the indexes of those that
+# other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies further back and is
+# unknown is only stored again.
 INDEX_CATCH_UP = 64
 
 
@@ -178,7 +179,7 @@ class PackedStore:
             opened = self.reader.open_added(at)
         elif parent is not None:
             opened = self.reader.open(parent)
-        self._catch_up(state)
+        self._catch_up(state, opened)
         context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
         return PackedPush(context, model=model, branch=branch, push_id=push_id, state=state, head=head, parent=opened)
 
@@ -187,12 +188,13 @@ class PackedStore:
             probe(self.objects)
             self._probed = True
 
-    def _catch_up(self, state: State) -> None:
-        """Read the indexes of those of the newest packs that the chunk index does not know."""
-        newest = [pack.name for pack in islice(state.newest_packs(), INDEX_CATCH_UP)]
-        known = self._index.known(newest)
-        for name in newest:
-            if name not in known:
+    def _catch_up(self, state: State, parent: OpenVersion | None) -> None:
+        """Tell the chunk index of those of the newest packs, and of the parent's packs, that it does not know."""
+        wanted = {pack.name for pack in islice(state.newest_packs(), INDEX_CATCH_UP)}
+        if parent is not None:
+            wanted |= {name for pack in parent.locator.packs for name in state.where_is(pack.name)}
+        for name in sorted(wanted - self._index.known(wanted)):
+            if state.pack(name) is not None:
                 self._index.add(name, self.packs.index(name).by_chunk)
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:

@@ -1,9 +1,10 @@
 """Packs at work: filling them, finding blobs in them, and following deltas to their bases."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
 
 from lamella_engine.content_store.seam import Blob
 from lamella_engine.errors import CorruptionError, NotFoundError
@@ -35,8 +36,8 @@ NEIGHBOUR_NBYTES = 4 << 10
 READ_NBYTES = 4 << 20
 """Longest single read of neighbouring blobs: larger ones cost fresh memory and gain nothing."""
 
-INDEXES_KEPT = 256
-"""Parsed pack indexes kept: at 320 rows each about 25 MB."""
+ROWS_KEPT = 100_000
+"""Rows of parsed pack indexes kept, some 50 MB; the index used last is kept whatever its length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Packs:
         self._objects = objects
         self._nbytes_of = nbytes_of
         self._refs: dict[str, PackRef] = {}
-        self._index = lru_cache(INDEXES_KEPT)(self._read_index)
+        self._indexes: OrderedDict[str, PackIndex] = OrderedDict()
+        self._rows_kept = 0
+        self._lock = threading.Lock()
 
     def learn(self, refs: Iterable[PackRef]) -> None:
         """Remember the sizes of packs and of their indexes: each saves a read."""
@@ -85,7 +88,20 @@ class Packs:
 
     def index(self, pack: str) -> PackIndex:
         """Return the checked index of a pack; raises CorruptionError if it is missing or damaged."""
-        return self._index(pack)
+        with self._lock:
+            index = self._indexes.get(pack)
+            if index is not None:
+                self._indexes.move_to_end(pack)
+                return index
+        index = self._read_index(pack)
+        with self._lock:
+            if pack not in self._indexes:
+                self._indexes[pack] = index
+                self._rows_kept += len(index.rows)
+            while self._rows_kept > ROWS_KEPT and len(self._indexes) > 1:
+                _, dropped = self._indexes.popitem(last=False)
+                self._rows_kept -= len(dropped.rows)
+        return index
 
     def _read_index(self, pack: str) -> PackIndex:
         ref = self.ref(pack)

@@ -88,7 +88,6 @@ class PackedPush:
         """Copies of live chunks by id; None for a chunk that this push itself stores."""
         self._wanted: dict[ChunkId, StoredBlob | None] = {}
         """Chunks that were called missing and have not come, with the base that was offered."""
-        self._parent_cells: dict[ChunkId, StoredBlob] | None = None
         self._live: dict[str, bool] = {}
         self._bases: OrderedDict[StoredBlob, Buffer] = OrderedDict()
         self._bases_lock = threading.Lock()
@@ -130,25 +129,13 @@ class PackedPush:
         return copy if self._is_live(copy) else None
 
     def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
-        for pack in self._store.index.find([chunk]).get(chunk, ()):
-            if self._pack_is_live(pack):
-                indexed = self._store.packs.find(chunk, [pack])
-                if self._is_live(indexed):
-                    return indexed
-        copy = self._chunks_of_parent().get(chunk)
-        return copy if copy is not None and self._is_live(copy) else None
-
-    def _chunks_of_parent(self) -> dict[ChunkId, StoredBlob]:
-        if self._parent_cells is None:
-            self._parent_cells = {}
-            if self._parent is not None:
-                version, reader = self._parent, self._store.reader
-                for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
-                    self._parent_cells[chunk] = reader.copy(chunk, version.pack_of_manifest(place))
-                for row in version.manifest.all_rows():
-                    if row.chunk is not None and row.chunk not in self._parent_cells:
-                        self._parent_cells[row.chunk] = reader.copy_of_row(version, row)
-        return self._parent_cells
+        for pack in self._store.index.find(chunk):
+            # The index is derived and may be wrong; the pack itself is asked.
+            if self._pack_is_live(pack) and (row := self._store.packs.index(pack).by_chunk.get(chunk)) is not None:
+                copy = StoredBlob(pack, row)
+                if self._is_live(copy):
+                    return copy
+        return None
 
     def _is_live(self, copy: StoredBlob) -> bool:
         """Whether a copy and everything it stands on is live."""

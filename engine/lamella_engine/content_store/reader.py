@@ -21,7 +21,7 @@ from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_m
 from lamella_engine.model import Cell, ChunkId, VersionId
 from lamella_engine.objects import Objects
 
-VERSIONS_KEPT = 32
+VERSIONS_KEPT = 16
 """Opened versions kept with their parsed pages."""
 
 # What is read at a time, in encoded bytes and cells: enough that neighbouring blobs come in long reads, little enough
