@@ -40,7 +40,7 @@ class Checkpoint(Protocol):
     attachments: tuple[Attachment, ...]
     """What else it takes to give the source back byte for byte."""
 
-    def read(self, tensor: TensorSpec, region: Region, out: "Buffer | None" = None) -> Buffer:
+    def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """Return the bytes of one cell, little-endian and in C order.
 
         Parameters

@@ -377,14 +377,14 @@ class SafetensorsCheckpoint:
         self.attachments: tuple[Attachment, ...] = (Attachment(name, "safetensors_header", self.layout.header),)
         self._starts = {tensor.spec.name: tensor.start for tensor in self.layout.tensors}
 
-    def read(self, tensor: TensorSpec, region: Region, out: "Buffer | None" = None) -> Buffer:
+    def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; always fills ``out``."""
         start = self._starts.get(tensor.name)
         if start is None:
             raise TensorNotFoundError(f"{self._path} has no tensor {tensor.name[:80]!r}", tensor=tensor.name)
         target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
         self._fill(target.data, start + region.start)
-        return target
+        return target.data
 
     def check_unchanged(self) -> None:
         """See :meth:`Checkpoint.check_unchanged`: the open file and the name must be what they were."""

@@ -55,7 +55,7 @@ class MemoryCheckpoint:
         self._change_counts = self._count_changes()
         self._closed = False
 
-    def read(self, tensor: TensorSpec, region: Region, out: "Buffer | None" = None) -> Buffer:
+    def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; a view of contiguous tensors in the CPU's memory."""
         if self._closed:
             raise InvalidInputError("the checkpoint was closed: open it again", kind="closed")
@@ -70,11 +70,11 @@ class MemoryCheckpoint:
         else:
             part = value[(*region.slices, ...)]
         if part.flags.c_contiguous and part.dtype.byteorder != ">":
-            return _octets(part)
+            return _octets(part).data
         target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
         # Between dtypes that differ at most in byte order this moves bytes and computes nothing.
         np.copyto(target.view(tensor.dtype.numpy or np.uint8).reshape(part.shape), part)
-        return target
+        return target.data
 
     def check_unchanged(self) -> None:
         """See :meth:`Checkpoint.check_unchanged`: torch counts changes in place; those of NumPy arrays go unnoticed."""
