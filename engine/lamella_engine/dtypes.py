@@ -98,8 +98,10 @@ def dtype_of_safetensors(name: str) -> Dtype:
 
 
 def dtype_of_numpy(dtype: "np.dtype[Any]") -> Dtype:
-    """Look a dtype up by its NumPy dtype, of either byte order; raises InvalidInputError for objects, strings,
-    records."""
+    """Look a dtype up by its NumPy dtype, of either byte order.
+
+    Raises InvalidInputError for objects, strings and records.
+    """
     found = _BY_NUMPY.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)
     if found is None:
         raise InvalidInputError(

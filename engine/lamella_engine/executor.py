@@ -37,8 +37,8 @@ class Executor(Protocol):
         """Wait for what runs, and release the threads. Idempotent."""
 
 
-# Small items are handed to threads together, up to so many bytes and items: below that, handing over costs more than the
-# work (20 us a time; hashing a row of LayerNorm takes 2).
+# Small items are handed to threads together, up to so many bytes and items: below that, handing over costs more than
+# the work (20 us a time; hashing a row of LayerNorm takes 2).
 BATCH_NBYTES = 1 << 20
 BATCH_ITEMS = 512
 

@@ -175,8 +175,10 @@ class Repository:
     # -- out -----------------------------------------------------------------------------------------------------------
 
     def version(self, revision: str) -> Version:
-        """Return a version: ``"bert@main"``, ``"bert@v3"``, ``"bert@latest"``, ``"bert@best:accuracy"``, an id, each
-        with ``~N``.
+        """Return a version.
+
+        ``revision`` is ``"bert@main"`` or another ref, ``"bert@v3"``, ``"bert@latest"``, ``"bert@best:accuracy"``, or
+        at least 8 digits of an id; ``~N`` after it goes back N versions along first parents.
 
         Reads its metadata only. Raises NotFoundError if nothing has that name, InvalidInputError if it can be no name.
         """

@@ -13,8 +13,10 @@ from lamella_engine.model import Buffer, ChunkId
 
 
 class _Scratch(threading.local):
-    """Two buffers for each thread, for the bases of a chain: used again, because first touch of fresh memory is
-    slow."""
+    """Two buffers for each thread, for the bases of a chain.
+
+    They are used again and again, because first touch of fresh memory is slow.
+    """
 
     def __init__(self) -> None:
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -62,8 +64,10 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, check: bool = False)
 
 
 def check_blob(blob: Blob, base: Buffer | None) -> None:
-    """Raise CorruptionError unless a blob decodes, against the decoded bytes of its base, to the chunk that it
-    names."""
+    """Raise CorruptionError unless a blob decodes to the chunk that it names.
+
+    ``base`` is the decoded chunk ``blob.base``, None for a full blob.
+    """
     out = _scratch.buffer(0, blob.decoded_nbytes)
     codecs.decode(blob.encoding, blob.payload, out, width=blob.width, base=base)
     check_chunk(blob.chunk, out)

@@ -329,11 +329,10 @@ class Log:
                         raise  # refused outright, and nothing is there: this one is known to have failed
                     raise _unknown(push) from error
             else:
-                if entry.fold is not None and entry.fold != state.fold:
-                    state = self._at(state, entry.fold)
+                state = self._after(state, entry, entry_digest(data))
                 with self._lock:
-                    if self._state.number < entry.number:
-                        self._state = state.after(entry, entry_digest(data))
+                    if self._state.number < state.number:
+                        self._state = state
                     return self._state
         raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
 
@@ -346,8 +345,10 @@ class Log:
             yield entry, state
 
     def check_tail(self, state: State) -> None:
-        """Raise CorruptionError if an entry lies beyond a gap after ``state``: somebody's commit would be lost
-        there."""
+        """Raise CorruptionError if an entry lies beyond a gap after ``state``.
+
+        To write into the gap would be to lose somebody's commit.
+        """
         expected = state.number + 1
         for info in self._objects.list("log/", after=log_name(state.number), limit=2):
             if log_number(info.name) != expected:
@@ -392,8 +393,18 @@ class Log:
 
     def _follow(self, state: State) -> State:
         while (step := self._next(state)) is not None:
-            state = state.after(*step)
+            state = self._after(state, *step)
         return state
+
+    def _after(self, state: State, entry: Entry, digest: bytes) -> State:
+        """Return the state with one more entry, on the fold that this entry is the first to name, if it is."""
+        fold = entry.fold
+        if fold is not None and fold.number == state.number and fold != state.fold:
+            folded = self._at(state, fold)
+            if folded.digest != state.digest:
+                raise CorruptionError(f"{fold.name} is the fold of another log", kind="bad_fold", object=fold.name)
+            state = folded
+        return state.after(entry, digest)
 
     def _next(self, state: State) -> tuple[Entry, bytes] | None:
         number = state.number + 1
@@ -433,8 +444,7 @@ class Log:
             self._objects.put_if_absent(name, parts)
         except AlreadyExistsError:
             logger.debug("%s was written by somebody else", name)
-        fold = FoldRef(name, start, len(parts[-1]), digest)
-        return fold
+        return FoldRef(name, start, len(parts[-1]), digest)
 
     def _read_back(self, push: PushId) -> State:
         try:

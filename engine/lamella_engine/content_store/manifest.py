@@ -12,7 +12,8 @@ from lamella_engine.format.version import Description
 from lamella_engine.model import Cell, ChunkId, TensorSpec
 
 PAGES_KEPT = 16
-"""Parsed pages of each kind kept for each manifest: some 2,000 rows a page, 8 MB in all. Reading goes by name, page by page."""
+"""Parsed pages of each kind kept for each manifest: some 2,000 rows a page, 8 MB in all. Reading goes by name, page
+by page."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,9 @@ from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
 
-# So many of the newest packs (and all that the parent stands on) are looked at before a push, and the indexes of those that
-# other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies further back and is
-# unknown is only stored again.
+# So many of the newest packs (and all that the parent stands on) are looked at before a push, and the indexes of
+# those that other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies
+# further back and is unknown is only stored again.
 INDEX_CATCH_UP = 64
 
 
@@ -59,8 +59,10 @@ class PackedStore:
     def create(
         cls, objects: Objects, executor: Executor, *, index_path: Path | None = None, max_depth: int = DEFAULT_MAX_DEPTH
     ) -> "PackedStore":
-        """Make a repository. Raises AlreadyExistsError if there is one, StorageError if the place is not safe for
-        one."""
+        """Make a repository.
+
+        Raises AlreadyExistsError if there is one, StorageError if the place does not keep what Objects promises.
+        """
         probe(objects)
         Log.create(objects, max_depth=max_depth)
         store = cls(objects, executor, index_path=index_path)
@@ -120,8 +122,10 @@ class PackedStore:
         return added
 
     def _best(self, state: State, model: str, metric: str) -> VersionAdded:
-        """Return the newest of the versions with the greatest ``metric``. Reads the metadata of every version of the
-        model."""
+        """Return the version with the greatest ``metric``, the newest of several.
+
+        Reads the metadata of every version of the model.
+        """
         best: tuple[float, VersionAdded] | None = None
         for added in state.versions(model):
             value = self.reader.open_added(added).recorded.description.metrics.get(metric)

@@ -137,8 +137,10 @@ class Packs:
         return min(allowed, key=lambda copy: (copy.row.depth, copy.pack))
 
     def chain(self, blob: StoredBlob, where_is: Resolve) -> tuple[StoredBlob, ...]:
-        """Return what has to be decoded for a blob: a full copy first, each then the base of the next, the blob
-        last."""
+        """Return what has to be decoded for a blob.
+
+        A full copy comes first, each is the base of the next, the blob itself is the last. Raises CorruptionError.
+        """
         chain = [blob]
         while (row := chain[-1].row).base is not None:
             named = row.base_pack or chain[-1].pack

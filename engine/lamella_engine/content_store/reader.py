@@ -180,8 +180,10 @@ class Reader:
         return self._packs.chain(blob, self._log.state.where_is)
 
     def decoded(self, blob: StoredBlob, nbytes: int) -> bytearray:
-        """Return the decoded bytes of a blob that is ``nbytes`` long decoded. Reads and decodes in the caller's
-        thread."""
+        """Return the decoded bytes of a blob that is ``nbytes`` long decoded; raises CorruptionError.
+
+        Reads and decodes in the caller's thread.
+        """
         chain = self.chain(blob)
         out = bytearray(blob.row.decoded_nbytes)
         if len(out) != nbytes:

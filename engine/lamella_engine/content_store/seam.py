@@ -87,8 +87,7 @@ class ContentStore(Protocol):
     """A repository's content. Safe for several threads."""
 
     def resolve(self, revision: str) -> VersionId:
-        """Return the version that a revision names (design: ``model@ref``, ``model@v12``, an id or its unique prefix,
-        ``~N``).
+        """Return the version that a revision names; see ``content_store.revisions`` for the ways to name one.
 
         Raises InvalidInputError for what is no revision, NotFoundError for what names nothing.
         """
@@ -121,8 +120,8 @@ class ContentStore(Protocol):
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:
         """Set or delete refs, all or none.
 
-        Raises AlreadyExistsError for a tag that stands elsewhere or a name of another kind, RefNotFoundError for deleting
-        what is not there, VersionNotFoundError for a number that the model lacks.
+        Raises AlreadyExistsError for a tag that stands elsewhere or a name of another kind, RefNotFoundError for
+        deleting what is not there, VersionNotFoundError for a number that the model lacks.
         """
 
 

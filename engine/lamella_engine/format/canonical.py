@@ -22,8 +22,8 @@ _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False,
 def dumps(value: Any) -> bytes:
     """Return the canonical bytes of a value made of dict, list, tuple, str, int, float, bool and None.
 
-    Raises InvalidInputError for any other type, for keys that are not str, for text that UTF-8 cannot hold, and for integers
-    of thousands of digits.
+    Raises InvalidInputError for any other type, for keys that are not str, for text that UTF-8 cannot hold, and for
+    integers of thousands of digits.
     """
     plain = _plain(value, MAX_DEPTH)
     try:

@@ -75,8 +75,8 @@ def structure_pages(structure: Sequence[TensorSpec]) -> Iterator[tuple[bytes, Se
 def _check_limits(spec: TensorSpec) -> None:
     if len(spec.name.encode()) > MAX_NAME_NBYTES or len(spec.shape) > MAX_RANK or max(spec.shape, default=0) > MAX_AXIS:
         raise LimitError(
-            f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most {MAX_NAME_NBYTES} "
-            f"bytes, tensors at most {MAX_RANK} axes",
+            f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most "
+            f"{MAX_NAME_NBYTES} bytes, tensors at most {MAX_RANK} axes",
             kind="tensor_limit",
         )
 
@@ -151,7 +151,10 @@ class CellTable:
 
 
 def cell_rows(page: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
-    """Yield the rows of a cell page whose cells have the decoded ``lengths``; raises CorruptionError if they do not fill it."""
+    """Yield the rows of a cell page whose cells have the decoded ``lengths``.
+
+    Raises CorruptionError if they do not fill it.
+    """
     at = 0
     for cell_nbytes in lengths:
         row = page[at : at + row_nbytes(cell_nbytes)]

@@ -1,5 +1,7 @@
-"""Names of objects. No name is ever used twice: each carries the push or the entry that made it (FORMAT.md,
-"Names")."""
+"""Names of objects (FORMAT.md, "Names").
+
+No name is ever used twice: each carries the push or the entry that made it.
+"""
 
 import re
 import secrets
@@ -28,8 +30,7 @@ def log_name(number: int) -> str:
 
 
 def log_number(name: str) -> int:
-    """Return the number of the log entry called ``name``; raises CorruptionError if nothing of lamella's has that
-    name."""
+    """Return the number of the log entry called ``name``; raises CorruptionError if none can be called that."""
     return int(_match(r"log/([0-9]{20})", name)[1])
 
 
