@@ -137,8 +137,7 @@ NB_MODULE(_kernels, m) {
         .value("COMPLEX64", Kind::complex64)
         .value("COMPLEX128", Kind::complex128);
 
-    m.def(
-        "isa", [] { return lamella::active().isa; }, "Name of the variant in use: \"avx2\" or \"scalar\".");
+    m.def("isa", [] { return lamella::active().isa; }, "Name of the variant in use: \"avx2\" or \"scalar\".");
     m.def(
         "set_isa", [](const char* isa) { require(lamella::select(isa), "this build or CPU has no such variant"); },
         "isa"_a, "Use this variant from now on, in all threads; they differ in speed only. Raises ValueError.");

@@ -119,6 +119,7 @@ class _Pushing:
         self._checkpoint.check_unchanged()
         return self._push.commit(
             Description(
+                model=self._push.model,
                 structure_id=structure_digest,
                 parameters_id=self._parameters.digest().hex(),
                 tensor_count=len(structure),

@@ -1,6 +1,7 @@
 """Versions as users hold them: metadata, and tensors that are read when they are touched."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,7 +196,7 @@ class Version(Mapping[str, LazyTensor]):
     @property
     def recipe(self) -> Any:
         """What made it, as given; None if nothing was."""
-        return self._recorded.description.recipe
+        return deepcopy(self._recorded.description.recipe)
 
     @property
     def files(self) -> tuple[str, ...]:

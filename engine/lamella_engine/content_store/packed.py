@@ -1,6 +1,5 @@
 """The content store on objects: packs, metadata objects and the log."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -128,8 +127,9 @@ class PackedStore:
         """
         best: tuple[float, VersionAdded] | None = None
         for added in state.versions(model):
+            # NaN, which does not equal itself, is never the best; a metric may be an int of any size, so no math.isnan.
             value = self.reader.open_added(added).recorded.description.metrics.get(metric)
-            if value is not None and not math.isnan(value) and (best is None or value >= best[0]):
+            if value is not None and value == value and (best is None or value >= best[0]):
                 best = value, added
         if best is None:
             raise VersionNotFoundError(f"no version of {model} has the metric {metric!r}", model=model, metric=metric)

@@ -73,7 +73,7 @@ class PackedPush:
         parent: OpenVersion | None,
     ) -> None:
         self._store = context
-        self._model = model
+        self.model = model
         self._branch = branch
         self._id = push_id
         self._state = state
@@ -200,6 +200,8 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         if self._wanted:
             raise InvalidInputError(f"{len(self._wanted)} chunks were never written", kind="incomplete_push")
+        if description.model != self.model:
+            raise InvalidInputError("a version's model is the one that its push goes to", kind="wrong_model")
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
         self._writer.close_pack()
@@ -211,25 +213,24 @@ class PackedPush:
 
         def make(state: State) -> Change | None:
             equal.clear()
-            head = state.ref(self._model, self._branch)
+            head = state.ref(self.model, self._branch)
             self._check_head(state, head)
             if head is not None and (same := self._same_as_head(state, head, description)) is not None:
                 equal.append(same)
                 return None
             self._check_live(state, packs)
-            number = state.last_number(self._model) + 1
+            number = state.last_number(self.model) + 1
             if not added or added[-1].number != number:
                 locator = Locator(
-                    model=self._model,
                     number=number,
                     parents=tuple((parent.model, parent.number) for parent in self.parents),
                     packs=packs,
                     manifest_runs=manifest_runs,
                     cell_runs=cell_runs,
                 )
-                added.append(self._write_metadata(data, locator, description.decoded_nbytes))
+                added.append(self._write_metadata(data, locator, description))
             return Change(
-                refs=(RefChange(self._model, self._branch, "branch", head.number if head else None, number),),
+                refs=(RefChange(self.model, self._branch, "branch", head.number if head else None, number),),
                 versions=(added[-1],),
                 packs=tuple(PackAdded(ref.name, ref.nbytes, "store") for ref, _ in self._writer.written.values()),
             )
@@ -249,23 +250,23 @@ class PackedPush:
     def _check_head(self, state: State, head: Ref | None) -> None:
         if head is not None and head.kind != "branch":
             raise AlreadyExistsError(
-                f"{self._model}@{self._branch} is a {head.kind}: push to a branch", kind="not_a_branch"
+                f"{self.model}@{self._branch} is a {head.kind}: push to a branch", kind="not_a_branch"
             )
         if head != self._head:
             expected, actual = (self._name(state, ref) for ref in (self._head, head))
             raise ConflictError(
-                f"{self._model}@{self._branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
+                f"{self.model}@{self._branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
                 f"{expected or 'nothing'}; look at it, then push again",
                 expected=expected,
                 actual=actual,
             )
 
     def _name(self, state: State, ref: Ref | None) -> VersionId | None:
-        version = None if ref is None else state.version(self._model, ref.number)
+        version = None if ref is None else state.version(self.model, ref.number)
         return None if version is None else version.id
 
     def _same_as_head(self, state: State, head: Ref, description: Description) -> VersionAdded | None:
-        row = state.version(self._model, head.number)
+        row = state.version(self.model, head.number)
         assert row is not None
         there = self._store.reader.open_added(row).recorded.description
         same = (
@@ -287,13 +288,13 @@ class PackedPush:
                     object=pack.name,
                 )
 
-    def _write_metadata(self, description: bytes, locator: Locator, decoded_nbytes: int) -> VersionAdded:
-        data = encode_metadata(description, locator)
-        name = metadata_name(version_id(description), self._id, self._attempt)
+    def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> VersionAdded:
+        data = encode_metadata(line, locator)
+        name = metadata_name(version_id(line), self._id, self._attempt)
         self._attempt += 1
         self._store.objects.put_if_absent(name, [data])
         return VersionAdded(
-            locator.model, locator.number, name, len(data), digest(Context.METADATA, data), decoded_nbytes
+            self.model, locator.number, name, len(data), digest(Context.METADATA, data), description.decoded_nbytes
         )
 
     def _located(

@@ -106,8 +106,8 @@ class Reader:
             data = self._metadata(name, nbytes)
         except NotFoundError:
             return None
-        _, locator = decode_metadata(data, expected=id)
-        added = self._log.state.version(locator.model, locator.number)
+        description, locator = decode_metadata(data, expected=id)
+        added = self._log.state.version(description.model, locator.number)
         return added if added is not None and added.metadata == name else None
 
     def _metadata(self, name: str, nbytes: int) -> bytes:
@@ -149,7 +149,7 @@ class Reader:
                 f"{added.metadata} is not the object that the log names", kind="bad_digest", object=added.metadata
             )
         description, locator = decode_metadata(data, expected=added.id)
-        if (locator.model, locator.number) != (added.model, added.number):
+        if (description.model, locator.number) != (added.model, added.number):
             raise CorruptionError(f"{added.metadata} belongs to another version", kind="bad_metadata")
         self._packs.learn(locator.packs)
         parents = tuple(

@@ -41,6 +41,7 @@ class AttachmentPages:
 class Description:
     """Everything that a version's id is the digest of."""
 
+    model: str
     structure_id: str
     parameters_id: str
     tensor_count: int
@@ -85,7 +86,6 @@ class PackRef:
 class Locator:
     """Where a version was written. Names packs as they were then; a reader maps replaced ones through the log."""
 
-    model: str
     number: int
     """The version's number in its model, which the log confirms."""
     parents: tuple[tuple[str, int], ...]
@@ -105,6 +105,7 @@ _DESCRIPTION = {
     "format": int,
     "message": str,
     "metrics": {str: float},
+    "model": str,
     "parameters": str,
     "parents": [str],
     "recipe": object,
@@ -120,7 +121,6 @@ _DESCRIPTION = {
 _LOCATOR = {
     "cells": [(int, int)],
     "manifest": [(int, int)],
-    "model": str,
     "number": int,
     "packs": [(str, int, int)],
     "parents": [(str, int)],
@@ -144,6 +144,7 @@ def encode_description(description: Description) -> bytes:
             "format": VERSION_FORMAT,
             "message": description.message,
             "metrics": description.metrics,
+            "model": description.model,
             "parameters": description.parameters_id,
             "parents": list(description.parents),
             "recipe": description.recipe,
@@ -178,7 +179,6 @@ def encode_metadata(description: bytes, locator: Locator) -> bytes:
         {
             "cells": locator.cell_runs,
             "manifest": locator.manifest_runs,
-            "model": locator.model,
             "number": locator.number,
             "packs": [[pack.name, pack.nbytes, pack.index_nbytes] for pack in locator.packs],
             "parents": locator.parents,
@@ -240,6 +240,7 @@ def _description(value: Any, what: str) -> Description:
     for parent in (*value["parents"], structure["id"], value["parameters"]):
         _chunk(parent, what)
     return Description(
+        model=value["model"],
         structure_id=structure["id"],
         parameters_id=value["parameters"],
         tensor_count=structure["tensors"],
@@ -270,7 +271,6 @@ def _locator(value: Any, description: Description, what: str) -> Locator:
     if len(value["parents"]) != len(description.parents):
         raise CorruptionError(f"{what} does not locate all its parents", kind="bad_metadata")
     return Locator(
-        model=value["model"],
         number=value["number"],
         parents=tuple((model, number) for model, number in value["parents"]),
         packs=packs,
