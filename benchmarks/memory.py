@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory [--random-gib 4] [--sparse-gib 64] [--directory DIR]
 
-Writes one safetensors file of random bytes (nothing compresses, nothing is equal: the most data in flight) and a sparse one
-(as many cells as fit), pushes each into a new repository, and prints by how much the process's anonymous memory (RssAnon:
-pages of files do not count) grew at its peak, against the promise: 512 MiB + 64 bytes a cell.
+Writes one safetensors file of random bytes (nothing compresses, nothing is equal: the most data in flight) and a sparse
+one (as many cells as fit), pushes each into a new repository, and prints by how much the process's anonymous memory
+(RssAnon: pages of files do not count) grew at its peak, against the promise: 512 MiB + 64 bytes a cell.
 """
 
 import argparse

@@ -98,6 +98,7 @@ def _push(
     target: str,
     parent: str | None,
 ) -> Pushed:
+    sha256 = sha256_of_file(source) if isinstance(source, Path) else sha256_of_tensors(source)
     stored_before, start = repo.stats().stored_nbytes, time.perf_counter()
     version = repo.push(
         source,
@@ -112,7 +113,7 @@ def _push(
         revision=f"{version.model}@v{version.number}",
         checkpoint=checkpoint.name,
         file=source.name if isinstance(source, Path) else None,
-        sha256=sha256_of_file(source) if isinstance(source, Path) else sha256_of_tensors(source),
+        sha256=sha256,
         decoded_nbytes=version.nbytes,
         stored_nbytes=repo.stats().stored_nbytes - stored_before,
         seconds=seconds,

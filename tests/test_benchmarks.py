@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import corpora, minilm, push_checkout
+from benchmarks import corpora, memory, minilm, push_checkout
 from benchmarks.corpora import PRECISIONS, Checkpoint
 from examples import demo
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import lamella
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "_", *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -121,3 +123,12 @@ def test_every_contender_writes_and_reads_the_whole_family(family: tuple[Checkpo
     assert set(comparison.reading) == set(push_checkout.READERS)
     assert push_checkout.table(comparison, "tiny").row_count == len(comparison.writing) + len(comparison.reading)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["random", "sparse"])
+def test_memory_is_measured_over_a_real_push(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert memory.run(tmp_path, kind, 1 / 64)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[5] for line in lines] == (["push", "checkout"] if kind == "random" else ["push"])
+    pushed = lamella.open(tmp_path / "repository").version("m@main")
+    assert pushed.nbytes == 16 << 20

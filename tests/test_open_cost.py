@@ -13,11 +13,13 @@ from lamella_engine.objects.memory import MemoryObjects
 FEW, MANY = 10, 10_000
 
 
+LAYER = noise(0, 64, 64)
+
+
 def small_version(number):
-    """Return a version's tensors: 64 numbers, one of them another than in the version before, and a bias."""
-    weight = np.zeros(64, np.float32)
-    weight += np.arange(64) * np.float32(0.37)
-    weight[number % 64] = number
+    """Return a version's tensors: one layer of 16 KB, a number of it other than in the version before, and a bias."""
+    weight = LAYER.copy()
+    weight[number % 64, 7] = number
     return {"weight": weight, "bias": np.float32(number)}
 
 

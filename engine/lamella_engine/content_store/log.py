@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from heapq import merge
+from types import MappingProxyType
 from typing import Any
 
 from lamella_engine.errors import (
@@ -44,10 +45,10 @@ from lamella_engine.objects import Objects
 
 logger = logging.getLogger("lamella")
 
-# Entries between two folds: an opener reads at most this many entries one by one. At 16 the newest of 10,000 versions
-# opens with less than twice the reads of the newest of 10, and folding costs about 1.5 KB a push
-# (tests/test_open_cost.py prints both).
-FOLD_EVERY = 16
+# Entries between two folds: an opener reads at most this many, one by one, of some 800 bytes each. With 8 (and the blocks
+# of format.fold) any of 10,000 versions opens with less than twice the reads and bytes of one of 10, and a fold adds about
+# 2 KB to each push (tests/test_open_cost.py prints the former).
+FOLD_EVERY = 8
 
 # Tries of one commit. Each lost race means that somebody else's commit went through, so the repository moves on.
 COMMIT_TRIES = 64
@@ -71,7 +72,7 @@ class Blocks:
     """Reads the blocks of folds, and keeps them: they never change. Safe for several threads."""
 
     KEPT = 1024
-    """Blocks kept in memory: with the rows of a 4 KiB block parsed, some 20 MB."""
+    """Blocks kept in memory: with their rows parsed, some 10 MB."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -357,6 +358,7 @@ class Log:
 
     def _load(self) -> State:
         state = self._genesis()
+        read: dict[int, bytes] = {}
         newest = next(self._objects.list("fold/", limit=1), None)
         if newest is not None:
             # A fold found by listing is only a hint at where to look: the entry after it vouches for one by its digest.
@@ -366,10 +368,11 @@ class Log:
             for at in (number + 1, number):
                 data = self._entry_bytes(at)
                 if data is not None:
+                    read[at] = data
                     entry = decode_entry(data, number=at, repository=state.genesis.repository, previous=None)
                     state = state if entry.fold is None else self._at(state, entry.fold)
                     break
-        state = self._follow(state)
+        state = self._follow(state, read)
         self.check_tail(state)
         return state
 
@@ -391,8 +394,9 @@ class Log:
         root = folds.parse_root(data, name=fold.name, expected=fold.digest, repository=state.genesis.repository)
         return replace(state, number=root.number, digest=root.entry, fold=fold, root=root, changes={})
 
-    def _follow(self, state: State) -> State:
-        while (step := self._next(state)) is not None:
+    def _follow(self, state: State, read: Mapping[int, bytes] = MappingProxyType({})) -> State:
+        """Return the newest state; ``read`` holds entries that need not be read again."""
+        while (step := self._next(state, read.get(state.number + 1))) is not None:
             state = self._after(state, *step)
         return state
 
@@ -406,9 +410,10 @@ class Log:
             state = folded
         return state.after(entry, digest)
 
-    def _next(self, state: State) -> tuple[Entry, bytes] | None:
+    def _next(self, state: State, data: bytes | None = None) -> tuple[Entry, bytes] | None:
+        """Return the entry after ``state`` with its digest, or None if there is none yet."""
         number = state.number + 1
-        data = self._entry_bytes(number)
+        data = data or self._entry_bytes(number)
         if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)

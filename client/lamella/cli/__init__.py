@@ -1,0 +1,154 @@
+"""The command line: ``lamella VERB ...``, one verb for each thing that a repository does.
+
+What a program can count on:
+
+* With ``--json`` a verb that succeeds writes one JSON document to stdout; the keys are in each verb's ``--help``. One
+  that fails writes ``{"error": {"kind", "message", "context"}}`` to stderr, on one line, and nothing to stdout. A
+  number that JSON lacks is the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``.
+* The exit code is that of the error's class (:mod:`lamella_engine.errors`): 0 done, 2 usage, 3 not found, 4 conflict,
+  5 permission, 6 damage, 7 storage, 8 outcome unknown, 9 limit; 70 for a bug of lamella. 130, 143 and 141 are Ctrl-C,
+  SIGTERM and a reader of stdout that went away.
+* Text for people has no such promise. What is not printable in it is escaped: a name cannot drive a terminal.
+
+Errors are one line, ``lamella: <message>``. A traceback is shown only where ``LAMELLA_DEBUG=1`` is set.
+
+    app         the verbs: from arguments to a document
+    text        a document as lines for people
+    terminal    bytes to stdout and stderr
+"""
+
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from lamella_engine.errors import (
+    BUG_EXIT_CODE,
+    InvalidInputError,
+    LamellaError,
+    PermissionDeniedError,
+    StorageError,
+)
+
+PROGRAM = "lamella"
+
+# What a shell reports of a process that a signal ended.
+_SIGNALLED = 128
+
+
+def main() -> int:
+    """Run this process's command line; the script's entry point. Returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without the character is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run(sys.argv[1:])
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = _SIGNALLED + signal.SIGPIPE
+        _discard_stdout()
+    except OSError as error:
+        code = _report(_from_os(error), as_json="--json" in sys.argv)
+        _discard_stdout()
+    return code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command in this process.
+
+    Parameters
+    ----------
+    arguments
+        What follows the program's name, such as ``["-C", "weights", "stats", "--json"]``.
+
+    Returns
+    -------
+    int
+        The exit code. Whatever went wrong has been reported on stderr.
+
+    Raises
+    ------
+    BrokenPipeError
+        Nobody reads stdout any more.
+    """
+    # Known before the arguments are parsed, because that may be what fails.
+    as_json = "--json" in arguments
+    try:
+        return _invoke(arguments)
+    except LamellaError as error:
+        return _report(error, as_json=as_json)
+    except KeyboardInterrupt:
+        _say("interrupted", kind="interrupted", as_json=as_json)
+        return _SIGNALLED + signal.SIGINT
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _report(_from_os(error), as_json=as_json)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".rstrip(": ")
+        _say(
+            f"this is a bug in lamella: {said} (run with LAMELLA_DEBUG=1 for the traceback)",
+            kind="bug",
+            as_json=as_json,
+        )
+        return BUG_EXIT_CODE
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    """Parse and execute, without the error pages, tracebacks and exits that typer would add."""
+    import typer
+
+    from lamella.cli.app import app
+
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(PROGRAM, list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.TyperException as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+        said = error.format_message().rstrip(".")
+        raise InvalidInputError(f"{said[:1].lower()}{said[1:]}: see {where} --help", kind="usage") from None
+    return 0
+
+
+def _from_os(error: OSError) -> LamellaError:
+    """Return what the operating system refused as an error of the tree: it is no bug, wherever it surfaced."""
+    said = (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(f"{said}: ask for access, or choose another place")
+    return StorageError(f"{said}: check that the place exists, has room and can be written", kind="os_error")
+
+
+def _report(error: LamellaError, *, as_json: bool) -> int:
+    _say(error.message, kind=error.kind, context=error.context, as_json=as_json)
+    return error.exit_code
+
+
+def _say(message: str, *, kind: str, as_json: bool, context: dict[str, object] | None = None) -> None:
+    """Report a failure; inside an ``except``."""
+    from lamella.cli import terminal
+
+    if os.environ.get("LAMELLA_DEBUG") == "1":
+        terminal.warn(traceback.format_exc().splitlines())
+    if as_json:
+        terminal.warn_json({"error": {"kind": kind, "message": message, "context": context or {}}})
+    else:
+        terminal.warn([f"{PROGRAM}: {message}"])
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, or the interpreter would fail at it once more on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    # An exception, so that half-written files are removed on the way out.
+    raise SystemExit(_SIGNALLED + signum)
