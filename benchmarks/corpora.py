@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from benchmarks import minilm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+
+from benchmarks import minilm
 
 DATA = Path(__file__).parent / "data"
 """Where families are kept between runs; git ignores it."""

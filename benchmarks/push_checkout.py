@@ -25,14 +25,14 @@ from typing import TypeAlias
 
 import torch
 import zstandard
-from benchmarks import corpora
-from benchmarks.corpora import Checkpoint, Precision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
 import lamella
+from benchmarks import corpora
+from benchmarks.corpora import Checkpoint, Precision
 
 ROUNDS = 5
 """Enough that one disturbed round does not move the median."""

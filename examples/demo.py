@@ -14,14 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from benchmarks import corpora, minilm
-from benchmarks.corpora import Checkpoint, Precision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import lamella
+from benchmarks import corpora, minilm
+from benchmarks.corpora import Checkpoint, Precision
 
 MODELS: Mapping[Precision, str] = {"float32": "minilm-fp32", "bfloat16": "minilm-bf16"}
 

@@ -45,9 +45,9 @@ from lamella_engine.objects import Objects
 
 logger = logging.getLogger("lamella")
 
-# Entries between two folds: an opener reads at most this many, one by one, of some 800 bytes each. With 8 (and the blocks
-# of format.fold) any of 10,000 versions opens with less than twice the reads and bytes of one of 10, and a fold adds about
-# 2 KB to each push (tests/test_open_cost.py prints the former).
+# Entries between two folds: an opener reads at most this many, one by one, of some 800 bytes each. With 8, and the blocks
+# of format.fold, one of 10,000 versions opens with less than twice the reads and bytes of one of 10, and a fold adds about
+# 2 KB to each push; tests/test_open_cost.py prints the former.
 FOLD_EVERY = 8
 
 # Tries of one commit. Each lost race means that somebody else's commit went through, so the repository moves on.

@@ -19,9 +19,9 @@ from lamella_engine.format.names import fold_name, fold_number
 
 FOLD_FORMAT = 0
 
-# A leaf of 2 KiB holds some ten versions: small, because opening a version reads one block on each level of a table or two,
-# and each fold writes the last path of most tables again. Inner blocks have a dozen children, so 10,000 versions make a
-# tree of four levels.
+# A leaf of 2 KiB holds some ten versions: small, because opening a version reads one block on each level of a table or
+# two, and each fold writes the last path of most tables again. Inner blocks have a dozen children, so 10,000 versions
+# make a tree of four levels.
 BLOCK_NBYTES = 2 << 10
 MAX_BLOCK_NBYTES = 256 << 10
 MAX_HEIGHT = 16
