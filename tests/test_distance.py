@@ -112,11 +112,8 @@ def test_every_dtype_is_measured_as_float64(dtype):
 @given(st.data())
 def test_any_bits_of_any_dtype_are_measured_by_the_definition(data):
     dtype = data.draw(st.sampled_from(NUMBERS))
-    left = data.draw(drawn_tensors(dtype))
-    right = np.resize(data.draw(drawn_tensors(dtype)), left.shape) if left.size else left
-    if right.dtype != left.dtype or (right.size != left.size):
-        right = left
-    right = np.ascontiguousarray(right).astype(left.dtype)
+    left, other = data.draw(drawn_tensors(dtype)), data.draw(drawn_tensors(dtype))
+    right = np.resize(other, left.shape) if other.size else left
     distance = measured({"w": (left, right)})
     expected = definition([(left, right)])
     assert distance.changed == expected["changed"]
@@ -157,7 +154,7 @@ def test_equal_chunks_are_left_out_and_change_nothing(threads):
     reader = open_again(counting, executor)
     distance = reader.distance("m@v1", "m@v2")
     check(distance, [(left, right), (left[:500], left[:500])], cosine=False)
-    assert counting.read_nbytes < 1.6 * left.nbytes * 1_024 / 2_600
+    assert counting.read_nbytes < 2 * left[:1_024].nbytes  # a full blob for the one, a base and a delta for the other
     without_cosine = counting.read_nbytes
     check(distance, [(left, right), (left[:500], left[:500])])
     assert counting.read_nbytes > without_cosine

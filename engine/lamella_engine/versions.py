@@ -1,6 +1,8 @@
 """Versions as users hold them: metadata, and tensors that are read when they are touched."""
 
+import operator
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +127,9 @@ def _box(spec: TensorSpec, key: Any) -> tuple[list[range], tuple[Any, ...]]:
 
 
 def _integer(item: Any) -> int:
-    if not isinstance(item, bool | np.bool_) and hasattr(item, "__index__"):
-        return int(item.__index__())
+    if not isinstance(item, bool | np.bool_):
+        with suppress(TypeError):
+            return operator.index(item)
     raise InvalidInputError(
         f"a stored tensor is indexed by integers and slices, not by a {type(item).__name__}: read a slice, then pick",
         kind="bad_index",

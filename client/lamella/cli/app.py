@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version as installed_version
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -21,8 +22,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERSION_KEYS = """model, number, id, parameters_id, structure_id, parents [id], message, author, created, metrics,
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+_VERSION_KEYS = """model, number, id, parameters_id, structure_id, parents [id], message, author, created, metrics,
 recipe, files [path], decoded_nbytes, tensor_count"""
+
+_REF_KEYS = "refs [{model, name, kind, number}]; ref {...} where one was set; deleted {...} and dry_run with --delete"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
 Include = Annotated[
@@ -34,17 +39,22 @@ Revision = Annotated[
         metavar="REV", help="model@branch, model@v12, model@latest, model@best:metric or an id; each with ~N."
     ),
 ]
-RefName = Annotated[str | None, typer.Argument(metavar="[NAME", help="model@name.")]
-RefRevision = Annotated[str | None, typer.Argument(metavar="REV]", help="The version that it shall stand at.")]
+RefName = Annotated[str | None, typer.Argument(metavar="NAME", help="model@name.")]
+RefRevision = Annotated[str | None, typer.Argument(metavar="REV", help="The version that it shall stand at.")]
 Delete = Annotated[bool, typer.Option("--delete", help="Delete NAME. Versions stay.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="With --delete: only say what would be deleted.")]
 
 
+def _verb(example: str, *, answer: str) -> Callable[[Verb], Verb]:
+    """Register a verb whose help ends with the keys of its JSON document and one example."""
+    return app.command(epilog=f"With --json: {answer}.\n\n\b\nExample:\n  {example}")
+
+
 @app.callback(
     invoke_without_command=True,
-    epilog="Exit codes: 2 usage, 3 not found, 4 conflict, 5 permission, 6 damage, 7 storage, 8 outcome unknown, 9 limit, "
-    '70 a bug. With --json errors are {"error": {kind, message, context}} on stderr.\n\n'
-    "Example: lamella init weights && lamella -C weights push model.safetensors bert@main",
+    epilog="Exit codes: 2 usage, 3 not found, 4 conflict, 5 permission, 6 damage, 7 storage, 8 outcome unknown, "
+    '9 limit, 70 a bug. With --json an error is {"error": {kind, message, context}} on stderr.\n\n'
+    "\b\nExample:\n  lamella init weights\n  lamella -C weights push model.safetensors bert@main",
 )
 def lamella_(
     context: typer.Context,
@@ -62,10 +72,12 @@ def lamella_(
         raise typer.Exit(lamella.InvalidInputError.exit_code)
 
 
-@app.command(epilog="--json: repository.\n\nExample: lamella init weights")
+@_verb("lamella init weights", answer="repository")
 def init(
     context: typer.Context,
-    path: Annotated[str | None, typer.Argument(help="Where; by default as for the other verbs.")] = None,
+    path: Annotated[
+        str | None, typer.Argument(metavar="PATH", help="Where; by default as for the other verbs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a repository."""
@@ -75,13 +87,13 @@ def init(
         _answer({"repository": url}, lambda _: [f"made a repository in {url}"], as_json=as_json)
 
 
-@app.command(
-    epilog=f"--json: {VERSION_KEYS}, new (false if the branch's head is this already).\n\n"
-    'Example: lamella push model.safetensors bert@main -m "step 2000" --metric loss=0.31'
+@_verb(
+    'lamella push model.safetensors bert@main -m "step 2000" --metric loss=0.31',
+    answer=f"{_VERSION_KEYS}, new (false if the branch's head is this already)",
 )
 def push(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="A .safetensors file.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A .safetensors file.")],
     target: Annotated[str, typer.Argument(metavar="MODEL@BRANCH", help="The branch is made if it is not there.")],
     message: Annotated[str, typer.Option("-m", "--message", metavar="TEXT", help="What to say about it.")] = "",
     parent: Annotated[
@@ -103,14 +115,14 @@ def push(
     _answer(document, text.push, as_json=as_json)
 
 
-@app.command(
-    epilog="--json: model, number, id, out, files [{path, nbytes}].\n\n"
-    'Example: lamella checkout bert@main~1 out --include "encoder.layer.0.*"'
+@_verb(
+    'lamella checkout bert@main~1 out --include "encoder.layer.0.*"',
+    answer="model, number, id, out, files [{path, nbytes}]",
 )
 def checkout(
     context: typer.Context,
     revision: Revision,
-    out: Annotated[Path, typer.Argument(help="A directory, made if it is not there.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory, made if it is not there.")],
     include: Include = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Not these tensors; may be given several times.")
@@ -137,9 +149,9 @@ def checkout(
     _answer(document, text.checkout, as_json=as_json)
 
 
-@app.command(
-    epilog="--json: a, b, count, changed (fraction of elements), l2, l1, linf, cosine (null without --cosine), "
-    "per_tensor {name: the same}.\n\nExample: lamella distance bert@v1 bert@main"
+@_verb(
+    "lamella distance bert@v1 bert@main",
+    answer="a, b, count, changed (fraction of elements), l2, l1, linf, cosine (null without --cosine), per_tensor {name: the same}",
 )
 def distance(
     context: typer.Context,
@@ -163,7 +175,7 @@ def distance(
     _answer(document, text.distance, as_json=as_json)
 
 
-@app.command(epilog=f"--json: versions [{{{VERSION_KEYS}}}].\n\nExample: lamella log bert@main -n 5")
+@_verb("lamella log bert@main -n 5", answer=f"versions [{{{_VERSION_KEYS}}}]")
 def log(
     context: typer.Context,
     revision: Revision,
@@ -179,9 +191,7 @@ def log(
             terminal.show(map(text.log_line, versions))
 
 
-@app.command(
-    epilog=f"--json: {VERSION_KEYS}, tensors [{{name, dtype, shape, nbytes}}].\n\nExample: lamella show bert@v3"
-)
+@_verb("lamella show bert@v3", answer=f"{_VERSION_KEYS}, tensors [{{name, dtype, shape, nbytes}}]")
 def show(context: typer.Context, revision: Revision, as_json: AsJson = False) -> None:
     """Show what is recorded about a version, and its tensors."""
     with _open(context) as repo:
@@ -194,9 +204,8 @@ def show(context: typer.Context, revision: Revision, as_json: AsJson = False) ->
     _answer(document, text.show, as_json=as_json)
 
 
-@app.command(
-    epilog="--json: a, b, and the names of tensors in added, removed, reshaped, changed, same.\n\n"
-    "Example: lamella diff bert@v1 bert@main"
+@_verb(
+    "lamella diff bert@v1 bert@main", answer="a, b, and the names of tensors in added, removed, reshaped, changed, same"
 )
 def diff(
     context: typer.Context,
@@ -204,19 +213,14 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the tensors that differ between two versions, without reading any."""
+    """List the tensors that differ between two versions. Reads none of them."""
     with _open(context) as repo:
         found = repo.diff(a, b)
     names = {key: getattr(found, key) for key in ("added", "removed", "reshaped", "changed", "same")}
     _answer({"a": a, "b": b, **names}, text.diff, as_json=as_json)
 
 
-_REF_KEYS = (
-    "--json: refs [{model, name, kind, number}]; ref {...} where one was set; deleted {...} and dry_run with --delete."
-)
-
-
-@app.command(epilog=f"{_REF_KEYS}\n\nExample: lamella branch bert@trial bert@v3")
+@_verb("lamella branch bert@trial bert@v3", answer=_REF_KEYS)
 def branch(
     context: typer.Context,
     name: RefName = None,
@@ -229,7 +233,7 @@ def branch(
     _refs(context, "branch", name, revision, delete=delete, dry_run=dry_run, as_json=as_json)
 
 
-@app.command(epilog=f"{_REF_KEYS}\n\nExample: lamella tag bert@release-1 bert@main")
+@_verb("lamella tag bert@release-1 bert@main", answer=_REF_KEYS)
 def tag(
     context: typer.Context,
     name: RefName = None,
@@ -242,7 +246,7 @@ def tag(
     _refs(context, "tag", name, revision, delete=delete, dry_run=dry_run, as_json=as_json)
 
 
-@app.command(epilog=f"{_REF_KEYS}\n\nExample: lamella alias bert@production bert@v3")
+@_verb("lamella alias bert@production bert@v3", answer=_REF_KEYS)
 def alias(
     context: typer.Context,
     name: RefName = None,
@@ -255,9 +259,7 @@ def alias(
     _refs(context, "alias", name, revision, delete=delete, dry_run=dry_run, as_json=as_json)
 
 
-@app.command(
-    epilog="--json: models, versions, packs, decoded_nbytes, stored_nbytes, ratio.\n\nExample: lamella -C weights stats"
-)
+@_verb("lamella -C weights stats", answer="models, versions, packs, decoded_nbytes, stored_nbytes, ratio")
 def stats(context: typer.Context, as_json: AsJson = False) -> None:
     """Say how large the repository is."""
     with _open(context) as repo:
@@ -266,16 +268,16 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
     _answer({key: getattr(found, key) for key in keys}, text.stats, as_json=as_json)
 
 
-@app.command(
-    epilog="Exits with 6 if there are problems. --json: ok, deep, entries, versions, packs, blobs, read_nbytes, "
-    "problems [{kind, message, where}].\n\nExample: lamella verify --deep"
+@_verb(
+    "lamella verify --deep",
+    answer="ok, deep, entries, versions, packs, blobs, read_nbytes, problems [{kind, message, where}]",
 )
 def verify(
     context: typer.Context,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode everything and compute its ids again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything that is stored. Changes nothing."""
+    """Check everything that is stored. Changes nothing; exits with 6 if there are problems."""
     with _open(context) as repo, terminal.waiting("verifying"):
         found = repo.verify(deep=deep)
     keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes")
@@ -285,7 +287,7 @@ def verify(
         raise typer.Exit(lamella.CorruptionError.exit_code)
 
 
-@app.command(epilog="--json: version.\n\nExample: lamella version")
+@_verb("lamella version", answer="version")
 def version(as_json: AsJson = False) -> None:
     """Print the version of lamella."""
     _answer({"version": installed_version("lamella")}, lambda found: [f"lamella {found['version']}"], as_json=as_json)
@@ -317,7 +319,7 @@ def _answer(document: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], It
 
 
 def _version(version: lamella.Version) -> dict[str, Any]:
-    """Return the keys of :data:`VERSION_KEYS`."""
+    """Return the keys of :data:`_VERSION_KEYS`."""
     return {
         "model": version.model,
         "number": version.number,
@@ -402,15 +404,17 @@ def _metrics(given: Iterable[str]) -> dict[str, float]:
             raise lamella.InvalidInputError(
                 f"{pair!r} is no metric, or its name came before: write --metric name=value", kind="bad_metric"
             )
-        try:
-            metrics[name] = float(value)
-            metrics[name] = int(value)
-        except ValueError:
-            if name not in metrics:
-                raise lamella.InvalidInputError(
-                    f"{value!r} is no number, for the metric {name!r}: write --metric name=value", kind="bad_metric"
-                ) from None
+        metrics[name] = _number(name, value)
     return metrics
+
+
+def _number(name: str, value: str) -> float:
+    for parse in (int, float):
+        with suppress(ValueError):
+            return parse(value)
+    raise lamella.InvalidInputError(
+        f"{value!r} is no number, for the metric {name!r}: write --metric name=value", kind="bad_metric"
+    )
 
 
 def _read_json(path: Path) -> Any:

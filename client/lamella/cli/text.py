@@ -1,4 +1,4 @@
-"""Documents as lines for people. Each function takes what ``--json`` would print; ``terminal`` escapes what it gives."""
+"""Documents as lines for people. Each function takes what ``--json`` prints; ``terminal`` escapes what it gives."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +28,9 @@ def size(nbytes: int) -> str:
     return f"{value / 1024:.1f} PiB"
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: ``"1 tensor"``, ``"2 tensors"``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def revision(version: Document) -> str:
@@ -143,9 +143,13 @@ def verify(found: Document) -> Iterator[str]:
     """Yield each problem, then what was looked at."""
     yield from (f"{problem['where']}: {problem['message']} [{problem['kind']}]" for problem in found["problems"])
     looked_at = ", ".join(
-        count(found[key], noun)
-        for key, noun in (("entries", "log entry"), ("versions", "version"), ("packs", "pack"), ("blobs", "blob"))
-    ).replace("log entrys", "log entries")
+        (
+            count(found["entries"], "log entry", "log entries"),
+            count(found["versions"], "version"),
+            count(found["packs"], "pack"),
+            count(found["blobs"], "blob"),
+        )
+    )
     depth = "decoded" if found["deep"] else "read"
     verdict = "no problems" if found["ok"] else count(len(found["problems"]), "problem")
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"

@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from heapq import merge
@@ -20,6 +21,7 @@ from lamella_engine.errors import (
     AlreadyExistsError,
     ConflictError,
     CorruptionError,
+    InvalidInputError,
     NotFoundError,
     OutcomeUnknownError,
     RepositoryNotFoundError,
@@ -40,14 +42,15 @@ from lamella_engine.format.entry import (
     entry_digest,
 )
 from lamella_engine.format.names import fold_number, log_name, log_number
+from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId, RefKind
 from lamella_engine.objects import Objects
 
 logger = logging.getLogger("lamella")
 
-# Entries between two folds: an opener reads at most this many, one by one, of some 800 bytes each. With 8, and the blocks
-# of format.fold, one of 10,000 versions opens with less than twice the reads and bytes of one of 10, and a fold adds about
-# 2 KB to each push; tests/test_open_cost.py prints the former.
+# Entries between two folds: an opener reads at most this many, one by one, of some 800 bytes each. With 8, and the
+# blocks of format.fold, one of 10,000 versions opens with less than twice the reads and bytes of one of 10, and a fold
+# adds about 2 KB to each push; tests/test_open_cost.py prints the former.
 FOLD_EVERY = 8
 
 # Tries of one commit. Each lost race means that somebody else's commit went through, so the repository moves on.
@@ -164,11 +167,26 @@ class State:
             yield PackAdded(name, row[0], row[1])
 
     def where_is(self, pack: str) -> tuple[str, ...]:
-        """Return the packs that hold the blobs of ``pack`` by now: itself, or what has replaced it."""
-        row = self._get("replaced", pack)
-        if row is None:
-            return (pack,)
-        return tuple(dict.fromkeys(name for new in row for name in self.where_is(new)))
+        """Return the packs that hold the blobs of ``pack`` by now: itself, or what has replaced it.
+
+        Raises CorruptionError if packs replace one another in a circle.
+        """
+        found: dict[str, None] = {}
+        seen: set[str] = set()
+        waiting = [pack]
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            row = self._get("replaced", name)
+            if row is None:
+                found[name] = None
+            else:
+                waiting += reversed(row)
+        if not found:
+            raise CorruptionError(f"{pack} is replaced by packs that it replaces", kind="bad_replacement", object=pack)
+        return tuple(found)
 
     def is_fenced(self, push: PushId) -> bool:
         """Whether a push may not commit any more."""
@@ -269,12 +287,23 @@ class Log:
 
     @classmethod
     def create(cls, objects: Objects, *, max_depth: int = DEFAULT_MAX_DEPTH) -> "Log":
-        """Start a log. Raises AlreadyExistsError if there is one."""
-        genesis = Genesis(secrets.token_hex(16), max_depth, now())
+        """Start a log.
+
+        Raises AlreadyExistsError if there is one, InvalidInputError for a ``max_depth`` outside 0 to 32.
+        """
+        if not 0 <= max_depth <= MAX_DEPTH:
+            raise InvalidInputError(f"chains may be 0 to {MAX_DEPTH} deltas long, not {max_depth}", kind="bad_option")
+        data = encode_genesis(Genesis(secrets.token_hex(16), max_depth, now()))
         try:
-            objects.put_if_absent(log_name(0), [encode_genesis(genesis)])
+            objects.put_if_absent(log_name(0), [data])
         except AlreadyExistsError:
             raise AlreadyExistsError("there is a repository already: open it", kind="repository_exists") from None
+        except StorageError:
+            # The id is random: if these very bytes are there, the put went through and only its answer was lost.
+            with suppress(NotFoundError):
+                if objects.get(log_name(0)) == data:
+                    return cls(objects)
+            raise
         return cls(objects)
 
     @property

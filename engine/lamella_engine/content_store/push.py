@@ -209,7 +209,7 @@ class PackedPush:
         data = encode_description(description)
         packs, manifest_runs, cell_runs = self._located(description)
         equal: list[VersionAdded] = []
-        added: list[VersionAdded] = []
+        added: list[tuple[VersionAdded, bytes]] = []
 
         def make(state: State) -> Change | None:
             equal.clear()
@@ -220,7 +220,7 @@ class PackedPush:
                 return None
             self._check_live(state, packs)
             number = state.last_number(self.model) + 1
-            if not added or added[-1].number != number:
+            if not added or added[-1][0].number != number:
                 locator = Locator(
                     number=number,
                     parents=tuple((parent.model, parent.number) for parent in self.parents),
@@ -231,7 +231,7 @@ class PackedPush:
                 added.append(self._write_metadata(data, locator, description))
             return Change(
                 refs=(RefChange(self.model, self._branch, "branch", head.number if head else None, number),),
-                versions=(added[-1],),
+                versions=(added[-1][0],),
                 packs=tuple(PackAdded(ref.name, ref.nbytes, "store") for ref, _ in self._writer.written.values()),
             )
 
@@ -242,9 +242,9 @@ class PackedPush:
             return self._store.reader.open(version_id(data)).recorded
         for name, (_, index) in self._writer.written.items():
             self._store.index.add(name, index.by_chunk)
-        for version in added:
+        for version, metadata in added:
             if state.version(version.model, version.number) == version:
-                return self._store.reader.open_added(version).recorded
+                return self._store.reader.adopt(version, metadata).recorded
         raise CorruptionError("a commit went through, but its version is not in the log", kind="broken_log")
 
     def _check_head(self, state: State, head: Ref | None) -> None:
@@ -288,14 +288,15 @@ class PackedPush:
                     object=pack.name,
                 )
 
-    def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> VersionAdded:
+    def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
         data = encode_metadata(line, locator)
         name = metadata_name(version_id(line), self._id, self._attempt)
         self._attempt += 1
         self._store.objects.put_if_absent(name, [data])
-        return VersionAdded(
+        added = VersionAdded(
             self.model, locator.number, name, len(data), digest(Context.METADATA, data), description.decoded_nbytes
         )
+        return added, data
 
     def _located(
         self, description: Description

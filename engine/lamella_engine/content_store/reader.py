@@ -3,10 +3,13 @@
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TypeVar
 
+from lamella_engine.codecs import Encoding
 from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest, Row
@@ -20,6 +23,8 @@ from lamella_engine.format.names import metadata_version
 from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
 from lamella_engine.model import Cell, ChunkId, VersionId
 from lamella_engine.objects import Objects
+
+Result = TypeVar("Result")
 
 VERSIONS_KEPT = 16
 """Opened versions kept with their parsed pages."""
@@ -53,6 +58,21 @@ class OpenVersion:
         """Return the pack that a cell was written to, by its number in the version."""
         run = self.locator.cell_runs[bisect_right(self.cell_stops, position)]
         return self.locator.packs[run[1]].name
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """A cell, and either its bytes, which stand in its row, or the chain of blobs that holds it."""
+
+    cell: Cell
+    content: bytes | None
+    chain: tuple[StoredBlob, ...]
+
+    def reading(self, payloads: Mapping[StoredBlob, memoryview]) -> Reading:
+        if self.content is not None:
+            raw = Blob(chunk_id(self.content), Encoding.RAW, 1, len(self.content), self.content, None)
+            return Reading(self.cell, (raw,))
+        return Reading(self.cell, tuple(as_blob(link, payloads[link]) for link in self.chain))
 
 
 class Reader:
@@ -130,11 +150,7 @@ class Reader:
             version = self._open.get(added.id)
         if version is None:
             version = self._load(added)
-            with self._lock:
-                self._open[added.id] = version
-                if len(self._open) > VERSIONS_KEPT:
-                    self._open.popitem(last=False)
-            self.remember(added)
+            self._keep(version)
         return version
 
     def _load(self, added: VersionAdded) -> OpenVersion:
@@ -148,6 +164,22 @@ class Reader:
             raise CorruptionError(
                 f"{added.metadata} is not the object that the log names", kind="bad_digest", object=added.metadata
             )
+        return self._assembled(added, data)
+
+    def adopt(self, added: VersionAdded, data: bytes) -> OpenVersion:
+        """Return a version whose metadata object this process has just written: nothing is read."""
+        version = self._assembled(added, data)
+        self._keep(version)
+        return version
+
+    def _keep(self, version: OpenVersion) -> None:
+        with self._lock:
+            self._open[version.added.id] = version
+            if len(self._open) > VERSIONS_KEPT:
+                self._open.popitem(last=False)
+        self.remember(version.added)
+
+    def _assembled(self, added: VersionAdded, data: bytes) -> OpenVersion:
         description, locator = decode_metadata(data, expected=added.id)
         if (description.model, locator.number) != (added.model, added.number):
             raise CorruptionError(f"{added.metadata} belongs to another version", kind="bad_metadata")
@@ -159,7 +191,8 @@ class Reader:
 
         def load(place: int) -> bytes:
             chunk, nbytes = chunks[place]
-            return bytes(self.decoded(self.copy(chunk, version.pack_of_manifest(place)), nbytes))
+            pack = version.pack_of_manifest(place)
+            return bytes(self._following_packs(lambda: self.decoded(self.copy(chunk, pack), nbytes)))
 
         version = OpenVersion(
             added,
@@ -194,26 +227,46 @@ class Reader:
     def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
         """See ``ContentStore.read``."""
         version = self.open(id)
-        window: list[tuple[Cell, bytes | None, tuple[StoredBlob, ...]]] = []
+        window: list[_Located] = []
         nbytes = 0
         for cell in cells:
-            content, chain = self._locate(version, cell)
-            window.append((cell, content, chain))
-            nbytes += sum(link.row.encoded_nbytes for link in chain)
+            located = self._following_packs(partial(self._locate, version, cell))
+            window.append(located)
+            nbytes += sum(link.row.encoded_nbytes for link in located.chain)
             if nbytes >= WINDOW_NBYTES or len(window) >= WINDOW_CELLS:
-                yield from self._readings(window)
+                yield from self._readings(version, window)
                 window, nbytes = [], 0
-        yield from self._readings(window)
+        yield from self._readings(version, window)
 
-    def _locate(self, version: OpenVersion, cell: Cell) -> tuple[bytes | None, tuple[StoredBlob, ...]]:
-        """Return the bytes of a cell that stands in its row, or the chain of one that does not."""
+    def _readings(self, version: OpenVersion, window: Sequence[_Located]) -> Iterator[Reading]:
+        located = iter([window])
+
+        def fetch() -> list[Reading]:
+            # The second time round, when a pack was missing, every cell is located again.
+            cells = next(located, None) or [self._locate(version, item.cell) for item in window]
+            payloads = self._packs.payloads((link for item in cells for link in item.chain), self._executor)
+            return [item.reading(payloads) for item in cells]
+
+        return iter(self._following_packs(fetch) if window else ())
+
+    def _following_packs(self, read: Callable[[], Result]) -> Result:
+        """Return ``read()``; if a pack is missing, it may have been replaced meanwhile: look, and try once more."""
+        try:
+            return read()
+        except CorruptionError as error:
+            if error.kind != "missing_object":
+                raise
+            self._log.refresh()
+        return read()
+
+    def _locate(self, version: OpenVersion, cell: Cell) -> _Located:
         if cell.tensor is None:
             chunk, _ = version.recorded.description.manifest_chunks[cell.number]
-            return None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number)))
+            return _Located(cell, None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number))))
         row = version.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
-            return row.content, ()
-        return None, self.chain(self.copy_of_row(version, row))
+            return _Located(cell, row.content, ())
+        return _Located(cell, None, self.chain(self.copy_of_row(version, row)))
 
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
         """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
@@ -224,12 +277,3 @@ class Reader:
                 f"a chunk of {blob.row.decoded_nbytes} bytes stands where {row.nbytes} belong", kind="bad_length"
             )
         return blob
-
-    def _readings(self, window: Sequence[tuple[Cell, bytes | None, tuple[StoredBlob, ...]]]) -> Iterator[Reading]:
-        payloads = self._packs.payloads((link for _, _, chain in window for link in chain), self._executor)
-        for cell, content, chain in window:
-            if content is not None:
-                raw = Blob(chunk_id(content), 0, 1, len(content), content, None)
-                yield Reading(cell, (raw,))
-            else:
-                yield Reading(cell, tuple(as_blob(link, payloads[link]) for link in chain))

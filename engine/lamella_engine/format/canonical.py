@@ -68,7 +68,7 @@ def _plain(value: Any, depth: int) -> Any:
 def loads(data: bytes, *, what: str) -> Any:
     """Parse canonical bytes; raises CorruptionError, naming ``what``, unless ``dumps`` would give the same bytes."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_refuse)
+        value = _DECODER.decode(data.decode())
         same = dumps(value) == data
     except (ValueError, RecursionError) as error:  # InvalidInputError is a ValueError too
         raise CorruptionError(f"{what} is not canonical JSON: {error}", kind="bad_json") from None
@@ -77,19 +77,39 @@ def loads(data: bytes, *, what: str) -> Any:
     return value
 
 
+def load_lines(data: bytes, *, what: str) -> list[Any]:
+    """Parse lines of canonical JSON, each ended by a line feed; raises CorruptionError, naming ``what``."""
+    *lines, rest = data.split(b"\n")
+    if rest:
+        raise CorruptionError(f"{what} does not end with a line", kind="bad_json")
+    try:
+        values = [_DECODER.decode(line.decode()) for line in lines]
+        # No string of JSON holds a line feed, so the lines are canonical if and only if their list is.
+        same = dumps(values) == b"[" + b",".join(lines) + b"]"
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{what} is not canonical JSON: {error}", kind="bad_json") from None
+    if not same:
+        raise CorruptionError(f"{what} is JSON, but not in canonical form", kind="bad_json")
+    return values
+
+
 def _pairs(pairs: list[tuple[str, Any]]) -> Any:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a key occurs twice")
     if "$float" in value:
-        if len(value) != 1 or value["$float"] not in _NON_FINITE:
+        name = value["$float"]
+        if len(value) != 1 or not isinstance(name, str) or name not in _NON_FINITE:
             raise ValueError("a malformed $float")
-        return _NON_FINITE[value["$float"]]
+        return _NON_FINITE[name]
     return value
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_refuse)
 
 
 def conform(value: Any, schema: Any, *, what: str) -> None:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from lamella_engine.chunking import MAX_CELL_ELEMENTS, MAX_CELL_NBYTES
-from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
+from lamella_engine.format.fold import MAX_BLOCK_NBYTES
 from lamella_engine.format.names import fold_number, metadata_version, parse_pack_name
 from lamella_engine.format.pack import MAX_DEPTH
-from lamella_engine.model import PushId, RefKind, VersionId
+from lamella_engine.model import PushId, RefKind, VersionId, check_name, check_ref_name
 
 ENTRY_FORMAT = 0
 MAX_ENTRY_NBYTES = 4 << 20
+MAX_NUMBER = 10**18 - 1
+"""Greatest number of a version: sorts as text among the 20 digits of its key, and fits 64 bits."""
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features a genesis entry may require of whoever opens the repository. None exists yet."""
@@ -189,8 +192,11 @@ def decode_genesis(data: bytes) -> Genesis:
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """Return the bytes of an entry after the first."""
-    return canonical.dumps(
+    """Return the bytes of an entry after the first.
+
+    Raises LimitError if they would be more than any reader accepts: such an entry would end the log for everybody.
+    """
+    data = canonical.dumps(
         {
             "condemned": entry.condemned,
             "fenced": entry.fenced,
@@ -210,6 +216,11 @@ def encode_entry(entry: Entry) -> bytes:
             ],
         }
     )
+    if len(data) > MAX_ENTRY_NBYTES:
+        raise LimitError(
+            f"this commit is {len(data)} bytes long, and {MAX_ENTRY_NBYTES} are the limit: split it", kind="entry_limit"
+        )
+    return data
 
 
 def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes | None) -> Entry:
@@ -234,13 +245,18 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         if row[2] not in get_args(RefKind):
             raise UnsupportedFormatError(f"{what} has a ref of kind {row[2]!r}: upgrade lamella")
         refs.append(RefChange(*row))
+        _check_named(row[0], what, row[3], row[4], ref=row[1])
     versions = tuple(
         VersionAdded(model, at, metadata, nbytes, _hex(text, 32, what), decoded_nbytes)
         for model, at, metadata, nbytes, text, decoded_nbytes in value["versions"]
     )
     for version in versions:
         metadata_version(version.metadata)
+        _check_named(version.model, what, version.number)
     packs = tuple(PackAdded(*row) for row in value["packs"])
+    for pack in packs:
+        if pack.verifier not in ("store", "writer"):
+            raise UnsupportedFormatError(f"{what} has a pack verified by {pack.verifier!r}: upgrade lamella")
     for name in (
         *(pack.name for pack in packs),
         *value["condemned"],
@@ -276,9 +292,21 @@ def decode_fold_ref(value: Any, what: str) -> FoldRef:
     """Parse a fold reference; raises CorruptionError."""
     canonical.conform(value, _FOLD, what=f"the fold of {what}")
     fold = FoldRef(value["name"], value["start"], value["nbytes"], _hex(value["digest"], 32, what))
-    if fold_number(fold.name) < 0:
-        raise CorruptionError(f"{what} names no fold", kind="bad_entry")
+    fold_number(fold.name)
+    if fold.nbytes > MAX_BLOCK_NBYTES:
+        raise CorruptionError(f"{what} names a fold with a root that cannot be so long", kind="bad_entry")
     return fold
+
+
+def _check_named(model: str, what: str, *numbers: int | None, ref: str | None = None) -> None:
+    try:
+        check_name(model, what="model")
+        if ref is not None:
+            check_ref_name(ref)
+    except InvalidInputError as error:
+        raise CorruptionError(f"{what} is damaged: {error.message}", kind="bad_entry") from None
+    if not all(number is None or 1 <= number <= MAX_NUMBER for number in numbers):
+        raise CorruptionError(f"{what} has a version with a number that cannot be", kind="bad_entry")
 
 
 def _parse(data: bytes, what: str) -> dict[str, Any]:

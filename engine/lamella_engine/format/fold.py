@@ -10,12 +10,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
-from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
-from lamella_engine.format.names import fold_name, fold_number
+from lamella_engine.format.names import fold_name, fold_number, metadata_version
+from lamella_engine.model import RefKind
 
 FOLD_FORMAT = 0
 
@@ -26,8 +27,23 @@ BLOCK_NBYTES = 2 << 10
 MAX_BLOCK_NBYTES = 256 << 10
 MAX_HEIGHT = 16
 
-TABLES = ("condemned", "fenced", "packs", "pushes", "refs", "replaced", "versions")
-"""Every fold has these tables. Keys are text, in code-point order; rows are in FORMAT.md."""
+_PACK_KEY = re.compile("packs/[0-9a-f]{32}-[0-9]{1,9}-[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")
+_PUSH_KEY = re.compile("[0-9a-f]{32}")
+
+# For each table, what its keys look like and the schema of its rows; keys are text, in code-point order.
+_TABLES: Mapping[str, tuple[re.Pattern[str], Any]] = {
+    "condemned": (_PACK_KEY, int),
+    "fenced": (_PUSH_KEY, int),
+    "packs": (_PACK_KEY, (int, str)),
+    "pushes": (_PUSH_KEY, int),
+    "refs": (re.compile("[^ ]+ [^ ]+"), (str, int)),
+    "replaced": (_PACK_KEY, [str]),
+    "versions": (re.compile("[^ ]+ [0-9]{20}"), (str, int, str, int)),
+}
+
+TABLES = tuple(_TABLES)
+"""Every fold has these tables. Rows are in FORMAT.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +56,10 @@ class BlockRef:
     digest: bytes
     height: int
     """0 for a leaf."""
+    table: str
 
     def row(self) -> list[Any]:
-        """Return the place as JSON; the height is the parent's to know."""
+        """Return the place as JSON; height and table are the parent's to know."""
         return [self.object, self.start, self.nbytes, self.digest.hex()]
 
 
@@ -72,23 +89,38 @@ def parse_block(data: bytes, ref: BlockRef) -> Rows:
         raise CorruptionError(f"{what} is not the one its parent names", kind="bad_digest", object=ref.object)
     value = canonical.loads(data, what=what)
     canonical.conform(value, [(str, object)], what=what)
-    rows = [(key, _child(item, ref.height - 1, ref.object) if ref.height else item) for key, item in value]
-    if not rows or any(left[0] >= right[0] for left, right in pairwise(rows)):
+    if not value or any(left[0] >= right[0] for left, right in pairwise(value)):
         raise CorruptionError(f"{what} is not in order", kind="bad_fold", object=ref.object)
-    return rows
+    if ref.height:
+        return [(key, _child(item, ref.height - 1, ref.table, ref.object)) for key, item in value]
+    for key, row in value:
+        _check_row(ref.table, key, row, what)
+    return [(key, row) for key, row in value]
+
+
+def _check_row(table: str, key: str, row: Any, what: str) -> None:
+    key_pattern, schema = _TABLES[table]
+    canonical.conform(row, schema, what=what)
+    if table == "refs" and row[0] not in get_args(RefKind):
+        raise UnsupportedFormatError(f"{what} has a ref of kind {row[0]!r}: upgrade lamella")
+    if table == "versions":
+        metadata_version(row[0])
+    if key_pattern.fullmatch(key) is None or (table == "versions" and _DIGEST.fullmatch(row[2]) is None):
+        raise CorruptionError(f"{what} has a row that cannot be", kind="bad_fold")
 
 
 def lookup(top: BlockRef | None, key: str, load: Load) -> Any | None:
     """Return the row of ``key``, or None."""
-    ref = top
-    while ref is not None:
-        rows = load(ref)
-        at = bisect_right(rows, key, key=lambda row: row[0]) - 1
+    if top is None:
+        return None
+    rows, end = load(top), None
+    for height in range(top.height, -1, -1):
+        at = bisect_right(rows, key, key=_key) - 1
         if at < 0:
             return None
-        if ref.height == 0:
+        if height == 0:
             return rows[at][1] if rows[at][0] == key else None
-        ref = rows[at][1]
+        rows, end = _below(rows, at, end, load)
     return None
 
 
@@ -99,16 +131,39 @@ def scan(
 
     Only blocks that hold them are read, and only when their rows are asked for.
     """
-    if top is None:
-        return
-    rows = load(top)
-    first = max(bisect_right(rows, start, key=lambda row: row[0]) - 1, 0)
-    last = len(rows) if stop is None else bisect_left(rows, stop, key=lambda row: row[0])
-    for key, item in reversed(rows[first:last]) if backwards else rows[first:last]:
-        if top.height:
-            yield from scan(item, load, start=start, stop=stop, backwards=backwards)
-        elif key >= start:
-            yield key, item
+
+
+    def visit(rows: Rows, height: int, end: str | None) -> Iterator[tuple[str, Any]]:
+        first = max(bisect_right(rows, start, key=_key) - 1, 0)
+        last = len(rows) if stop is None else bisect_left(rows, stop, key=_key)
+        for at in reversed(range(first, last)) if backwards else range(first, last):
+            if height:
+                below, below_end = _below(rows, at, end, load)
+                yield from visit(below, height - 1, below_end)
+            elif rows[at][0] >= start:
+                yield rows[at]
+
+    if top is not None:
+        yield from visit(load(top), top.height, None)
+
+
+def _below(rows: Rows, at: int, end: str | None, load: Load) -> tuple[Rows, str | None]:
+    """Return the rows of child ``at`` of an inner block, and the key before which they end (None: nowhere).
+
+    Raises CorruptionError if the child holds keys that are not its own: no block can then stand in a tree twice, and
+    no tree takes longer to walk than to write.
+    """
+    key, ref = rows[at]
+    if at + 1 < len(rows):
+        end = rows[at + 1][0]
+    below = load(ref)
+    if below[0][0] != key or (end is not None and below[-1][0] >= end):
+        raise CorruptionError(f"a block of {ref.object} holds keys of its neighbours", kind="bad_fold", object=ref.object)
+    return below, end
+
+
+def _key(row: tuple[str, Any]) -> str:
+    return row[0]
 
 
 class FoldWriter:
@@ -132,14 +187,18 @@ class FoldWriter:
         if not ordered:
             self._tables[table] = top
             return
-        nodes = self._merge(top, ordered) if top is not None else self._split(_present(ordered), 0)
+        if top is None:
+            nodes = self._split(_present(ordered), 0)
+        else:
+            nodes = self._merge(self._load(top), top.height, None, ordered)
         while len(nodes) > 1:
             nodes = self._split([(key, ref) for key, ref in nodes], nodes[0][1].height + 1)
         self._tables[table] = nodes[0][1] if nodes else None
 
-    def _merge(self, ref: BlockRef, changes: Rows) -> list[tuple[str, "_Pending | BlockRef"]]:
-        rows = self._load(ref)
-        if ref.height == 0:
+    def _merge(
+        self, rows: Rows, height: int, end: str | None, changes: Rows
+    ) -> list[tuple[str, "_Pending | BlockRef"]]:
+        if height == 0:
             merged = dict(rows) | dict(changes)
             return self._split(_present(sorted(merged.items())), 0)
         children: list[tuple[str, Any]] = []
@@ -150,9 +209,13 @@ class FoldWriter:
                 for change in changes
                 if (at == 0 or change[0] >= key) and (next_key is None or change[0] < next_key)
             ]
-            children += self._merge(child, mine) if mine else [(key, child)]
-        # Deletions can leave children of unequal height only if a whole subtree vanished, and then it is simply gone.
-        return self._split(children, ref.height)
+            if mine:
+                below, below_end = _below(rows, at, end, self._load)
+                children += self._merge(below, height - 1, below_end, mine)
+            else:
+                children.append((key, child))
+        # All children are of one height: one whose rows were all deleted is simply gone.
+        return self._split(children, height)
 
     def _split(self, rows: Rows, height: int) -> list[tuple[str, "_Pending | BlockRef"]]:
         """Cut rows into new blocks of at most BLOCK_NBYTES (or one row), and return their first keys and places."""
@@ -171,7 +234,7 @@ class FoldWriter:
 
     def _add(self, block: bytes, height: int) -> "_Pending":
         if len(block) > MAX_BLOCK_NBYTES:
-            raise CorruptionError("a row of a fold is longer than a block may be", kind="bad_fold")
+            raise LimitError("a row of a fold is longer than a block may be", kind="fold_limit")
         ref = _Pending(self._nbytes, len(block), digest(Context.FOLD, block), height)
         self._blocks.append(block)
         self._nbytes += len(block)
@@ -226,21 +289,23 @@ def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> F
     canonical.conform(value, _ROOT, what=what)
     if value["n"] != fold_number(name) or value["repository"] != repository:
         raise CorruptionError(f"{what} belongs elsewhere", kind="bad_fold", object=name)
+    if _DIGEST.fullmatch(value["entry"]) is None:
+        raise CorruptionError(f"{what} names no entry", kind="bad_fold", object=name)
     tables: dict[str, BlockRef | None] = {}
     for table, top in value["tables"].items():
         if top is None:
             tables[table] = None
             continue
         canonical.conform(top, (str, int, int, str, int), what=what)
-        tables[table] = _child(top[:4], top[4], name)
+        tables[table] = _child(top[:4], top[4], table, name)
     return FoldRoot(repository, value["n"], bytes.fromhex(value["entry"]), tables)
 
 
-def _child(value: Any, height: int, parent: str) -> BlockRef:
+def _child(value: Any, height: int, table: str, parent: str) -> BlockRef:
     what = f"a block of {parent}"
     canonical.conform(value, (str, int, int, str), what=what)
     name, start, nbytes, text = value
     fold_number(name or parent)
-    if height > MAX_HEIGHT or nbytes > MAX_BLOCK_NBYTES or re.fullmatch("[0-9a-f]{64}", text) is None:
+    if height > MAX_HEIGHT or nbytes > MAX_BLOCK_NBYTES or _DIGEST.fullmatch(text) is None:
         raise CorruptionError(f"{what} names a block that cannot be", kind="bad_fold", object=parent)
-    return BlockRef(name or parent, start, nbytes, bytes.fromhex(text), height)
+    return BlockRef(name or parent, start, nbytes, bytes.fromhex(text), height, table)

@@ -5,9 +5,10 @@ Both are ordinary chunks of opaque bytes, so versions share the pages that are e
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from lamella_engine.dtypes import dtype_named
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, Digester
 from lamella_engine.model import ChunkId, TensorSpec
@@ -22,7 +23,8 @@ less."""
 MAX_NAME_NBYTES = 1 << 14
 MAX_RANK = 32
 MAX_TENSORS = 1_000_000
-MAX_AXIS = 1 << 56
+MAX_ELEMENTS = 1 << 56
+"""Of one tensor, and of the axes of an empty one that are not 0: no library could be asked for an array beyond it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ class StructurePage:
 def structure_row(spec: TensorSpec) -> bytes:
     """Return the line that stands for a tensor in a structure page, and in the digest that is the structure's id.
 
-    Raises LimitError for a name, rank or shape past the format's limits.
+    Raises LimitError for a name, rank or shape past the format's limits, InvalidInputError for a name that is no text.
     """
+    row = canonical.dumps([spec.name, spec.dtype.name, spec.shape]) + b"\n"
     _check_limits(spec)
-    return canonical.dumps([spec.name, spec.dtype.name, spec.shape]) + b"\n"
+    return row
 
 
 def structure_pages(structure: Sequence[TensorSpec]) -> Iterator[tuple[bytes, Sequence[TensorSpec]]]:
@@ -73,10 +76,14 @@ def structure_pages(structure: Sequence[TensorSpec]) -> Iterator[tuple[bytes, Se
 
 
 def _check_limits(spec: TensorSpec) -> None:
-    if len(spec.name.encode()) > MAX_NAME_NBYTES or len(spec.shape) > MAX_RANK or max(spec.shape, default=0) > MAX_AXIS:
+    if (
+        len(spec.name.encode()) > MAX_NAME_NBYTES
+        or len(spec.shape) > MAX_RANK
+        or prod(filter(None, spec.shape)) > MAX_ELEMENTS
+    ):
         raise LimitError(
             f"tensor {spec.name[:80]!r} of rank {len(spec.shape)} is past a limit: names have at most "
-            f"{MAX_NAME_NBYTES} bytes, tensors at most {MAX_RANK} axes",
+            f"{MAX_NAME_NBYTES} bytes, tensors at most {MAX_RANK} axes and {MAX_ELEMENTS} elements",
             kind="tensor_limit",
         )
 
@@ -90,11 +97,14 @@ def structure_id(pages: Iterable[bytes]) -> str:
 
 
 def parse_structure_page(page: bytes) -> list[TensorSpec]:
-    """Parse a structure page; raises CorruptionError unless its rows are canonical and in strict name order."""
-    if not page.endswith(b"\n"):
-        raise CorruptionError("a structure page does not end with a row", kind="bad_manifest")
-    # A row holds no line feed but its last, so the rows are canonical if and only if their list is.
-    rows = canonical.loads(b"[" + page[:-1].replace(b"\n", b",") + b"]", what="a structure page")
+    """Parse a structure page.
+
+    Raises CorruptionError unless its rows are canonical and in strict name order, and UnsupportedFormatError for a
+    dtype that this lamella does not know.
+    """
+    rows = canonical.load_lines(page, what="a structure page")
+    if not rows:
+        raise CorruptionError("a structure page has no rows", kind="bad_manifest")
     canonical.conform(rows, [(str, str, [int])], what="a structure page")
     specs: list[TensorSpec] = []
     for name, dtype, shape in rows:
@@ -105,6 +115,8 @@ def parse_structure_page(page: bytes) -> list[TensorSpec]:
             _check_limits(spec)
             _ = spec.nbytes
         except (InvalidInputError, LimitError) as error:
+            if error.kind == "unknown_dtype":
+                raise UnsupportedFormatError(f"tensor {name[:80]!r} is of dtype {dtype!r}: upgrade lamella") from None
             raise CorruptionError(f"a structure page is damaged: {error}", kind="bad_manifest") from None
         specs.append(spec)
     return specs

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lamella_engine.chunking import MAX_CELL_NBYTES
-from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.names import parse_pack_name
 from lamella_engine.model import Buffer, ChunkId
@@ -25,10 +25,11 @@ MAX_ENCODED_NBYTES = MAX_CELL_NBYTES + 1024
 MAX_INDEX_NBYTES = 1 << 28
 
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, format, zero, base packs, rows, bytes of blobs
-_ROW = struct.Struct("<32s32s16sQIIHBBB3x")  # see BlobRow
+_ROW = struct.Struct("<32s32s16sQIIHBBB3s")  # see BlobRow; the last three bytes are zero
 _FOOTER = struct.Struct("<I4s")  # bytes of the index, magic
 FOOTER_NBYTES = _FOOTER.size
 
+_RESERVED = bytes(3)
 _NO_BASE = 0xFFFF
 _THIS_PACK = 0xFFFE
 MAX_BASE_PACKS = _THIS_PACK
@@ -74,7 +75,10 @@ class PackIndex:
 
 
 def encode_pack_index(rows: Iterable[BlobRow]) -> bytes:
-    """Return the index of a pack whose blobs are ``rows``, which follow one another from byte 0."""
+    """Return the index of a pack whose blobs are ``rows``, which follow one another from byte 0.
+
+    Raises LimitError if it would be longer than any reader accepts.
+    """
     rows = list(rows)
     base_packs = sorted({row.base_pack for row in rows if row.base_pack})
     number = {name: at for at, name in enumerate(base_packs)} | {"": _THIS_PACK, None: _NO_BASE}
@@ -95,10 +99,14 @@ def encode_pack_index(rows: Iterable[BlobRow]) -> bytes:
             row.encoding,
             row.width,
             row.depth,
+            _RESERVED,
         )
         for row in rows
     )
-    return b"".join(parts)
+    index = b"".join(parts)
+    if len(index) > MAX_INDEX_NBYTES:
+        raise LimitError(f"{len(rows)} blobs are too many for one pack", kind="pack_limit")
+    return index
 
 
 def encode_footer(index: bytes) -> bytes:
@@ -148,7 +156,7 @@ def decode_pack_index(data: Buffer, *, pack: str) -> PackIndex:
     by_chunk: dict[ChunkId, BlobRow] = {}
     expected_start = 0
     for fields in _ROW.iter_unpack(data[at:]):
-        chunk, base, blob, start, encoded, decoded, base_pack, encoding, width, depth = fields
+        chunk, base, blob, start, encoded, decoded, base_pack, encoding, width, depth, reserved = fields
         full = base_pack == _NO_BASE
         if (
             start != expected_start
@@ -160,6 +168,7 @@ def decode_pack_index(data: Buffer, *, pack: str) -> PackIndex:
             or full != (depth == 0)
             or full != (base == bytes(DIGEST_NBYTES))
             or not (full or base_pack == _THIS_PACK or base_pack < base_count)
+            or reserved != _RESERVED
             or chunk in by_chunk
         ):
             raise _corrupt(pack, f"row {len(rows)} of its index breaks a rule")

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from lamella_engine.errors import CorruptionError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.manifest import CellPage, StructurePage
 from lamella_engine.format.names import parse_pack_name
+from lamella_engine.format.pack import FOOTER_NBYTES, MAX_INDEX_NBYTES
 from lamella_engine.model import AttachmentRole, ChunkId, VersionId
 
 VERSION_FORMAT = 0
@@ -20,6 +21,9 @@ VERSION_FORMAT = 0
 MAX_METADATA_NBYTES = 1 << 28
 """Longest metadata object; 256 MiB is the table of contents of some 4 TB of weights in which no two neighbours share
 a pack."""
+
+MAX_CELLS = 1 << 40
+"""Most cells of a version: numbers of cells stay far within 64 bits, whatever a description says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def version_id(description: bytes) -> VersionId:
 
 
 def encode_metadata(description: bytes, locator: Locator) -> bytes:
-    """Return the metadata object of a version."""
+    """Return the metadata object of a version; raises LimitError if it would be longer than any reader accepts."""
     second = canonical.dumps(
         {
             "cells": locator.cell_runs,
@@ -184,7 +188,14 @@ def encode_metadata(description: bytes, locator: Locator) -> bytes:
             "parents": locator.parents,
         }
     )
-    return description + b"\n" + second + b"\n"
+    data = description + b"\n" + second + b"\n"
+    if len(data) > MAX_METADATA_NBYTES:
+        raise LimitError(
+            f"the description of this version takes {len(data)} bytes, and {MAX_METADATA_NBYTES} are the limit: keep a "
+            "large recipe in a file beside it",
+            kind="metadata_limit",
+        )
+    return data
 
 
 def decode_metadata(data: bytes, *, expected: VersionId) -> tuple[Description, Locator]:
@@ -234,6 +245,8 @@ def _description(value: Any, what: str) -> Description:
         or not owned
         or (starts[:1] or [0]) != [0]
         or any(first >= structure["cells"] for first in firsts)
+        or any(start > structure["cells"] for start in starts)
+        or structure["cells"] > MAX_CELLS
         or (not pages and structure["tensors"])
     ):
         raise CorruptionError(f"{what} lists its pages out of order", kind="bad_metadata")
@@ -262,8 +275,8 @@ def _locator(value: Any, description: Description, what: str) -> Locator:
     packs = tuple(PackRef(name, nbytes, index_nbytes) for name, nbytes, index_nbytes in value["packs"])
     for pack in packs:
         parse_pack_name(pack.name)
-        if pack.index_nbytes > pack.nbytes:
-            raise CorruptionError(f"{what} has a pack with an index longer than itself", kind="bad_metadata")
+        if pack.index_nbytes > min(pack.nbytes - FOOTER_NBYTES, MAX_INDEX_NBYTES):
+            raise CorruptionError(f"{what} has a pack with an index that cannot be so long", kind="bad_metadata")
     for key, total in (("manifest", len(description.manifest_chunks)), ("cells", description.cell_count)):
         runs = value[key]
         if sum(count for count, _ in runs) != total or any(pack >= len(packs) for _, pack in runs):
