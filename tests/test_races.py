@@ -137,7 +137,7 @@ def test_threads_with_their_own_stores_at_one_branch_end_in_one_success(writers)
 def test_threads_of_one_repository_at_their_own_branches_all_succeed():
     """Enough of them that folds are written in the middle of it."""
     objects = MemoryObjects()
-    writers, pushes = 4, FOLD_EVERY // 2
+    writers, pushes = 4, FOLD_EVERY
     repo = new_repository(objects)
 
     def line(branch):
@@ -149,7 +149,7 @@ def test_threads_of_one_repository_at_their_own_branches_all_succeed():
         history = list(open_again(objects).log(f"m@{branch}-line"))
         assert [int(version.message) for version in history] == list(reversed(range(pushes)))
     assert repo.stats().versions == writers * pushes
-    assert sorted(version.number for version in map(repo.version, (f"m@v{n + 1}" for n in range(32)))) == [*range(1, 33)]
+    assert repo.version("m@latest").number == writers * pushes
     assert [name for name in names_of(objects) if name.startswith("fold/")]
     assert open_again(objects).verify(deep=True).problems == []
 

@@ -23,13 +23,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import takewhile
 from types import FrameType
 from typing import NoReturn
 
+import typer
+
+from lamella.cli import terminal
+from lamella.cli.app import app
 from lamella_engine.errors import (
     BUG_EXIT_CODE,
     InvalidInputError,
     LamellaError,
+    NotFoundError,
     PermissionDeniedError,
     StorageError,
 )
@@ -52,10 +58,10 @@ def main() -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         code = _SIGNALLED + signal.SIGPIPE
-        _discard_stdout()
+        terminal.discard(sys.stdout)
     except OSError as error:
-        code = _report(_from_os(error), as_json="--json" in sys.argv)
-        _discard_stdout()
+        code = _report(_from_os(error), as_json=_wants_json(sys.argv))
+        terminal.discard(sys.stdout)
     return code
 
 
@@ -77,8 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     BrokenPipeError
         Nobody reads stdout any more.
     """
-    # Known before the arguments are parsed, because that may be what fails.
-    as_json = "--json" in arguments
+    as_json = _wants_json(arguments)
     try:
         return _invoke(arguments)
     except LamellaError as error:
@@ -100,12 +105,13 @@ def run(arguments: Sequence[str]) -> int:
         return BUG_EXIT_CODE
 
 
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether errors shall be JSON; has to be known before the arguments are parsed, for that may be what fails."""
+    return "--json" in takewhile(lambda argument: argument != "--", arguments)
+
+
 def _invoke(arguments: Sequence[str]) -> int:
     """Parse and execute, without the error pages, tracebacks and exits that typer would add."""
-    import typer
-
-    from lamella.cli.app import app
-
     command = typer.main.get_command(app)
     try:
         with command.make_context(PROGRAM, list(arguments)) as context:
@@ -121,6 +127,13 @@ def _invoke(arguments: Sequence[str]) -> int:
 
 def _from_os(error: OSError) -> LamellaError:
     """Return what the operating system refused as an error of the tree: it is no bug, wherever it surfaced."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return NotFoundError(
+            "the working directory was deleted: change to one that exists, or give absolute paths",
+            kind="no_working_directory",
+        )
     said = (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
     if isinstance(error, PermissionError):
         return PermissionDeniedError(f"{said}: ask for access, or choose another place")
@@ -134,19 +147,12 @@ def _report(error: LamellaError, *, as_json: bool) -> int:
 
 def _say(message: str, *, kind: str, as_json: bool, context: dict[str, object] | None = None) -> None:
     """Report a failure; inside an ``except``."""
-    from lamella.cli import terminal
-
     if os.environ.get("LAMELLA_DEBUG") == "1":
         terminal.warn(traceback.format_exc().splitlines())
     if as_json:
         terminal.warn_json({"error": {"kind": kind, "message": message, "context": context or {}}})
     else:
         terminal.warn([f"{PROGRAM}: {message}"])
-
-
-def _discard_stdout() -> None:
-    """Send what is still buffered nowhere, or the interpreter would fail at it once more on its way out."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -1,7 +1,6 @@
 """The verbs. Each opens the repository, asks it for one thing, and answers with one document, as JSON or as text."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version as installed_version
@@ -66,9 +65,9 @@ def lamella_(
     """Version control for neural-network weights."""
     context.obj = repository
     if version:
-        typer.echo(f"lamella {installed_version('lamella')}")
+        terminal.show([f"lamella {installed_version('lamella')}"])
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
+        terminal.warn(context.get_help().split("\n"))
         raise typer.Exit(lamella.InvalidInputError.exit_code)
 
 
@@ -82,7 +81,6 @@ def init(
 ) -> None:
     """Make a repository."""
     url = context.obj if path is None else path
-    _check_working_directory(url)
     with lamella.init(url):
         _answer({"repository": url}, lambda _: [f"made a repository in {url}"], as_json=as_json)
 
@@ -151,7 +149,8 @@ def checkout(
 
 @_verb(
     "lamella distance bert@v1 bert@main",
-    answer="a, b, count, changed (fraction of elements), l2, l1, linf, cosine (null without --cosine), per_tensor {name: the same}",
+    answer="a, b, count, changed (fraction of elements), l2, l1, linf, cosine (null without --cosine), "
+    "per_tensor {name: the same}",
 )
 def distance(
     context: typer.Context,
@@ -294,21 +293,7 @@ def version(as_json: AsJson = False) -> None:
 
 
 def _open(context: typer.Context) -> lamella.Repository:
-    _check_working_directory(context.obj)
     return lamella.open(context.obj)
-
-
-def _check_working_directory(url: str) -> None:
-    """Refuse a relative path where the directory that it starts from was deleted."""
-    if os.path.isabs(url) or "://" in url:
-        return
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise lamella.NotFoundError(
-            "the working directory was deleted: change to one that exists, or give an absolute path with -C",
-            kind="no_working_directory",
-        ) from None
 
 
 def _answer(document: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], Iterable[str]], *, as_json: bool) -> None:
@@ -344,10 +329,10 @@ def _distance(found: lamella.Distance, *, cosine: bool) -> dict[str, Any]:
 
 
 def _id_of(repo: lamella.Repository, target: str) -> str | None:
-    """Return the id of the version that a branch stands at, if it is there."""
+    """Return the id of the version that a branch stands at; None if it is not there, or can be none."""
     try:
         return repo.version(target).id
-    except lamella.NotFoundError:
+    except (lamella.NotFoundError, lamella.InvalidInputError):
         return None
 
 
@@ -363,9 +348,11 @@ def _refs(
 ) -> None:
     """List the refs of a kind, set one, or delete one."""
     if (delete and (name is None or revision is not None)) or (dry_run and not delete):
-        raise typer.BadParameter(f"write {kind} --delete NAME [--dry-run]", ctx=context)
+        raise lamella.InvalidInputError(f"to delete, write lamella {kind} --delete NAME [--dry-run]", kind="usage")
     if not delete and name is not None and revision is None:
-        raise typer.BadParameter(f"write {kind} NAME REV, or {kind} alone for a list", ctx=context)
+        raise lamella.InvalidInputError(
+            f"which version? Write lamella {kind} NAME REV, or lamella {kind} alone for a list", kind="usage"
+        )
     with _open(context) as repo:
         if name is None:
             found = [ref for model in repo.models() for ref in repo.refs(model) if ref.kind == kind]
@@ -400,10 +387,10 @@ def _metrics(given: Iterable[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for pair in given:
         name, _, value = pair.rpartition("=")
-        if not name or name in metrics:
-            raise lamella.InvalidInputError(
-                f"{pair!r} is no metric, or its name came before: write --metric name=value", kind="bad_metric"
-            )
+        if not name:
+            raise lamella.InvalidInputError(f"{pair!r} is no metric: write --metric name=value", kind="bad_metric")
+        if name in metrics:
+            raise lamella.InvalidInputError(f"the metric {name!r} is given twice: give it once", kind="bad_metric")
         metrics[name] = _number(name, value)
     return metrics
 

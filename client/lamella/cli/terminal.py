@@ -2,12 +2,11 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import typer
+from typing import Any, TextIO
 
 
 def printable(text: str) -> str:
@@ -23,24 +22,39 @@ def printable(text: str) -> str:
 
 def show(lines: Iterable[str]) -> None:
     """Write lines to stdout."""
-    for line in lines:
-        typer.echo(printable(line))
+    _write(sys.stdout, lines)
 
 
 def show_json(document: Mapping[str, Any]) -> None:
     """Write one document to stdout, in ASCII."""
-    typer.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
+    _write(sys.stdout, json.dumps(_plain(document), indent=2, allow_nan=False).split("\n"))
 
 
 def warn(lines: Iterable[str]) -> None:
-    """Write lines to stderr."""
-    for line in lines:
-        typer.echo(printable(line), err=True)
+    """Write lines to stderr; if that cannot be written either, there is nobody left to tell, and nothing happens."""
+    try:
+        _write(sys.stderr, lines)
+    except OSError:
+        discard(sys.stderr)
 
 
 def warn_json(document: Mapping[str, Any]) -> None:
-    """Write one document to stderr, on one line: warnings of others may stand beside it."""
-    typer.echo(json.dumps(_plain(document), allow_nan=False), err=True)
+    """Write one document to stderr as :func:`warn` does, on one line: warnings of others may stand beside it."""
+    warn([json.dumps(_plain(document), allow_nan=False)])
+
+
+def _write(stream: TextIO | None, lines: Iterable[str]) -> None:
+    # Not typer.echo: where the encoding is ASCII it writes UTF-8 all the same, whose bytes can be control characters
+    # to a terminal that does not know it.
+    if stream is not None:  # as it is where the caller closed it
+        stream.writelines(f"{printable(line)}\n" for line in lines)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what ``stream`` still holds nowhere, or the interpreter would fail at it once more on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _plain(value: Any) -> Any:

@@ -132,7 +132,6 @@ def scan(
     Only blocks that hold them are read, and only when their rows are asked for.
     """
 
-
     def visit(rows: Rows, height: int, end: str | None) -> Iterator[tuple[str, Any]]:
         first = max(bisect_right(rows, start, key=_key) - 1, 0)
         last = len(rows) if stop is None else bisect_left(rows, stop, key=_key)
@@ -158,7 +157,9 @@ def _below(rows: Rows, at: int, end: str | None, load: Load) -> tuple[Rows, str 
         end = rows[at + 1][0]
     below = load(ref)
     if below[0][0] != key or (end is not None and below[-1][0] >= end):
-        raise CorruptionError(f"a block of {ref.object} holds keys of its neighbours", kind="bad_fold", object=ref.object)
+        raise CorruptionError(
+            f"a block of {ref.object} holds keys of its neighbours", kind="bad_fold", object=ref.object
+        )
     return below, end
 
 
