@@ -1,5 +1,7 @@
 """Diffs and logs: what changed between versions, read from manifests alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from faults import CountingObjects
@@ -66,5 +68,5 @@ def test_a_log_goes_from_the_newest_along_first_parents_over_every_page_of_histo
     assert [version.message for version in repo.log("m@main")] == [f"step {n}" for n in range(count, 0, -1)]
     assert [version.message for version in repo.log("m@side")] == ["side", *(f"step {n}" for n in range(20, 0, -1))]
     versions = list(repo.log("m@main"))
-    assert all(child.parents == (parent.id,) for child, parent in zip(versions, versions[1:], strict=False))
+    assert all(child.parents == (parent.id,) for child, parent in pairwise(versions))
     assert [float(version["w"][()]) for version in versions] == [float(n) for n in range(count, 0, -1)]

@@ -124,10 +124,11 @@ def test_any_bits_of_any_dtype_are_measured_by_the_definition(data):
 
 def test_equal_nans_and_infinities_are_no_distance_and_others_are():
     special = np.array([math.nan, math.inf, -math.inf, -0.0, 1.0], np.float32)
+    another_nan = (special.view(np.uint32) + np.array([1, 0, 0, 0, 0], np.uint32)).view(np.float32)
     others = {
         "equal": (special, special.copy(), 0.0, 0.0),
         "zeros of both signs": (special, special * np.array([1, 1, 1, -1, 1], np.float32), 0.0, 0.2),
-        "another nan": (special, (special.view(np.uint32) + np.array([1, 0, 0, 0, 0], np.uint32)).view(np.float32), math.nan, 0.2),
+        "another nan": (special, another_nan, math.nan, 0.2),
         "infinity and one": (special, np.array([math.nan, 1, -math.inf, -0.0, 1], np.float32), math.inf, 0.2),
     }  # fmt: skip
     for what, (left, right, l2, changed) in others.items():

@@ -1105,7 +1105,7 @@ LOCATOR = Locator(
     manifest_runs=((6, 0), (2, 1)),
     cell_runs=((12, 1),),
 )
-DESCRIPTION_JSON = json.loads(version.encode_description(DESCRIPTION))
+DESCRIPTION_JSON = canonical.loads(version.encode_description(DESCRIPTION), what="it")
 LOCATOR_JSON = json.loads(version.encode_metadata(b"", LOCATOR).split(b"\n")[1])
 
 

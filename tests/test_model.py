@@ -57,7 +57,9 @@ class RepositoryMachine(RuleBasedStateMachine):
         self.refs: dict[tuple[str, str], tuple[str, Expected]] = {}
         self.objects = self.make()
         executor = InlineExecutor()
-        self.repo = Repository(PackedStore.create(self.objects, executor, max_depth=3, index_path=self.index()), executor)
+        self.repo = Repository(
+            PackedStore.create(self.objects, executor, max_depth=3, index_path=self.index()), executor
+        )
 
     def make(self):
         return MemoryObjects()
@@ -114,7 +116,14 @@ class RepositoryMachine(RuleBasedStateMachine):
     def push_anything(self, source, model, branch, said):
         return self.push(source, model, branch, said)
 
-    @rule(target=versions, parent=versions, name=names, value=tensor, branch=st.sampled_from(REFS), model=st.none() | st.sampled_from(MODELS))
+    @rule(
+        target=versions,
+        parent=versions,
+        name=names,
+        value=tensor,
+        branch=st.sampled_from(REFS),
+        model=st.none() | st.sampled_from(MODELS),
+    )
     def push_a_change(self, parent, name, value, branch, model):
         """A fine-tune: everything as in the parent but for one tensor, and one element of each other."""
         source = {name: array.copy() for name, array in self.repo.checkout(parent.id).items()}
@@ -149,7 +158,9 @@ class RepositoryMachine(RuleBasedStateMachine):
             call()
             self.refs[model, name] = kind, version
 
-    @rule(kind=st.sampled_from(["branch", "tag", "alias"]), version=versions, name=st.sampled_from([*REFS, "production"]))
+    @rule(
+        kind=st.sampled_from(["branch", "tag", "alias"]), version=versions, name=st.sampled_from([*REFS, "production"])
+    )
     def name_a_version(self, kind, version, name):
         self.set_ref(kind, version.model, name, version)
 
@@ -254,9 +265,9 @@ class RepositoryMachine(RuleBasedStateMachine):
         assert stats.decoded_nbytes == sum(
             len(data) for version in everything for _, _, data in version.tensors.values()
         )
-        deepest = max(
-            row.depth for pack in store_of(self.repo).log.state.packs() for row in store_of(self.repo).packs.index(pack.name).rows
-        ) if stats.packs else 0  # fmt: skip
+        store = store_of(self.repo)
+        depths = (row.depth for pack in store.log.state.packs() for row in store.packs.index(pack.name).rows)
+        deepest = max(depths, default=0)
         assert deepest <= 3
         self.repo.close()
 

@@ -12,7 +12,7 @@ from support import bits, names_of, new_repository, noise, open_again, store_of
 import lamella
 from lamella_engine.content_store.log import COMMIT_TRIES, FOLD_EVERY
 from lamella_engine.content_store.seam import RefUpdate
-from lamella_engine.errors import AlreadyExistsError, ConflictError, LamellaError
+from lamella_engine.errors import AlreadyExistsError, ConflictError, LamellaError, RefNotFoundError
 from lamella_engine.objects.memory import MemoryObjects
 
 ROUNDS = 6
@@ -179,25 +179,57 @@ def test_of_two_tags_of_one_name_one_is_made():
         repo.push({"w": noise(seed, 100)}, "m@main")
     barrier = Barrier(2)
     repos = [open_again(HeldAtCommit(objects, barrier)) for _ in range(2)]
+    tag = "m@release"
     results = at_once(
-        *(lambda repo=repo, number=number: repo.tag("m@release", f"m@v{number}") for number, repo in enumerate(repos, 1))
+        *(lambda repo=repo, number=number: repo.tag(tag, f"m@v{number}") for number, repo in enumerate(repos, 1))
     )
     assert sorted(map(repr, map(type, results))) == sorted(map(repr, (type(None), AlreadyExistsError)))
     winner = results.index(None) + 1
     assert repo.version("m@release").number == winner
 
 
-def test_refs_are_updated_all_or_none():
+@pytest.fixture
+def with_refs():
+    """Return a repository of two versions with a branch, a tag and an alias."""
     repo = new_repository()
-    repo.push({"w": noise(0, 100)}, "m@main")
-    repo.push({"w": noise(1, 100)}, "m@main")
+    for seed in range(2):
+        repo.push({"w": noise(seed, 100)}, "m@main")
     repo.tag("m@release", "m@v1")
-    before = repo.refs("m")
+    repo.alias("m@production", "m@v1")
+    return repo
+
+
+def test_refs_are_updated_all_or_none(with_refs):
+    before = with_refs.refs("m")
+    good = [RefUpdate("m", "main", "branch", 1), RefUpdate("m", "new", "alias", 2)]
     with pytest.raises(AlreadyExistsError):
-        store_of(repo).update_refs(
-            [RefUpdate("m", "main", "branch", 1), RefUpdate("m", "new", "alias", 2), RefUpdate("m", "release", "tag", 2)]
-        )
-    assert repo.refs("m") == before
+        store_of(with_refs).update_refs([*good, RefUpdate("m", "release", "tag", 2)])
+    assert with_refs.refs("m") == before
+
+
+def test_a_tag_never_moves_and_the_others_do(with_refs):
+    with pytest.raises(AlreadyExistsError) as caught:
+        with_refs.tag("m@release", "m@v2")
+    assert caught.value.kind == "tag_exists"
+    with_refs.tag("m@release", "m@v1")  # where it stands
+    with_refs.alias("m@production", "m@v2")
+    with_refs.branch("m@main", "m@v1")
+    assert [(ref.name, ref.number) for ref in with_refs.refs("m")] == [("main", 1), ("production", 2), ("release", 1)]
+
+
+def test_a_ref_keeps_its_kind_until_it_is_deleted(with_refs):
+    kinds = {"m@main": "branch", "m@release": "tag", "m@production": "alias"}
+    for name, own in kinds.items():
+        for kind in {"branch", "tag", "alias"} - {own}:
+            with pytest.raises(AlreadyExistsError):
+                getattr(with_refs, kind)(name, "m@v1")
+    for name in kinds:
+        with_refs.delete_ref(name)
+        with pytest.raises(RefNotFoundError):
+            with_refs.delete_ref(name)
+    with_refs.alias("m@main", "m@v2")
+    assert [(ref.name, ref.kind) for ref in with_refs.refs("m")] == [("main", "alias")]
+    assert with_refs.stats().versions == 2
 
 
 def test_a_push_that_loses_every_race_says_so():

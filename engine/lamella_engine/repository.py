@@ -22,7 +22,9 @@ from lamella_engine.errors import (
     AlreadyExistsError,
     CorruptionError,
     InvalidInputError,
+    PermissionDeniedError,
     RepositoryNotFoundError,
+    StorageError,
 )
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
@@ -364,10 +366,11 @@ class _Files:
     def _attached(self, item: AttachmentPages, data: bytes, overwrite: bool) -> Path:
         try:
             check_attachment_path(item.path)
-            if item.role == "safetensors_header":
-                return self._write(item.path, SafetensorsLayout.from_header(data), overwrite)
+            layout = SafetensorsLayout.from_header(data) if item.role == "safetensors_header" else None
         except InvalidInputError as error:
             raise CorruptionError(f"the attachment {item.path!r} is damaged: {error}", kind="bad_attachment") from None
+        if layout is not None:
+            return self._write(item.path, layout, overwrite)
         path = self._place(item.path)
         write_file(path, [data], nbytes=len(data), overwrite=overwrite)
         return path
@@ -391,10 +394,14 @@ class _Files:
         path = self.out / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise AlreadyExistsError(f"{path.parent} is a file: give a directory", kind="not_a_directory") from None
-        except NotADirectoryError:
-            raise InvalidInputError(f"{path.parent} lies below a file: give a directory", kind="bad_path") from None
+        except (FileExistsError, NotADirectoryError):
+            raise AlreadyExistsError(
+                f"{path.parent} is a file, or lies below one: give a directory", kind="not_a_directory"
+            ) from None
+        except PermissionError:
+            raise PermissionDeniedError(f"{path.parent} may not be made: give another directory") from None
+        except OSError as error:
+            raise StorageError(f"{path.parent} cannot be made: {error.strerror}", kind="write_failed") from None
         return path
 
 
@@ -442,7 +449,9 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
     except RepositoryNotFoundError:
-        raise RepositoryNotFoundError(f"there is no repository at {url}: make one with init", url=str(url)) from None
+        raise RepositoryNotFoundError(
+            f"there is no repository at {url}: check the path, or make one with init", url=str(url)
+        ) from None
 
 
 def _index_path(objects: Objects) -> Path | None:

@@ -188,7 +188,8 @@ def _header_nbytes(prefix: bytes, source: str) -> int:
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_NBYTES:
         raise InvalidInputError(
-            f"{source} announces a header of {length} bytes; the format allows {MAX_HEADER_NBYTES}",
+            f"{source} is no safetensors file: its first 8 bytes announce a header of more than {MAX_HEADER_NBYTES} "
+            "bytes, the most that the format allows",
             kind="header_too_long",
         )
     return length
@@ -460,7 +461,7 @@ def _open_regular(path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path}", kind="file_not_found", path=path) from None
+        raise NotFoundError(f"there is no file {path}: check the path", kind="file_not_found", path=path) from None
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot open {path!r}: {error}", kind="unreadable", path=path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -297,7 +297,10 @@ class Log:
         try:
             objects.put_if_absent(log_name(0), [data])
         except AlreadyExistsError:
-            raise AlreadyExistsError("there is a repository already: open it", kind="repository_exists") from None
+            raise AlreadyExistsError(
+                "there is a repository at this place already: open it, or choose another place",
+                kind="repository_exists",
+            ) from None
         except StorageError:
             # The id is random: if these very bytes are there, the put went through and only its answer was lost.
             with suppress(NotFoundError):

@@ -91,7 +91,9 @@ class PackedStore:
         for _ in range(parsed.ancestors):
             parents = self.reader.open(id).recorded.parents
             if not parents:
-                raise VersionNotFoundError(f"{revision} goes back past the first version", revision=revision)
+                raise VersionNotFoundError(
+                    f"{revision} goes back past the first version: see log for how many there are", revision=revision
+                )
             row = state.version(parents[0].model, parents[0].number)
             if row is None or row.id != parents[0].id:
                 raise CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
@@ -111,12 +113,17 @@ class PackedStore:
         if revision.ref is not None:
             ref = state.ref(model, revision.ref)
             if ref is None:
-                raise RefNotFoundError(f"there is no {model}@{revision.ref}", model=model, ref=revision.ref)
+                raise RefNotFoundError(
+                    f"there is no {model}@{revision.ref}: see the refs of {model}, or name a version by its number",
+                    model=model,
+                    ref=revision.ref,
+                )
             number = ref.number
         assert number is not None
         added = state.version(model, number)
         if added is None:
             what = f"{model} has no versions" if revision.latest else f"there is no {model}@v{number}"
+            what += ": check the name of the model" if number == 0 or not state.last_number(model) else ""
             raise VersionNotFoundError(what, model=model, number=number)
         return added
 
@@ -132,7 +139,11 @@ class PackedStore:
             if value is not None and value == value and (best is None or value >= best[0]):
                 best = value, added
         if best is None:
-            raise VersionNotFoundError(f"no version of {model} has the metric {metric!r}", model=model, metric=metric)
+            raise VersionNotFoundError(
+                f"no version of {model} has the metric {metric!r}: see show for those it has",
+                model=model,
+                metric=metric,
+            )
         return best[1]
 
     def version(self, id: VersionId) -> Recorded:

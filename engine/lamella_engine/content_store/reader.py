@@ -111,7 +111,9 @@ class Reader:
         if model is not None:
             found = {id: added for id, added in found.items() if added.model == model}
         if not found:
-            raise VersionNotFoundError(f"there is no version {id_prefix}", version=id_prefix)
+            raise VersionNotFoundError(
+                f"there is no version {id_prefix}: check the digits, or see log", version=id_prefix
+            )
         if len(found) > 1:
             raise InvalidInputError(
                 f"{id_prefix} begins the ids of {len(found)} versions: give more digits", kind="ambiguous_id"

@@ -60,9 +60,9 @@ def parse_revision(text: str) -> Revision:
 
 
 def parse_target(text: str) -> tuple[str, str]:
-    """Return model and ref of ``model@ref``, the only form that can be pushed to. Raises InvalidInputError."""
+    """Return model and ref of ``model@ref``, the only form that can be pushed to or moved. Raises InvalidInputError."""
     if not isinstance(text, str) or text.count("@") != 1:
-        raise _bad(text, "write model@branch")
+        raise InvalidInputError(f"{text!r} names no branch, tag or alias: write model@name", kind="bad_target")
     model, _, ref = text.partition("@")
     return check_name(model, what="model"), check_ref_name(ref)
 

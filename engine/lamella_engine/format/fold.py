@@ -219,12 +219,16 @@ class FoldWriter:
         return self._split(children, height)
 
     def _split(self, rows: Rows, height: int) -> list[tuple[str, "_Pending | BlockRef"]]:
-        """Cut rows into new blocks of at most BLOCK_NBYTES (or one row), and return their first keys and places."""
+        """Cut rows into new blocks of at most BLOCK_NBYTES, and return their first keys and places.
+
+        A leaf has at least one row and an inner block two, however long they are: so every level has fewer blocks.
+        """
+        least = 2 if height else 1
         nodes: list[tuple[str, _Pending | BlockRef]] = []
         encoded = [canonical.dumps([key, item.row() if height else item]) for key, item in rows]
         first = nbytes = 0
         for at in range(len(rows) + 1):
-            if at < len(rows) and (at == first or nbytes + len(encoded[at]) < BLOCK_NBYTES):
+            if at < len(rows) and (at - first < least or nbytes + len(encoded[at]) < BLOCK_NBYTES):
                 nbytes += len(encoded[at]) + 1
                 continue
             if at > first:

@@ -62,7 +62,8 @@ class LocalObjects:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        with _os_errors(f"open {root}"):  # a relative path needs a working directory, which may be gone
+            self.root = root.absolute()
         self._poisoned = False
         self._settled: set[Path] = set()
         with _os_errors(f"open {self.root}"):
@@ -81,8 +82,8 @@ class LocalObjects:
     @classmethod
     def create(cls, root: Path) -> "LocalObjects":
         """Make the directory and its parents, durably, and open it. Idempotent: one that is there is opened."""
-        root = root.absolute()
         with _os_errors(f"create {root}"):
+            root = root.absolute()
             try:
                 _make_directories(root)
             except NotADirectoryError:
