@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import corpora, memory, minilm, push_checkout
-from benchmarks.corpora import PRECISIONS, Checkpoint
-from examples import demo
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
+from benchmarks import corpora, memory, minilm, push_checkout
+from benchmarks.corpora import PRECISIONS, Checkpoint
+from examples import demo
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "_", *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]

@@ -93,7 +93,8 @@ def test_a_slice_of_a_stored_tensor_equals_the_slice_of_the_array(sliceable, dat
 
 KEYS = [
     slice(None), slice(None, None, -1), slice(None, None, 2), slice(None, None, -3), slice(1, None),
-    slice(-2, None, -1), slice(3, 1), slice(1, 3, 5), slice(-100, 100), slice(None, None, 10**7), 0, -1, np.int64(0), ...,
+    slice(-2, None, -1), slice(3, 1), slice(1, 3, 5), slice(-100, 100), slice(None, None, 10**7),
+    0, -1, np.int64(0), ...,
 ]  # fmt: skip
 
 

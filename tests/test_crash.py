@@ -11,7 +11,13 @@ from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from support import bits, copy_of, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine.content_store.log import FOLD_EVERY
-from lamella_engine.errors import CorruptionError, OutcomeUnknownError, RepositoryNotFoundError, StorageError
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    OutcomeUnknownError,
+    RepositoryNotFoundError,
+    StorageError,
+)
 from lamella_engine.executor import ThreadExecutor
 from lamella_engine.objects import Objects
 from lamella_engine.objects.local import LocalObjects
@@ -324,6 +330,76 @@ def test_a_commit_that_the_disk_refuses_for_good_but_applied_is_no_failure():
     with suppress(OutcomeUnknownError):
         push(open_again(ForGood(faulty, -1, Fault.CRASH_BEFORE)))
     assert open_again(objects).version("m@main").number == 3
+
+
+class Delayed:
+    """Objects whose first put of a log entry times out and lands only when ``land`` is called; then they refuse puts.
+
+    ``refused`` begins the names of what is refused for good after the time-out.
+    """
+
+    def __init__(self, inner, refused):
+        self._inner = inner
+        self._refused = refused
+        self._pending = None
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def put_if_absent(self, name, parts):
+        if name.startswith("log/") and self._pending is None:
+            self._pending = name, [bytes(part) for part in parts]
+            raise StorageError("timed out", kind="simulated", transient=True)
+        if self._pending is not None and name.startswith(self._refused):
+            raise StorageError("no room", kind="disk_full", transient=False)
+        self._inner.put_if_absent(name, parts)
+
+    def land(self):
+        self._inner.put_if_absent(*self._pending)
+
+
+@pytest.mark.parametrize("refused", ["log/", "fold/"])
+def test_a_commit_that_may_still_land_is_of_unknown_outcome_whatever_fails_afterwards(refused):
+    """A put that timed out may be under way: that a second one is refused says nothing about the first."""
+    objects = some_history(entries=FOLD_EVERY)
+    delayed = Delayed(objects, refused)
+    with suppress(OutcomeUnknownError):
+        push(open_again(delayed))
+    with suppress(AlreadyExistsError):
+        delayed.land()
+    after = open_again(objects)
+    assert after.version("m@main").message == "new"
+    assert after.stats().versions == 3
+    assert after.verify(deep=True).problems == []
+
+
+class VisibleNotDurable:
+    """Objects whose first log entry is there to be read, but is not durable before a put of its name says it exists."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.volatile = None
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def put_if_absent(self, name, parts):
+        try:
+            self._inner.put_if_absent(name, parts)
+        except AlreadyExistsError:
+            self.volatile = None if name == self.volatile else self.volatile
+            raise
+        if name.startswith("log/") and self.volatile is None:
+            self.volatile = name
+            raise StorageError("too many open files", kind="too_many_files", transient=True)
+
+
+def test_a_commit_is_called_done_only_when_its_entry_is_durable():
+    """After an error an entry that can be read may still be lost to a power cut: Objects says to put it again."""
+    objects = VisibleNotDurable(some_history(entries=3))
+    push(open_again(objects))
+    assert objects.volatile is None
+    assert open_again(objects).stats().versions == 3
 
 
 def test_a_commit_that_is_refused_for_good_is_known_to_have_failed():

@@ -334,12 +334,39 @@ def read_entry(data: bytes, previous: bytes | None = ENTRY.previous) -> Entry:
     return entries.decode_entry(data, number=17, repository=REPOSITORY, previous=previous)
 
 
+def sealed(line: bytes) -> bytes:
+    return line + b"\n" + digest(Context.ENTRY, line).hex().encode() + b"\n"
+
+
+ENTRY_JSON = json.loads(entries.encode_entry(ENTRY).split(b"\n")[0])
+GENESIS_JSON = json.loads(entries.encode_genesis(GENESIS).split(b"\n")[0])
+
+
 def entry_with(at: tuple[Any, ...], to: Any) -> bytes:
-    return canonical.dumps(changed(json.loads(entries.encode_entry(ENTRY)), at, to))
+    return sealed(canonical.dumps(changed(ENTRY_JSON, at, to)))
 
 
 def genesis_with(at: str, to: Any) -> bytes:
-    return canonical.dumps(json.loads(entries.encode_genesis(GENESIS)) | {at: to})
+    return sealed(canonical.dumps(GENESIS_JSON | {at: to}))
+
+
+def test_an_entry_is_a_line_of_json_and_its_digest():
+    data = entries.encode_entry(ENTRY)
+    line = canonical.dumps(ENTRY_JSON)
+    assert data == sealed(line)
+    assert entries.entry_digest(data) == digest(Context.ENTRY, line)
+
+
+@pytest.mark.parametrize(
+    "data", [entries.encode_entry(ENTRY), entries.encode_genesis(GENESIS)], ids=["entry", "genesis"]
+)
+def test_an_entry_with_any_other_byte_is_corruption(data):
+    read = read_entry if data.startswith(b'{"cond') else entries.decode_genesis
+    read(data)
+    for at in range(len(data)):
+        refuses(CorruptionError, "bad_digest", lambda at=at: read(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]))
+        refuses(CorruptionError, "bad_digest", lambda at=at: read(data[:at]))
+    refuses(CorruptionError, "bad_digest", lambda: read(data + b"\n"))
 
 
 def test_entries_come_back():
@@ -429,12 +456,12 @@ def test_a_genesis_of_a_newer_format_is_unsupported(at, to):
     refuses(UnsupportedFormatError, "unsupported_format", lambda: entries.decode_genesis(genesis_with(at, to)))
 
 
-@given(data=damage(json.loads(entries.encode_entry(ENTRY))))
+@given(data=damage(ENTRY_JSON).map(sealed))
 def test_an_entry_with_anything_in_any_place_reads_or_is_refused(data):
     reads_or_refuses(lambda: read_entry(data))
 
 
-@given(data=damage(json.loads(entries.encode_genesis(GENESIS))))
+@given(data=damage(GENESIS_JSON).map(sealed))
 def test_a_genesis_with_anything_in_any_place_reads_or_is_refused(data):
     reads_or_refuses(lambda: entries.decode_genesis(data))
 
@@ -1080,6 +1107,7 @@ def test_a_cell_page_of_another_length_is_corruption(page, lengths):
 HEX = CHUNK.hex()
 DESCRIPTION = Description(
     model="bert",
+    push=PUSH,
     structure_id=HEX,
     parameters_id=OTHER_CHUNK.hex(),
     tensor_count=7,
@@ -1140,6 +1168,7 @@ def test_a_version_without_tensors_comes_back():
     ("at", "to", "kind"),
     [
         (("structure", "id"), "00", "bad_metadata"),
+        (("push",), "00", "bad_object_name"),
         (("parameters",), HEX.upper(), "bad_metadata"),
         (("parents", 0), "x" * 64, "bad_metadata"),
         (("structure", "pages", 0, 0), HEX + " ", "bad_metadata"),

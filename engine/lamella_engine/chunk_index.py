@@ -6,6 +6,7 @@ log calls live. So it needs no transactions with anything, and a damaged file is
 
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +40,7 @@ class ChunkIndex:
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.Lock()
         self._path = path
+        self._process = os.getpid()
         self._connection = self._open()
 
     def find(self, chunk: ChunkId) -> list[str]:
@@ -79,6 +81,8 @@ class ChunkIndex:
 
     def _use(self, work: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
         with self._lock:
+            if self._process != os.getpid():  # SQLite's connections do not survive a fork
+                self._connection, self._process = _prepared(":memory:"), os.getpid()
             try:
                 return work(self._connection)
             except sqlite3.Error as error:
@@ -99,10 +103,11 @@ class ChunkIndex:
     def _set_aside(self, error: Exception) -> None:
         """Do without the file from now on; remove it if it is damaged, so that the next process makes it anew."""
         logger.info("the chunk index is kept in memory: %s", error)
-        # An OperationalError or OSError is a matter of circumstances: locked for long, out of room, read-only.
-        if self._path is not None and not isinstance(error, sqlite3.OperationalError | OSError):
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+        # Subclasses are circumstances (locked for long, out of room, closed); DatabaseError itself is damage.
+        if self._path is not None and type(error) is sqlite3.DatabaseError:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(OSError):
+                    self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
 
 def _prepared(path: Path | str) -> sqlite3.Connection:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
@@ -33,9 +33,9 @@ class Distance:
     """sum |a - b|."""
     linf: float
     """max |a - b|."""
-    per_tensor: Mapping[str, "Distance"]
+    per_tensor: Mapping[str, "Distance"] = field(repr=False, hash=False)
     """The same for each tensor; empty for a single one."""
-    _complete: Callable[[], Moments]
+    _complete: Callable[[], Moments] = field(repr=False, compare=False)
 
     @property
     def changed(self) -> float:
@@ -50,7 +50,8 @@ class Distance:
         """
         whole = self._complete()
         norms = math.sqrt(whole.squared_a) * math.sqrt(whole.squared_b)
-        return whole.dot / norms if norms else math.nan
+        # Rounding may carry two equal vectors past 1.
+        return max(-1.0, min(1.0, whole.dot / norms)) if norms else math.nan
 
 
 def measure(reader: Reader, a: VersionId, b: VersionId, selection: Selection) -> Distance:

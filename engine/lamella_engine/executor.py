@@ -7,7 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol, TypeVar
+
+from lamella_engine.errors import InvalidInputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,14 +87,19 @@ class ThreadExecutor:
         # A push runs two maps at a time, one feeding the other: half of the tasks each, and a spare one beyond the
         # running ones, so that a thread finds its next item waiting.
         self._ahead = max(1, min(tasks // 2, cores + 2))
-        self._pool = ThreadPoolExecutor(min(cores, tasks), thread_name_prefix="lamella")
+        self._threads = min(cores, tasks)
+        self._pool = self._new_pool()
+        self._process = os.getpid()
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="lamella")
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """See :class:`Executor`."""
         running: deque[Future[Result]] = deque()
         try:
             for item in items:
-                running.append(self._pool.submit(function, item))
+                running.append(self.submit(partial(function, item)))
                 if len(running) > self._ahead:
                     yield running.popleft().result()
             while running:
@@ -105,7 +113,12 @@ class ThreadExecutor:
 
     def submit(self, function: Callable[[], Result]) -> "Future[Result]":
         """See :class:`Executor`."""
-        return self._pool.submit(function)
+        if self._process != os.getpid():  # a fork has this object, but not its threads
+            self._pool, self._process = self._new_pool(), os.getpid()
+        try:
+            return self._pool.submit(function)
+        except RuntimeError:
+            raise InvalidInputError("this repository was closed: open it again", kind="closed") from None
 
     def close(self) -> None:
         """See :class:`Executor`."""

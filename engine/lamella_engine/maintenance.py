@@ -5,18 +5,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from lamella_engine.checkpoints import check_header
 from lamella_engine.content_store.log import State
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
-from lamella_engine.errors import CorruptionError, LamellaError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, LamellaError, NotFoundError, UnsupportedFormatError
 from lamella_engine.format.digests import Context, Digester, chunk_id
-from lamella_engine.format.entry import VersionAdded
+from lamella_engine.format.entry import FoldRef, VersionAdded
 from lamella_engine.format.fold import TABLES
+from lamella_engine.format.names import log_name
 
 Result = TypeVar("Result")
 
 BLOBS_AT_ONCE = 256
-"""Blobs read and checked at a time: at most 1 GiB of encoded bytes in theory, a few MB in a repository of deltas."""
+"""Blobs whose checks are handed out at a time; each thread holds one payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +88,19 @@ class _Checker:
     def log(self) -> State:
         """Rebuild the state from the entries alone, and compare it with what readers see."""
         seen = self._store.log.refresh()
-        rebuilt = seen
+        rebuilt: State | None = None
         for entry, state in self._store.log.history():
             self._report.entries += 1
+            if entry.fold is not None and (rebuilt is None or entry.fold.number == rebuilt.number):  # named first
+                self._try(entry.fold.name, partial(self._fold, entry.fold))
             rebuilt = state
             if entry.number == seen.number:
                 break
+        if seen.number and (rebuilt is None or rebuilt.number < seen.number):
+            missing = 1 if rebuilt is None else rebuilt.number + 1
+            self._report.problems.append(Problem("log_gap", "is missing: restore it from a copy", log_name(missing)))
+        if rebuilt is None or rebuilt.number < seen.number:
+            return seen
         for table in TABLES:
             self._try(f"fold, table {table}", partial(_compare, table, seen, rebuilt))
         for model in rebuilt.models():
@@ -103,10 +112,15 @@ class _Checker:
         self._try("log", lambda: self._store.log.check_tail(self._store.log.refresh()))
         return rebuilt
 
+    def _fold(self, fold: FoldRef) -> None:
+        self._check_size(fold.name, fold.start + fold.nbytes)
+        self._store.log.check_fold(fold)
+
     def packs(self, state: State) -> None:
         """Check the index of every live pack, and every blob in it."""
         for pack in state.packs():
             self._report.packs += 1
+            self._try(pack.name, partial(self._check_size, pack.name, pack.nbytes))
             index = self._try(pack.name, partial(self._store.packs.index, pack.name))
             if index is None:
                 continue
@@ -147,6 +161,7 @@ class _Checker:
             self._try(f"{added.model}@v{added.number}", partial(self._version, state, added))
 
     def _version(self, state: State, added: VersionAdded) -> None:
+        self._check_size(added.metadata, added.nbytes)
         version = self._store.reader.open_added(added)
         version.manifest.check()
         parameters = Digester(Context.PARAMETERS)
@@ -157,15 +172,13 @@ class _Checker:
                 parameters.update(chunk_id(row.content))
                 continue
             parameters.update(row.chunk)
-            for link in self._store.reader.chain(self._store.reader.copy_of_row(version, row)):
-                if link.pack not in named:
-                    raise CorruptionError(
-                        f"{link.pack} is not in the closure that the version names", kind="bad_closure"
-                    )
+            self._check_closure(self._store.reader.copy_of_row(version, row), named, state)
         for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
-            self._store.reader.copy(chunk, version.pack_of_manifest(place))
+            self._check_closure(self._store.reader.copy(chunk, version.pack_of_manifest(place)), named, state)
         for attachment in version.recorded.description.attachments:
-            version.manifest.attachment(attachment.path)
+            data = version.manifest.attachment(attachment.path)
+            if attachment.role == "safetensors_header":
+                check_header(data, version.manifest, attachment.path)
         if parameters.digest().hex() != version.recorded.description.parameters_id:
             raise CorruptionError("the cells are not those that the parameters id is the digest of", kind="bad_digest")
         for parent in version.recorded.parents:
@@ -173,7 +186,25 @@ class _Checker:
             if row_of_parent is None or row_of_parent.id != parent.id:
                 raise CorruptionError(f"its parent {parent.id[:12]} is not in the log", kind="missing_version")
 
+    def _check_closure(self, blob: StoredBlob, named: set[str], state: State) -> None:
+        for link in self._store.reader.chain(blob):
+            if link.pack not in named:
+                raise CorruptionError(f"{link.pack} is not in the closure that the version names", kind="bad_closure")
+            if state.pack(link.pack) is None:
+                raise CorruptionError(f"{link.pack}, which the version stands on, is not live", kind="missing_pack")
+
+    def _check_size(self, name: str, nbytes: int) -> None:
+        try:
+            found = self._store.objects.size(name)
+        except NotFoundError:
+            raise CorruptionError(f"{name} is missing: restore it from a copy", kind="missing_object") from None
+        if found != nbytes:
+            raise CorruptionError(f"{name} has {found} bytes, not {nbytes}: restore it", kind="bad_length")
+
 
 def _compare(table: str, seen: State, rebuilt: State) -> None:
     if list(seen.table(table)) != list(rebuilt.table(table)):
-        raise CorruptionError("the fold is not what the entries add up to: delete it", kind="bad_fold")
+        raise CorruptionError(
+            "the fold is not what the entries add up to: without the objects below fold/ it is made anew",
+            kind="bad_fold",
+        )

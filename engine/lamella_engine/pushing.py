@@ -16,6 +16,7 @@ from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, Region
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
+from lamella_engine.errors import CorruptionError, InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
@@ -70,7 +71,15 @@ def push_checkpoint(push: Push, checkpoint: Checkpoint, executor: Executor, note
 
     Raises InvalidInputError if the checkpoint changes meanwhile, and whatever ``push`` raises.
     """
-    return _Pushing(push, checkpoint, executor).run(notes)
+    try:
+        return _Pushing(push, checkpoint, executor).run(notes)
+    except CorruptionError as error:
+        if error.kind != "bad_chunk":
+            raise
+        # Found when the store decoded what it was given: the bytes were others when they were hashed.
+        raise InvalidInputError(
+            "a tensor changed while it was pushed: push again when nothing writes to it", kind="source_changed"
+        ) from error
 
 
 class _Pushing:
@@ -120,6 +129,7 @@ class _Pushing:
         return self._push.commit(
             Description(
                 model=self._push.model,
+                push=self._push.id,
                 structure_id=structure_digest,
                 parameters_id=self._parameters.digest().hex(),
                 tensor_count=len(structure),

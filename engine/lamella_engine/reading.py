@@ -4,10 +4,11 @@ Blobs are read in the caller's thread and decoded by the executor's, straight to
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product, tee
+from math import prod
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import ContentStore, Reading
-from lamella_engine.errors import TensorNotFoundError
+from lamella_engine.errors import InvalidInputError, LimitError, TensorNotFoundError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.model import Cell, TensorSpec, VersionId
 
@@ -44,11 +45,13 @@ class Selection:
             wanted = {spec.name: spec for spec in manifest.specs()}
         for pattern in self.include or ():
             found = [spec for spec in manifest.specs(_literal(pattern)) if fnmatchcase(spec.name, pattern)]
+            if manifest.has(pattern):  # a name may hold what a glob would take for a wildcard
+                found.append(manifest.spec(pattern))
             if not found:
                 raise TensorNotFoundError(f"no tensor matches {pattern!r}: see show for the names", pattern=pattern)
             wanted |= {spec.name: spec for spec in found}
         for name in sorted(wanted):
-            if not any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            if not any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude):
                 yield wanted[name]
 
 
@@ -58,7 +61,10 @@ def select(include: Patterns = None, exclude: Patterns = None) -> Selection:
 
 
 def _several(patterns: Patterns) -> tuple[str, ...]:
-    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    several = () if patterns is None else (patterns,) if isinstance(patterns, str) else patterns
+    if isinstance(several, Sequence | Set) and all(isinstance(pattern, str) for pattern in several):
+        return tuple(several)
+    raise InvalidInputError("include and exclude take a glob, or several of them", kind="bad_option")
 
 
 def _literal(pattern: str) -> str:
@@ -157,14 +163,17 @@ class Reader:
         pairs = zip(self.store.read(a, ours), self.store.read(b, theirs), strict=True)
         return map_batched(self.executor, decode, pairs, nbytes=lambda pair: pair[0].chain[-1].decoded_nbytes)
 
-    def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, bytearray]]:
-        """Yield whole tensors: their little-endian C-order bytes, in new memory."""
+    def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:
+        """Yield whole tensors: their little-endian C-order bytes, in new memory, writable.
+
+        Raises LimitError if they do not fit into memory.
+        """
         specs = list(specs)
-        memory = {spec.name: bytearray(spec.nbytes) for spec in specs}
+        memory = {spec.name: _fresh(spec.nbytes) for spec in specs}
 
         def targets() -> Iterator[tuple[Cell, memoryview]]:
             for spec in specs:
-                out = memoryview(memory[spec.name])
+                out = memory[spec.name]
                 for number, region in enumerate(spec.grid.regions()):
                     yield Cell(spec.name, number), out[region.start : region.stop]
 
@@ -172,7 +181,7 @@ class Reader:
         for spec in specs:
             yield spec, memory.pop(spec.name)
 
-    def box(self, version: VersionId, spec: TensorSpec, ranges: Sequence[range]) -> bytearray:
+    def box(self, version: VersionId, spec: TensorSpec, ranges: Sequence[range]) -> memoryview:
         """Return the C-order bytes of a box of a tensor, decoding only the cells that it touches.
 
         Parameters
@@ -184,9 +193,10 @@ class Reader:
         """
         itemsize = spec.dtype.bits // 8
         shape = tuple(len(wanted) for wanted in ranges)
-        out = np.zeros((*shape, itemsize), np.uint8)
-        if not out.size:
-            return bytearray()
+        data = _fresh(prod(shape) * itemsize)
+        if not data.nbytes:
+            return data
+        out = np.frombuffer(data, np.uint8).reshape((*shape, itemsize))
         grid = spec.grid
         if not spec.shape:
             numbers: Iterable[int] = [0]
@@ -199,13 +209,21 @@ class Reader:
                 for *leading, column in product(*ranges[: grid.axis], columns)
             )
         cells = (Cell(spec.name, number) for number in numbers)
-        for cell, data in self.stream(version, cells):
+        for cell, cell_bytes in self.stream(version, cells):
             place = grid.region(cell.number).slices
-            chunk = np.frombuffer(data, np.uint8).reshape((*(part.stop - part.start for part in place), itemsize))
+            chunk = np.frombuffer(cell_bytes, np.uint8).reshape((*(part.stop - part.start for part in place), itemsize))
             inner, outer = [], []
             for part, wanted in zip(place, ranges, strict=True):
                 first, stop = max(part.start, wanted.start), min(part.stop, wanted.stop)
                 inner.append(slice(first - part.start, stop - part.start))
                 outer.append(slice(first - wanted.start, stop - wanted.start))
             out[tuple(outer)] = chunk[tuple(inner)]
-        return bytearray(out.data.cast("B"))
+        return data
+
+
+def _fresh(nbytes: int) -> memoryview:
+    """Return new memory that is not cleared first: it will be written anyway."""
+    try:
+        return np.empty(nbytes, np.uint8).data
+    except MemoryError:
+        raise LimitError(f"{nbytes} bytes do not fit into memory: select less", kind="out_of_memory") from None

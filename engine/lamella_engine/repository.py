@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from lamella_engine import maintenance
 from lamella_engine.checkpoints import (
     SafetensorsLayout,
     check_attachment_path,
+    check_header,
     open_checkpoint,
     to_numpy,
     write_file,
@@ -165,7 +166,7 @@ class Repository:
         """
         model, branch = parse_target(target)
         notes = Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
-        canonical.dumps(recipe)  # refused now, not after the upload
+        canonical.dumps([recipe])  # as deep as it will stand; refused now, not after the upload
         with open_checkpoint(source) as checkpoint:
             if not checkpoint.structure and not checkpoint.attachments:
                 raise InvalidInputError("there is nothing to push: the source has no tensors", kind="empty_source")
@@ -340,7 +341,8 @@ class Repository:
 
         ``deep`` also decodes every blob and computes its chunk id again.
         """
-        return maintenance.verify(self._store, deep=deep)
+        # A store of its own: what is read must come from where it is stored, not from what this process remembers.
+        return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,16 +363,19 @@ class _Files:
 
     def selected(self, specs: list[TensorSpec], *, overwrite: bool) -> dict[str, Path]:
         """Write tensors as one canonical safetensors file."""
+        if not specs:
+            raise InvalidInputError("no tensor is selected, so there is no file to write", kind="empty_selection")
         return {"model.safetensors": self._write("model.safetensors", SafetensorsLayout.canonical(specs), overwrite)}
 
     def _attached(self, item: AttachmentPages, data: bytes, overwrite: bool) -> Path:
         try:
             check_attachment_path(item.path)
-            layout = SafetensorsLayout.from_header(data) if item.role == "safetensors_header" else None
         except InvalidInputError as error:
-            raise CorruptionError(f"the attachment {item.path!r} is damaged: {error}", kind="bad_attachment") from None
-        if layout is not None:
-            return self._write(item.path, layout, overwrite)
+            raise CorruptionError(f"an attachment's path is damaged: {error}", kind="bad_attachment") from None
+        if item.role == "safetensors_header":
+            return self._write(
+                item.path, check_header(data, self.reader.store.manifest(self.version), item.path), overwrite
+            )
         path = self._place(item.path)
         write_file(path, [data], nbytes=len(data), overwrite=overwrite)
         return path
@@ -413,6 +418,8 @@ def _text(message: str) -> str:
 
 
 def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"metrics are numbers by name, not a {type(metrics).__name__}", kind="bad_metric")
     stored = canonical.loads(canonical.dumps(dict(metrics or {})), what="metrics")
     for name, value in stored.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -437,21 +444,28 @@ def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYT
     StorageError
         The place fails, or does not keep the promises that a repository needs.
     """
+    objects = open_objects(_place_of(url), create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-    objects = open_objects(str(url), create=True)
     return Repository(PackedStore.create(objects, executor, index_path=_index_path(objects)), executor)
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
     """Open a repository; see :func:`init` for the parameters. Raises RepositoryNotFoundError if there is none."""
     try:
-        objects = open_objects(str(url))
+        objects = open_objects(_place_of(url))
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
     except RepositoryNotFoundError:
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _place_of(url: "str | PathLike[str]") -> str:
+    place = url if isinstance(url, str) else fspath(url) if isinstance(url, PathLike) else None
+    if not isinstance(place, str):
+        raise InvalidInputError(f"{url!r} is no path or URL: give text or a path", kind="bad_url")
+    return place
 
 
 def _index_path(objects: Objects) -> Path | None:

@@ -4,13 +4,14 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lamella_engine.checkpoints import to_numpy
 from lamella_engine.content_store.seam import Recorded
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import TensorSpec, VersionId
 from lamella_engine.reading import Reader
 from lamella_engine.torch_tensors import to_torch
@@ -60,6 +61,19 @@ class LazyTensor:
         """Bytes of the whole tensor."""
         return self._spec.nbytes
 
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def __iter__(self) -> "Iterator[np.ndarray[Any, np.dtype[Any]]]":
+        return (self[index] for index in range(len(self)))
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of a tensor without axes")
@@ -79,7 +93,7 @@ class LazyTensor:
         box = to_numpy(data, spec.dtype, tuple(len(wanted) for wanted in ranges))
         return np.asarray(box[picks])
 
-    def _data(self) -> bytearray:
+    def _data(self) -> memoryview:
         ((_, data),) = self._reader.tensors(self._version, [self._spec])
         return data
 
@@ -113,8 +127,8 @@ def _box(spec: TensorSpec, key: Any) -> tuple[list[range], tuple[Any, ...]]:
     for axis, (item, length) in enumerate(zip(keys, spec.shape, strict=True)):
         if isinstance(item, slice):
             wanted = range(length)[item]
-            low = min(wanted, default=0)
-            ranges.append(range(low, max(wanted, default=-1) + 1) if wanted else range(0))
+            low, high = sorted((wanted[0], wanted[-1])) if wanted else (0, -1)
+            ranges.append(range(low, high + 1))
             picks.append(slice(None, None, wanted.step))
             continue
         try:
@@ -212,6 +226,8 @@ class Version(Mapping[str, LazyTensor]):
         return self._recorded.description.decoded_nbytes
 
     def __getitem__(self, name: str) -> LazyTensor:
+        if not isinstance(name, str):
+            raise TensorNotFoundError(f"tensors have names, not {name!r}", kind="tensor_not_found")
         return LazyTensor(self._reader, self.id, self._manifest.spec(name))
 
     def __contains__(self, name: object) -> bool:

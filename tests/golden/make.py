@@ -37,15 +37,15 @@ START = datetime(2026, 11, 21, tzinfo=UTC)
 
 
 @contextmanager
-def no_chance() -> Iterator[None]:
-    """Replace clocks, names and random numbers by counters that start anew."""
+def no_chance(seed: str) -> Iterator[None]:
+    """Replace clocks, names and random numbers by counters that start anew, with draws that follow from a seed."""
     seconds, draws = count(), count(1)
 
     def now() -> str:
         return (START + timedelta(seconds=next(seconds))).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
     def token_hex(nbytes: int) -> str:
-        return hashlib.sha256(str(next(draws)).encode()).hexdigest()[: 2 * nbytes]
+        return hashlib.sha256(f"{seed} {next(draws)}".encode()).hexdigest()[: 2 * nbytes]
 
     with ExitStack() as stack:
         for module in (log, pushing):
@@ -200,7 +200,7 @@ def make(out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
     for build in REPOSITORIES:
-        with no_chance():
+        with no_chance(build.__name__):
             golden = build()
         for name in names_of(golden.objects):
             path = out / build.__name__ / name

@@ -8,7 +8,7 @@ A checkpoint tells a push what is there (structure, attachments) and hands out o
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,7 +16,7 @@ from lamella_engine.checkpoints.files import check_attachment_path, write_file
 from lamella_engine.checkpoints.safetensors import PlacedTensor, SafetensorsCheckpoint, SafetensorsLayout
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint, to_numpy
 from lamella_engine.chunking import Region
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 
 __all__ = [
@@ -26,10 +26,32 @@ __all__ = [
     "SafetensorsCheckpoint",
     "SafetensorsLayout",
     "check_attachment_path",
+    "check_header",
     "open_checkpoint",
     "to_numpy",
     "write_file",
 ]
+
+
+def check_header(data: bytes, manifest: "HasSpecs", path: str) -> SafetensorsLayout:
+    """Parse the stored header of the file ``path``.
+
+    Raises CorruptionError unless it lays out exactly the tensors of its version.
+    """
+    try:
+        layout = SafetensorsLayout.from_header(data)
+    except (InvalidInputError, LimitError) as error:
+        raise CorruptionError(f"the header of {path!r} is damaged: {error}", kind="bad_attachment") from None
+    if layout.structure != tuple(manifest.specs()):
+        raise CorruptionError(f"the header of {path!r} is of other tensors than its version", kind="bad_attachment")
+    return layout
+
+
+class HasSpecs(Protocol):
+    """What knows the tensors of a version."""
+
+    def specs(self) -> Iterable[TensorSpec]:
+        """Yield them by name."""
 
 
 class Checkpoint(Protocol):

@@ -22,8 +22,10 @@ from lamella_engine.errors import (
     ConflictError,
     CorruptionError,
     InvalidInputError,
+    LamellaError,
     NotFoundError,
     OutcomeUnknownError,
+    PermissionDeniedError,
     RepositoryNotFoundError,
     StorageError,
 )
@@ -56,7 +58,7 @@ FOLD_EVERY = 8
 # Tries of one commit. Each lost race means that somebody else's commit went through, so the repository moves on.
 COMMIT_TRIES = 64
 
-# Tries after an answer that did not say whether the entry was written.
+# Puts of one entry, as long as answers do not say whether it was written.
 UNKNOWN_TRIES = 5
 
 DEFAULT_MAX_DEPTH = 8
@@ -79,16 +81,16 @@ class Blocks:
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        self._rows: dict[bytes, folds.Rows] = {}
+        self._rows: dict[folds.BlockRef, folds.Rows] = {}
 
     def load(self, ref: folds.BlockRef) -> folds.Rows:
         """Return the rows of a block; raises CorruptionError if it is missing or damaged."""
-        rows = self._rows.get(ref.digest)
+        rows = self._rows.get(ref)
         if rows is None:
             rows = folds.parse_block(_part(self._objects, ref.object, ref.start, ref.nbytes), ref)
             if len(self._rows) >= self.KEPT:
                 self._rows.clear()
-            self._rows[ref.digest] = rows
+            self._rows[ref] = rows
         return rows
 
 
@@ -293,6 +295,7 @@ class Log:
         """
         if not 0 <= max_depth <= MAX_DEPTH:
             raise InvalidInputError(f"chains may be 0 to {MAX_DEPTH} deltas long, not {max_depth}", kind="bad_option")
+        _check_no_log(objects)
         data = encode_genesis(Genesis(secrets.token_hex(16), max_depth, now()))
         try:
             objects.put_if_absent(log_name(0), [data])
@@ -338,9 +341,8 @@ class Log:
         OutcomeUnknownError
             The store did not say whether the entry was written, and could not be asked.
         """
-        unknown = 0
         for _ in range(COMMIT_TRIES):
-            state = self.refresh() if not unknown else self._read_back(push)
+            state = self.refresh()
             if state.committed_at(push) is not None:
                 return state
             if state.is_fenced(push):
@@ -350,24 +352,75 @@ class Log:
                 return state
             entry = self._entry(state, push, change)
             data = encode_entry(entry)
-            try:
-                self._objects.put_if_absent(log_name(state.number + 1), [data])
-            except AlreadyExistsError:
-                continue
-            except StorageError as error:
-                unknown += 1
-                if not error.transient or unknown == UNKNOWN_TRIES:
-                    after = self._read_back(push)
-                    if after.committed_at(push) is None and not error.transient:
-                        raise  # refused outright, and nothing is there: this one is known to have failed
-                    raise _unknown(push) from error
-            else:
-                state = self._after(state, entry, entry_digest(data))
+            # Everything that can fail is done before the entry is published: afterwards it has happened.
+            after = self._after(state, entry, entry_digest(data))
+            self._check_gap(entry.number)
+            if self._publish(entry.number, data, push):
                 with self._lock:
-                    if self._state.number < state.number:
-                        self._state = state
-                    return self._state
+                    if self._state.number < after.number:
+                        self._state = after
+                return after
         raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
+
+    def _publish(self, number: int, data: bytes, push: PushId) -> bool:
+        """Put entry ``number``; return whether it is ours and durable, or somebody else's.
+
+        An answer that does not come is asked for by putting the same bytes again: AlreadyExists promises that the
+        object of that name is durable, which reading it would not.
+        """
+        name = log_name(number)
+        may_land = False
+        for _ in range(UNKNOWN_TRIES):
+            try:
+                self._objects.put_if_absent(name, [data])
+            except AlreadyExistsError:
+                return may_land and self._is_there(name, data, push)
+            except (StorageError, PermissionDeniedError) as error:
+                if isinstance(error, StorageError) and error.transient:
+                    may_land = True
+                    continue
+                # Refused outright. If nothing is there and nothing else was sent, it is known to have failed.
+                if may_land or self._is_there(name, data, push):
+                    raise _unknown(push) from error
+                raise
+            else:
+                return True
+        raise _unknown(push)
+
+    def _is_there(self, name: str, data: bytes, push: PushId) -> bool:
+        try:
+            return self._objects.get(name) == data
+        except NotFoundError:
+            return False
+        except LamellaError as error:
+            raise _unknown(push) from error
+
+    def _check_gap(self, number: int) -> None:
+        """Raise CorruptionError if entry ``number``, which is about to be written, is absent but the one after it is not.
+
+        Opening a repository looks further; this is for a process that has had it open while an entry was lost.
+        """
+        if self._has(number + 1) and not self._has(number):
+            raise _gap(number)
+
+    def _has(self, number: int) -> bool:
+        try:
+            self._objects.size(log_name(number))
+        except NotFoundError:
+            return False
+        return True
+
+    def check_fold(self, fold: FoldRef) -> None:
+        """Read every byte of a fold that an entry names; raise CorruptionError if any is not as it was written."""
+        data = _part(self._objects, fold.name, fold.start, fold.nbytes)
+        root = folds.parse_root(data, name=fold.name, expected=fold.digest, repository=self._state.genesis.repository)
+        waiting = [top for top in root.tables.values() if top is not None]
+        while waiting:
+            ref = waiting.pop()
+            if ref.object != fold.name:
+                continue  # written with an earlier fold, like everything below it
+            rows = self._blocks.load(ref)
+            waiting += [child for _, child in rows] if ref.height else []
 
     def history(self) -> Iterator[tuple[Entry, State]]:
         """Yield every entry from the first, each with the state after it, rebuilt from the entries alone."""
@@ -385,7 +438,7 @@ class Log:
         expected = state.number + 1
         for info in self._objects.list("log/", after=log_name(state.number), limit=2):
             if log_number(info.name) != expected:
-                raise CorruptionError(f"entry {expected} is missing from the log: restore it", kind="log_gap")
+                raise _gap(expected)
             expected += 1
 
     def _load(self) -> State:
@@ -402,7 +455,8 @@ class Log:
                 if data is not None:
                     read[at] = data
                     entry = decode_entry(data, number=at, repository=state.genesis.repository, previous=None)
-                    state = state if entry.fold is None else self._at(state, entry.fold)
+                    if entry.fold is not None:
+                        state = self._at_or_replayed(state, entry.fold)
                     break
         state = self._follow(state, read)
         self.check_tail(state)
@@ -411,6 +465,7 @@ class Log:
     def _genesis(self) -> State:
         data = self._entry_bytes(0)
         if data is None:
+            _check_no_log(self._objects)
             raise RepositoryNotFoundError("there is no repository here: make one with init")
         return State(decode_genesis(data), 0, entry_digest(data), self._blocks)
 
@@ -420,6 +475,18 @@ class Log:
             return self._objects.get(log_name(number))
         except NotFoundError:
             return None
+
+    def _at_or_replayed(self, state: State, fold: FoldRef) -> State:
+        """Return the state that a fold holds; if it is lost, what the entries up to there add up to."""
+        try:
+            return self._at(state, fold)
+        except CorruptionError as error:
+            logger.warning("reading the whole log, because a fold is lost: %s", error)
+        for _, replayed in self.history():
+            state = replayed
+            if state.number == fold.number:
+                break
+        return state
 
     def _at(self, state: State, fold: FoldRef) -> State:
         data = _part(self._objects, fold.name, fold.start, fold.nbytes)
@@ -433,13 +500,18 @@ class Log:
         return state
 
     def _after(self, state: State, entry: Entry, digest: bytes) -> State:
-        """Return the state with one more entry, on the fold that this entry is the first to name, if it is."""
+        """Return the state with one more entry, on the fold that this entry is the first to name, if it is.
+
+        A fold is derived: without it, this process goes on from what it has.
+        """
         fold = entry.fold
         if fold is not None and fold.number == state.number and fold != state.fold:
-            folded = self._at(state, fold)
-            if folded.digest != state.digest:
-                raise CorruptionError(f"{fold.name} is the fold of another log", kind="bad_fold", object=fold.name)
-            state = folded
+            try:
+                folded = self._at(state, fold)
+            except CorruptionError as error:
+                logger.warning("a fold is left out: %s", error)
+            else:
+                state = folded if folded.digest == state.digest else state
         return state.after(entry, digest)
 
     def _next(self, state: State, data: bytes | None = None) -> tuple[Entry, bytes] | None:
@@ -483,16 +555,23 @@ class Log:
             logger.debug("%s was written by somebody else", name)
         return FoldRef(name, start, len(parts[-1]), digest)
 
-    def _read_back(self, push: PushId) -> State:
-        try:
-            return self.refresh()
-        except StorageError as error:
-            raise _unknown(push) from error
+
+def _check_no_log(objects: Objects) -> None:
+    """Raise CorruptionError if there are entries, but not the first: a new one would take its name for good."""
+    first = next(objects.list("log/", limit=1), None)
+    if first is not None and first.name != log_name(0):
+        raise CorruptionError("entry 0 of this repository is missing: restore it from a copy", kind="log_gap")
+
+
+def _gap(number: int) -> CorruptionError:
+    return CorruptionError(f"entry {number} is missing from the log: restore it from a copy", kind="log_gap")
 
 
 def _unknown(push: PushId) -> OutcomeUnknownError:
     return OutcomeUnknownError(
-        f"the store did not say whether push {push} was recorded: look at the branch before pushing again", push_id=push
+        f"the store did not say whether push {push} was recorded: open the repository again and look at the branch "
+        "before pushing again",
+        push_id=push,
     )
 
 
@@ -504,6 +583,6 @@ def now() -> str:
 def principal() -> str:
     """Return who is acting, as far as the machine can tell."""
     try:
-        return getpass.getuser()
+        return getpass.getuser().encode(errors="replace").decode()
     except (OSError, KeyError):  # a uid without a name, as in many containers
         return ""

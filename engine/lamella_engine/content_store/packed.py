@@ -1,5 +1,6 @@
 """The content store on objects: packs, metadata objects and the log."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from lamella_engine.errors import (
     AlreadyExistsError,
     ConflictError,
     CorruptionError,
+    InvalidInputError,
     RefNotFoundError,
     VersionNotFoundError,
 )
@@ -25,6 +27,8 @@ from lamella_engine.format.names import new_push_id
 from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
+
+logger = logging.getLogger("lamella")
 
 # So many of the newest packs (and all that the parent stands on) are looked at before a push, and the indexes of
 # those that other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies
@@ -121,6 +125,10 @@ class PackedStore:
             number = ref.number
         assert number is not None
         added = state.version(model, number)
+        if added is None and revision.ref is not None:
+            raise CorruptionError(
+                f"{model}@{revision.ref} stands at v{number}, which is not there", kind="missing_version"
+            )
         if added is None:
             what = f"{model} has no versions" if revision.latest else f"there is no {model}@v{number}"
             what += ": check the name of the model" if number == 0 or not state.last_number(model) else ""
@@ -209,14 +217,20 @@ class PackedStore:
         if parent is not None:
             wanted |= {name for pack in parent.locator.packs for name in state.where_is(pack.name)}
         for name in sorted(wanted - self._index.known(wanted)):
-            if state.pack(name) is not None:
+            if state.pack(name) is None:
+                continue
+            try:
                 self._index.add(name, self.packs.index(name).by_chunk)
+            except CorruptionError as error:  # whoever needs that pack will be told
+                logger.warning("a pack cannot be used for deduplication: %s", error)
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         for update in updates:
             check_name(update.model, what="model")
             check_ref_name(update.name)
+        if len({(update.model, update.name) for update in updates}) != len(updates):
+            raise InvalidInputError("a ref can be set once at a time", kind="ref_twice")
         self._probe_once()
 
         def make(state: State) -> Change | None:

@@ -216,13 +216,15 @@ class PackWriter:
         self._nbytes = 0
         self._base_packs: set[str] = set()
         self._writing: Future[None] | None = None
-        self.written: dict[str, tuple[PackRef, PackIndex]] = {}
+        self.written: dict[str, PackRef] = {}
         """The packs so far, by name; the last may still be on its way to the disk."""
+        self._packs: list[str] = []
+        self._numbers: dict[ChunkId, int] = {}
 
     def add(self, blob: Blob, *, base: StoredBlob | None) -> BlobRow:
         """Append a blob whose base, for a delta, is the copy ``base`` in an earlier pack; return its row."""
         if self._nbytes >= PACK_NBYTES or len(self._base_packs) == MAX_BASE_PACKS:
-            self.close_pack()
+            self._close_pack()
         payload = bytes(blob.payload)
         row = BlobRow(
             chunk=blob.chunk,
@@ -243,7 +245,17 @@ class PackWriter:
             self._base_packs.add(base.pack)
         return row
 
-    def close_pack(self) -> None:
+    def pack_of(self, chunk: ChunkId) -> str | None:
+        """Return the written pack that holds a chunk, or None if none does."""
+        number = self._numbers.get(chunk)
+        return None if number is None else self._packs[number]
+
+    def finish(self) -> None:
+        """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
+        self._close_pack()
+        self._wait()
+
+    def _close_pack(self) -> None:
         """Start writing the pack that is being filled, if it holds anything. Waits for the one before."""
         if not self._rows:
             return
@@ -251,13 +263,14 @@ class PackWriter:
         name = str(PackName(self._push, len(self.written), digest(Context.PACK_INDEX, index)))
         parts = [*self._parts, index, encode_footer(index)]
         ref = PackRef(name, self._nbytes + len(index) + FOOTER_NBYTES, len(index))
-        self.written[name] = ref, PackIndex(self._rows, {row.chunk: row for row in self._rows}, self._nbytes)
-        self.wait()
+        self._wait()
+        self.written[name] = ref
+        self._numbers |= dict.fromkeys((row.chunk for row in self._rows), len(self._packs))
+        self._packs.append(name)
         self._writing = self._executor.submit(lambda: self._objects.put_if_absent(name, parts))
         self._parts, self._rows, self._nbytes, self._base_packs = [], [], 0, set()
 
-    def wait(self) -> None:
-        """Wait until every closed pack is durable; raises what writing it raised."""
+    def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
             self._writing = None

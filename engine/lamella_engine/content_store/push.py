@@ -1,5 +1,6 @@
 """A push into objects: what is missing, packs for it, and the one entry that makes it a version."""
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -18,11 +19,13 @@ from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionE
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
-from lamella_engine.format.entry import PackAdded, RefChange, VersionAdded
+from lamella_engine.format.entry import VERIFIED_BY_STORE, PackAdded, RefChange, VersionAdded
 from lamella_engine.format.names import metadata_name, session_name
 from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, VersionId
 from lamella_engine.objects import Objects
+
+logger = logging.getLogger("lamella")
 
 BASES_KEPT = 16
 """Decoded bases kept: each is wanted twice, by the encoder and by the check of what it made. At most 64 MiB."""
@@ -75,7 +78,7 @@ class PackedPush:
         self._store = context
         self.model = model
         self._branch = branch
-        self._id = push_id
+        self.id = push_id
         self._state = state
         self._head = head
         self._parent = parent
@@ -84,8 +87,8 @@ class PackedPush:
         if recorded is not None:
             self.parents = (Parent(recorded.id, recorded.model, recorded.number),)
         self._writer = PackWriter(context.objects, context.executor, push_id)
-        self._copies: dict[ChunkId, StoredBlob | None] = {}
-        """Copies of live chunks by id; None for a chunk that this push itself stores."""
+        self._packs: dict[ChunkId, str] = {}
+        """The pack that holds each chunk planned so far; "" for one that this push itself is to store."""
         self._wanted: dict[ChunkId, StoredBlob | None] = {}
         """Chunks that were called missing and have not come, with the base that was offered."""
         self._live: dict[str, bool] = {}
@@ -100,12 +103,13 @@ class PackedPush:
     def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         for cell, chunk in cells:
-            if chunk in self._copies:
+            self._beat_if_due()
+            if chunk in self._packs:
                 yield None
                 continue
             natural = self._natural_base(cell)
             copy = natural if natural is not None and natural.row.chunk == chunk else self._find_live(chunk)
-            self._copies[chunk] = copy
+            self._packs[chunk] = "" if copy is None else copy.pack
             if copy is not None:
                 yield None
                 continue
@@ -130,11 +134,15 @@ class PackedPush:
 
     def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
         for pack in self._store.index.find(chunk):
-            # The index is derived and may be wrong; the pack itself is asked.
-            if self._pack_is_live(pack) and (row := self._store.packs.index(pack).by_chunk.get(chunk)) is not None:
-                copy = StoredBlob(pack, row)
-                if self._is_live(copy):
-                    return copy
+            # The index is derived and may be wrong, so the pack itself is asked; if that is damaged, the chunk is
+            # stored once more.
+            try:
+                if self._pack_is_live(pack) and (row := self._store.packs.index(pack).by_chunk.get(chunk)) is not None:
+                    copy = StoredBlob(pack, row)
+                    if self._is_live(copy):
+                        return copy
+            except CorruptionError as error:
+                logger.warning("a chunk is stored again: %s", error)
         return None
 
     def _is_live(self, copy: StoredBlob) -> bool:
@@ -144,7 +152,7 @@ class PackedPush:
     def _pack_is_live(self, pack: str) -> bool:
         live = self._live.get(pack)
         if live is None:
-            live = self._live[pack] = self._state.pack(pack) is not None
+            live = self._live[pack] = _serves_all(self._state, pack)
         return live
 
     # -- write --------------------------------------------------------------------------------------------------------
@@ -174,11 +182,9 @@ class PackedPush:
                 continue  # given twice
             base = self._wanted.pop(blob.chunk)
             self._writer.add(blob, base=None if blob.base is None else base)
-            if time.monotonic() >= self._next_beat:
-                self._beat()
 
     def _checked(self, blob: Blob) -> Blob:
-        if blob.chunk not in self._copies:
+        if blob.chunk not in self._packs:
             raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
         base = self._wanted.get(blob.chunk)
         if blob.base is None:
@@ -189,8 +195,10 @@ class PackedPush:
             raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
         return blob
 
-    def _beat(self) -> None:
-        self._store.objects.put_if_absent(session_name(self._id, self._beats), [b""])
+    def _beat_if_due(self) -> None:
+        if time.monotonic() < self._next_beat:
+            return
+        self._store.objects.put_if_absent(session_name(self.id, self._beats), [b""])
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
 
@@ -200,12 +208,12 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         if self._wanted:
             raise InvalidInputError(f"{len(self._wanted)} chunks were never written", kind="incomplete_push")
-        if description.model != self.model:
-            raise InvalidInputError("a version's model is the one that its push goes to", kind="wrong_model")
+        if (description.model, description.push) != (self.model, self.id):
+            raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
-        self._writer.close_pack()
-        self._writer.wait()
+        self._writer.finish()
+        self._store.packs.learn(self._writer.written.values())
         data = encode_description(description)
         packs, manifest_runs, cell_runs = self._located(description)
         equal: list[VersionAdded] = []
@@ -232,16 +240,18 @@ class PackedPush:
             return Change(
                 refs=(RefChange(self.model, self._branch, "branch", head.number if head else None, number),),
                 versions=(added[-1][0],),
-                packs=tuple(PackAdded(ref.name, ref.nbytes, "store") for ref, _ in self._writer.written.values()),
+                packs=tuple(
+                    PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in self._writer.written.values()
+                ),
             )
 
-        state = self._store.log.commit(self._id, make)
+        state = self._store.log.commit(self.id, make)
         if equal:
             return self._store.reader.open_added(equal[0]).recorded
         if not added:  # an earlier call with this push id has committed it already
             return self._store.reader.open(version_id(data)).recorded
-        for name, (_, index) in self._writer.written.items():
-            self._store.index.add(name, index.by_chunk)
+        for name in self._writer.written:
+            self._store.index.add(name, self._store.packs.index(name).by_chunk)
         for version, metadata in added:
             if state.version(version.model, version.number) == version:
                 return self._store.reader.adopt(version, metadata).recorded
@@ -281,7 +291,7 @@ class PackedPush:
 
     def _check_live(self, state: State, packs: Iterable[PackRef]) -> None:
         for pack in packs:
-            if pack.name not in self._writer.written and state.pack(pack.name) is None:
+            if pack.name not in self._writer.written and not _serves_all(state, pack.name):
                 raise ConflictError(
                     f"{pack.name}, which this version stands on, was condemned while the push ran: push again",
                     kind="pack_not_live",
@@ -290,7 +300,7 @@ class PackedPush:
 
     def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
         data = encode_metadata(line, locator)
-        name = metadata_name(version_id(line), self._id, self._attempt)
+        name = metadata_name(version_id(line), self.id, self._attempt)
         self._attempt += 1
         self._store.objects.put_if_absent(name, [data])
         added = VersionAdded(
@@ -302,45 +312,37 @@ class PackedPush:
         self, description: Description
     ) -> tuple[tuple[PackRef, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
         """Return the packs of the closure, and the runs of manifest chunks and cells over them."""
-        own = {
-            chunk: StoredBlob(name, row)
-            for name, (_, index) in self._writer.written.items()
-            for chunk, row in index.by_chunk.items()
-        }
         numbers: dict[str, int] = {}
-        closure: set[StoredBlob] = set()
+        closure: set[tuple[ChunkId, str]] = set()
 
         def number_of(pack: str) -> int:
             return numbers.setdefault(pack, len(numbers))
 
-        def copy_of(chunk: ChunkId) -> StoredBlob:
-            copy = own.get(chunk) or self._copies.get(chunk)
-            if copy is None:
+        def pack_name(chunk: ChunkId) -> str:
+            pack = self._writer.pack_of(chunk) or self._packs.get(chunk)
+            if not pack:
                 raise InvalidInputError(
                     f"the version names chunk {chunk.hex()[:12]}, which was never planned", kind="unplanned_chunk"
                 )
-            return copy
+            return pack
 
         def pack_of(chunk: ChunkId) -> int:
-            copy = copy_of(chunk)
-            closure.add(copy)
-            return number_of(copy.pack)
+            pack = pack_name(chunk)
+            closure.add((chunk, pack))
+            return number_of(pack)
 
         def load(place: int) -> bytes:
             chunk, nbytes = description.manifest_chunks[place]
-            return bytes(self._store.reader.decoded(copy_of(chunk), nbytes))
+            return bytes(self._store.reader.decoded(self._store.packs.find(chunk, [pack_name(chunk)]), nbytes))
 
         manifest_runs = _runs(pack_of(chunk) for chunk, _ in description.manifest_chunks)
         manifest = Manifest(description, load)
         manifest.check()
         cell_runs = _runs(None if row.chunk is None else pack_of(row.chunk) for row in manifest.all_rows())
-        for copy in closure:
-            for link in self._store.reader.chain(copy):
+        for chunk, pack in closure:
+            for link in self._store.reader.chain(self._store.packs.find(chunk, [pack])):
                 number_of(link.pack)
-        refs = [
-            self._writer.written[name][0] if name in self._writer.written else self._store.packs.ref(name)
-            for name in numbers
-        ]
+        refs = [self._store.packs.ref(name) for name in numbers]
         return tuple(refs), manifest_runs, cell_runs
 
 
@@ -354,6 +356,12 @@ def _runs(numbers: Iterable[int | None]) -> tuple[tuple[int, int], ...]:
             yield last
 
     return tuple((sum(1 for _ in run), number) for number, run in groupby(filled()))
+
+
+def _serves_all(state: State, pack: str) -> bool:
+    """Whether a pack is live and may serve any push: not one that only its writer has verified so far."""
+    row = state.pack(pack)
+    return row is not None and row.verifier == VERIFIED_BY_STORE
 
 
 def _as_stored(value: object) -> bytes:

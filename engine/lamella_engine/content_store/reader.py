@@ -194,7 +194,7 @@ class Reader:
         def load(place: int) -> bytes:
             chunk, nbytes = chunks[place]
             pack = version.pack_of_manifest(place)
-            return bytes(self._following_packs(lambda: self.decoded(self.copy(chunk, pack), nbytes)))
+            return bytes(self._following_packs(lambda: self.decoded(self.copy(chunk, pack), nbytes, check=True)))
 
         version = OpenVersion(
             added,
@@ -214,16 +214,16 @@ class Reader:
         """Return what has to be decoded for a blob, in order."""
         return self._packs.chain(blob, self._log.state.where_is)
 
-    def decoded(self, blob: StoredBlob, nbytes: int) -> bytearray:
+    def decoded(self, blob: StoredBlob, nbytes: int, *, check: bool = False) -> bytearray:
         """Return the decoded bytes of a blob that is ``nbytes`` long decoded; raises CorruptionError.
 
-        Reads and decodes in the caller's thread.
+        Reads and decodes in the caller's thread. With ``check`` the chunk's id is computed again.
         """
         chain = self.chain(blob)
         out = bytearray(blob.row.decoded_nbytes)
         if len(out) != nbytes:
             raise CorruptionError(f"a chunk of {len(out)} bytes stands where {nbytes} belong", kind="bad_length")
-        decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out))
+        decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
         return out
 
     def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:

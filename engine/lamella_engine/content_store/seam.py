@@ -128,6 +128,7 @@ class ContentStore(Protocol):
 class Push(Protocol):
     """One push in flight, driven by one thread; :meth:`base` alone may be called from several."""
 
+    id: PushId
     model: str
     parents: tuple[Parent, ...]
 

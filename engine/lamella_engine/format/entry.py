@@ -1,6 +1,7 @@
 """Log entries: every change of a repository, one after the other (FORMAT.md, "Log").
 
-An entry is one object of canonical JSON, and names the digest of the entry before it.
+An entry is one object: a line of canonical JSON, and a line with the digest of the first. It names the digest of the
+entry before it; its own is there because nothing else vouches for the newest one.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, get_args
 from lamella_engine.chunking import MAX_CELL_ELEMENTS, MAX_CELL_NBYTES
 from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
-from lamella_engine.format.digests import Context, digest
+from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.fold import MAX_BLOCK_NBYTES
 from lamella_engine.format.names import fold_number, metadata_version, parse_pack_name
 from lamella_engine.format.pack import MAX_DEPTH
@@ -20,6 +21,9 @@ ENTRY_FORMAT = 0
 MAX_ENTRY_NBYTES = 4 << 20
 MAX_NUMBER = 10**18 - 1
 """Greatest number of a version: sorts as text among the 20 digits of its key, and fits 64 bits."""
+
+VERIFIED_BY_STORE = "store"
+"""Verifier of a pack whose every blob was decoded and compared with its chunk id before the entry that adds it."""
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features a genesis entry may require of whoever opens the repository. None exists yet."""
@@ -155,13 +159,13 @@ _ENTRY = {
 
 
 def entry_digest(data: bytes) -> bytes:
-    """Return the digest of an entry's bytes, which the next entry names."""
-    return digest(Context.ENTRY, data)
+    """Return the digest of an entry's first line, which the next entry names."""
+    return digest(Context.ENTRY, data[:-_SEAL_NBYTES])
 
 
 def encode_genesis(genesis: Genesis) -> bytes:
     """Return the bytes of entry 0."""
-    return canonical.dumps(
+    return _sealed(
         {
             "created": genesis.created,
             "digest": "blake3-256",
@@ -196,7 +200,7 @@ def encode_entry(entry: Entry) -> bytes:
 
     Raises LimitError if they would be more than any reader accepts: such an entry would end the log for everybody.
     """
-    data = canonical.dumps(
+    data = _sealed(
         {
             "condemned": entry.condemned,
             "fenced": entry.fenced,
@@ -309,10 +313,25 @@ def _check_named(model: str, what: str, *numbers: int | None, ref: str | None = 
         raise CorruptionError(f"{what} has a version with a number that cannot be", kind="bad_entry")
 
 
+_SEAL_NBYTES = 2 + 2 * DIGEST_NBYTES  # a line feed, the digest in hex, a line feed
+
+
+def _sealed(value: dict[str, Any]) -> bytes:
+    line = canonical.dumps(value)
+    return line + _seal(line)
+
+
+def _seal(line: bytes) -> bytes:
+    return f"\n{digest(Context.ENTRY, line).hex()}\n".encode()
+
+
 def _parse(data: bytes, what: str) -> dict[str, Any]:
     if len(data) > MAX_ENTRY_NBYTES:
         raise CorruptionError(f"{what} is longer than {MAX_ENTRY_NBYTES} bytes", kind="bad_entry")
-    value = canonical.loads(data, what=what)
+    line = data[:-_SEAL_NBYTES]
+    if data[-_SEAL_NBYTES:] != _seal(line):
+        raise CorruptionError(f"{what} is not what was written: restore it from a copy", kind="bad_digest")
+    value = canonical.loads(line, what=what)
     if not isinstance(value, dict):
         raise CorruptionError(f"{what} is no entry", kind="bad_entry")
     if value.get("format") != ENTRY_FORMAT:

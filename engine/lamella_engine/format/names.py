@@ -24,6 +24,12 @@ def new_push_id() -> PushId:
     return PushId(f"{time.time_ns() // 1_000_000 & (1 << 48) - 1:012x}{secrets.token_hex(10)}")
 
 
+def push_id(text: str) -> PushId:
+    """Return ``text`` if it is a push id; raises CorruptionError."""
+    _match("[0-9a-f]{32}", text)
+    return PushId(text)
+
+
 def log_name(number: int) -> str:
     """Return the name of log entry ``number``."""
     return f"log/{number:020d}"
@@ -46,7 +52,7 @@ def metadata_name(version: VersionId, push: PushId, attempt: int) -> str:
 
 def metadata_version(name: str) -> VersionId:
     """Return the version that a metadata object describes."""
-    return VersionId(_match(r"meta/([0-9a-f]{64})-[0-9a-f]{32}-[0-9]+", name)[1])
+    return VersionId(_match(r"meta/([0-9a-f]{64})-[0-9a-f]{32}-[0-9]{1,9}", name)[1])
 
 
 @dataclass(frozen=True, slots=True)

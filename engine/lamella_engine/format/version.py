@@ -11,10 +11,10 @@ from typing import Any, get_args
 from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
-from lamella_engine.format.manifest import CellPage, StructurePage
-from lamella_engine.format.names import parse_pack_name
+from lamella_engine.format.manifest import MAX_TENSORS, CellPage, StructurePage
+from lamella_engine.format.names import parse_pack_name, push_id
 from lamella_engine.format.pack import FOOTER_NBYTES, MAX_INDEX_NBYTES
-from lamella_engine.model import AttachmentRole, ChunkId, VersionId
+from lamella_engine.model import AttachmentRole, ChunkId, PushId, VersionId
 
 VERSION_FORMAT = 0
 
@@ -46,6 +46,8 @@ class Description:
     """Everything that a version's id is the digest of."""
 
     model: str
+    push: PushId
+    """The push that made it; keeps two versions apart that are equal in everything else."""
     structure_id: str
     parameters_id: str
     tensor_count: int
@@ -112,6 +114,7 @@ _DESCRIPTION = {
     "model": str,
     "parameters": str,
     "parents": [str],
+    "push": str,
     "recipe": object,
     "structure": {
         "cells": int,
@@ -151,6 +154,7 @@ def encode_description(description: Description) -> bytes:
             "model": description.model,
             "parameters": description.parameters_id,
             "parents": list(description.parents),
+            "push": description.push,
             "recipe": description.recipe,
             "structure": {
                 "cells": description.cell_count,
@@ -204,7 +208,7 @@ def decode_metadata(data: bytes, *, expected: VersionId) -> tuple[Description, L
     Raises CorruptionError if the description's digest is another or a rule of FORMAT.md is broken.
     """
     what = f"the metadata of version {expected[:12]}"
-    lines = data.split(b"\n")
+    lines = data.split(b"\n", 3)
     if len(lines) != 3 or lines[2]:
         raise CorruptionError(f"{what} is not two lines", kind="bad_metadata")
     if version_id(lines[0]) != expected:
@@ -248,12 +252,14 @@ def _description(value: Any, what: str) -> Description:
         or any(start > structure["cells"] for start in starts)
         or structure["cells"] > MAX_CELLS
         or (not pages and structure["tensors"])
+        or structure["tensors"] > MAX_TENSORS
     ):
         raise CorruptionError(f"{what} lists its pages out of order", kind="bad_metadata")
     for parent in (*value["parents"], structure["id"], value["parameters"]):
         _chunk(parent, what)
     return Description(
         model=value["model"],
+        push=push_id(value["push"]),
         structure_id=structure["id"],
         parameters_id=value["parameters"],
         tensor_count=structure["tensors"],

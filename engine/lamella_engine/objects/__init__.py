@@ -23,6 +23,10 @@ class ObjectInfo:
     nbytes: int
 
 
+MAX_GET_NBYTES = 64 << 20
+"""Longest object that ``get`` returns; what is longer is read by ranges, whose lengths the caller knows."""
+
+
 class Objects(Protocol):
     """Named bytes. Safe for use from several threads.
 
@@ -35,10 +39,12 @@ class Objects(Protocol):
     """
 
     def get(self, name: str) -> bytes:
-        """Return the whole object.
+        """Return the whole of a small object: at most :data:`MAX_GET_NBYTES`.
 
         Raises
         ------
+        CorruptionError
+            Kind ``long_object``: it is longer, and nothing was allocated for it.
         NotFoundError
             Kind ``object_not_found``: there is no such object.
         """
@@ -221,6 +227,16 @@ def byte_views(parts: Sequence[Buffer]) -> list[memoryview]:
     """Return the parts as runs of bytes, in place. Empty ones are left out: an empty array cannot be seen so."""
     views = [memoryview(part) for part in parts]
     return [view.cast("B") for view in views if view.nbytes]
+
+
+def check_small(name: str, nbytes: int) -> None:
+    """Raise CorruptionError for an object that is too long to be got whole."""
+    if nbytes > MAX_GET_NBYTES:
+        raise CorruptionError(
+            f"{name} has {nbytes} bytes, more than any object of its kind: restore it from a copy",
+            kind="long_object",
+            name=name,
+        )
 
 
 def object_not_found(name: str) -> NotFoundError:

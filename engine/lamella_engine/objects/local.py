@@ -16,6 +16,7 @@ from lamella_engine.errors import (
     CorruptionError,
     InvalidInputError,
     LamellaError,
+    NotFoundError,
     PermissionDeniedError,
     RepositoryNotFoundError,
     StorageError,
@@ -26,6 +27,7 @@ from lamella_engine.objects import (
     byte_views,
     check_object_name,
     check_range,
+    check_small,
     is_object_name,
     object_exists,
     object_not_found,
@@ -62,8 +64,7 @@ class LocalObjects:
     """
 
     def __init__(self, root: Path) -> None:
-        with _os_errors(f"open {root}"):  # a relative path needs a working directory, which may be gone
-            self.root = root.absolute()
+        self.root = _absolute(root)
         self._poisoned = False
         self._settled: set[Path] = set()
         with _os_errors(f"open {self.root}"):
@@ -82,8 +83,8 @@ class LocalObjects:
     @classmethod
     def create(cls, root: Path) -> "LocalObjects":
         """Make the directory and its parents, durably, and open it. Idempotent: one that is there is opened."""
+        root = _absolute(root)
         with _os_errors(f"create {root}"):
-            root = root.absolute()
             try:
                 _make_directories(root)
             except NotADirectoryError:
@@ -93,6 +94,7 @@ class LocalObjects:
     def get(self, name: str) -> bytes:
         """Read the file; nothing is cached."""
         with self._open(name) as (fd, nbytes):
+            check_small(name, nbytes)
             return _read(fd, name, 0, nbytes)
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
@@ -323,6 +325,15 @@ def _explained(error: OSError, action: str) -> LamellaError:
         transient=code in _TRANSIENT,
         errno=errno.errorcode.get(code, str(code)),
     )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise NotFoundError(
+            "the working directory was deleted: change to another", kind="no_working_directory"
+        ) from None
 
 
 def _not_a_directory(path: Path) -> InvalidInputError:

@@ -11,6 +11,7 @@ from lamella_engine.objects import (
     byte_views,
     check_object_name,
     check_range,
+    check_small,
     object_exists,
     object_not_found,
     split_prefix,
@@ -35,6 +36,11 @@ class MemoryObjects:
 
     def get(self, name: str) -> bytes:
         """Return the stored bytes themselves, which nobody can change."""
+        data = self._data(name)
+        check_small(name, len(data))
+        return data
+
+    def _data(self, name: str) -> bytes:
         check_object_name(name)
         with self._lock:
             data = self._objects.get(name)
@@ -44,7 +50,7 @@ class MemoryObjects:
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         """Copy a part of the stored bytes."""
-        data = self.get(name)
+        data = self._data(name)
         check_range(name, start, stop, nbytes=len(data))
         return data[start:stop]
 
