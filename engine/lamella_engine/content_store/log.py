@@ -396,7 +396,7 @@ class Log:
             raise _unknown(push) from error
 
     def _check_gap(self, number: int) -> None:
-        """Raise CorruptionError if entry ``number``, which is about to be written, is absent but the one after it is not.
+        """Raise CorruptionError if entry ``number``, about to be written, is absent but the one after it is not.
 
         Opening a repository looks further; this is for a process that has had it open while an entry was lost.
         """

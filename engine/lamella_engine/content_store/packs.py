@@ -29,6 +29,9 @@ from lamella_engine.objects import Objects
 # are nothing beside it; small enough to be held in memory twice, one filling while one is written.
 PACK_NBYTES = 64 << 20
 
+PACK_BLOBS = 1 << 15
+"""Most blobs of a pack: their rows, some 20 MB while it is filled, are read together by whoever wants one of them."""
+
 # Ranges of a pack that lie at most this far apart are read as one: a read costs about as much as so many bytes do, and
 # the bytes between are paid for by the caller, whose reads are promised to stay within 1.1x of the blobs.
 NEIGHBOUR_NBYTES = 4 << 10
@@ -205,12 +208,21 @@ class PackWriter:
         Where packs go, and what writes them.
     push
         The push whose packs these are.
+    closed
+        Told of each pack that is full: its name and its chunks.
     """
 
-    def __init__(self, objects: Objects, executor: Executor, push: PushId) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        executor: Executor,
+        push: PushId,
+        closed: Callable[[str, Iterable[ChunkId]], None],
+    ) -> None:
         self._objects = objects
         self._executor = executor
         self._push = push
+        self._closed = closed
         self._parts: list[bytes] = []
         self._rows: list[BlobRow] = []
         self._nbytes = 0
@@ -218,12 +230,10 @@ class PackWriter:
         self._writing: Future[None] | None = None
         self.written: dict[str, PackRef] = {}
         """The packs so far, by name; the last may still be on its way to the disk."""
-        self._packs: list[str] = []
-        self._numbers: dict[ChunkId, int] = {}
 
     def add(self, blob: Blob, *, base: StoredBlob | None) -> BlobRow:
         """Append a blob whose base, for a delta, is the copy ``base`` in an earlier pack; return its row."""
-        if self._nbytes >= PACK_NBYTES or len(self._base_packs) == MAX_BASE_PACKS:
+        if self._nbytes >= PACK_NBYTES or len(self._rows) == PACK_BLOBS or len(self._base_packs) == MAX_BASE_PACKS:
             self._close_pack()
         payload = bytes(blob.payload)
         row = BlobRow(
@@ -245,11 +255,6 @@ class PackWriter:
             self._base_packs.add(base.pack)
         return row
 
-    def pack_of(self, chunk: ChunkId) -> str | None:
-        """Return the written pack that holds a chunk, or None if none does."""
-        number = self._numbers.get(chunk)
-        return None if number is None else self._packs[number]
-
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
         self._close_pack()
@@ -265,8 +270,7 @@ class PackWriter:
         ref = PackRef(name, self._nbytes + len(index) + FOOTER_NBYTES, len(index))
         self._wait()
         self.written[name] = ref
-        self._numbers |= dict.fromkeys((row.chunk for row in self._rows), len(self._packs))
-        self._packs.append(name)
+        self._closed(name, (row.chunk for row in self._rows))
         self._writing = self._executor.submit(lambda: self._objects.put_if_absent(name, parts))
         self._parts, self._rows, self._nbytes, self._base_packs = [], [], 0, set()
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.decoding import check_blob
@@ -86,9 +87,9 @@ class PackedPush:
         self.parents: tuple[Parent, ...] = ()
         if recorded is not None:
             self.parents = (Parent(recorded.id, recorded.model, recorded.number),)
-        self._writer = PackWriter(context.objects, context.executor, push_id)
+        self._writer = PackWriter(context.objects, context.executor, push_id, self._note_pack)
         self._packs: dict[ChunkId, str] = {}
-        """The pack that holds each chunk planned so far; "" for one that this push itself is to store."""
+        """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._wanted: dict[ChunkId, StoredBlob | None] = {}
         """Chunks that were called missing and have not come, with the base that was offered."""
         self._live: dict[str, bool] = {}
@@ -194,6 +195,9 @@ class PackedPush:
         elif blob.chunk in self._wanted:
             raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
         return blob
+
+    def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
+        self._packs.update(dict.fromkeys(chunks, name))
 
     def _beat_if_due(self) -> None:
         if time.monotonic() < self._next_beat:
@@ -319,7 +323,7 @@ class PackedPush:
             return numbers.setdefault(pack, len(numbers))
 
         def pack_name(chunk: ChunkId) -> str:
-            pack = self._writer.pack_of(chunk) or self._packs.get(chunk)
+            pack = self._packs.get(chunk)
             if not pack:
                 raise InvalidInputError(
                     f"the version names chunk {chunk.hex()[:12]}, which was never planned", kind="unplanned_chunk"
@@ -339,7 +343,7 @@ class PackedPush:
         manifest = Manifest(description, load)
         manifest.check()
         cell_runs = _runs(None if row.chunk is None else pack_of(row.chunk) for row in manifest.all_rows())
-        for chunk, pack in closure:
+        for chunk, pack in sorted(closure, key=itemgetter(1)):  # pack by pack, so that each index is parsed once
             for link in self._store.reader.chain(self._store.packs.find(chunk, [pack])):
                 number_of(link.pack)
         refs = [self._store.packs.ref(name) for name in numbers]

@@ -140,6 +140,8 @@ def decode_pack_index(data: Buffer, *, pack: str) -> PackIndex:
         raise _corrupt(pack, "its index does not begin with the magic number")
     if version != PACK_FORMAT:
         raise UnsupportedFormatError(f"{pack} has index format {version}: upgrade lamella", object=pack)
+    if zero or base_count > MAX_BASE_PACKS:
+        raise _corrupt(pack, "its index is inconsistent")
     at = _HEADER.size
     base_packs: list[str] = []
     for _ in range(base_count):
@@ -150,7 +152,7 @@ def decode_pack_index(data: Buffer, *, pack: str) -> PackIndex:
         parse_pack_name(name)
         base_packs.append(name)
         at += 2 + length
-    if zero or at + row_count * _ROW.size != len(data) or base_packs != sorted(set(base_packs)):
+    if at + row_count * _ROW.size != len(data) or base_packs != sorted(set(base_packs)):
         raise _corrupt(pack, "its index is inconsistent")
     rows: list[BlobRow] = []
     by_chunk: dict[ChunkId, BlobRow] = {}
