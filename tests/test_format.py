@@ -1191,6 +1191,7 @@ def test_a_version_without_tensors_comes_back():
         (("metrics",), {"loss": "low"}, "bad_field"),
         (("metrics",), {"loss": True}, "bad_field"),
         (("message",), None, "bad_field"),
+        (("model",), "a b", "bad_metadata"),
         ((), [], "bad_field"),
     ],
 )
@@ -1222,6 +1223,9 @@ def test_a_description_of_a_newer_format_is_unsupported(at, to):
         (("cells", 0, 0), "12", "bad_field"),
         (("parents",), [], "bad_metadata"),
         (("parents",), [["bert", 3], ["bert", 2]], "bad_metadata"),
+        (("parents",), [["", 3]], "bad_metadata"),
+        (("parents", 0, 1), 10**18, "bad_metadata"),
+        (("number",), 0, "bad_metadata"),
         (("number",), -1, "bad_field"),
         ((), 1, "bad_field"),
     ],

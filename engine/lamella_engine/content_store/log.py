@@ -344,12 +344,12 @@ class Log:
         for _ in range(COMMIT_TRIES):
             state = self.refresh()
             if state.committed_at(push) is not None:
-                return state
+                return self._durable(state)
             if state.is_fenced(push):
                 raise ConflictError("this push was fenced off as abandoned: push again", kind="fenced", push_id=push)
             change = make(state)
             if change is None:
-                return state
+                return self._durable(state)
             entry = self._entry(state, push, change)
             data = encode_entry(entry)
             # Everything that can fail is done before the entry is published: afterwards it has happened.
@@ -361,6 +361,18 @@ class Log:
                         self._state = after
                 return after
         raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
+
+    def _durable(self, state: State) -> State:
+        """Return ``state`` once its newest entry is sure to survive a power cut.
+
+        Another process may have given the entry its name and not have synced it yet. Putting the same bytes again
+        tells: AlreadyExists promises an object that is durable.
+        """
+        if state.number:
+            name = log_name(state.number)
+            with suppress(AlreadyExistsError):
+                self._objects.put_if_absent(name, [self._objects.get(name)])
+        return state
 
     def _publish(self, number: int, data: bytes, push: PushId) -> bool:
         """Put entry ``number``; return whether it is ours and durable, or somebody else's.

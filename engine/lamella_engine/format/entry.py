@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from lamella_engine.chunking import MAX_CELL_ELEMENTS, MAX_CELL_NBYTES
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, UnsupportedFormatError
+from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.fold import MAX_BLOCK_NBYTES
-from lamella_engine.format.names import fold_number, metadata_version, parse_pack_name
+from lamella_engine.format.names import check_named, fold_number, metadata_version, parse_pack_name
 from lamella_engine.format.pack import MAX_DEPTH
-from lamella_engine.model import PushId, RefKind, VersionId, check_name, check_ref_name
+from lamella_engine.model import PushId, RefKind, VersionId
 
 ENTRY_FORMAT = 0
 MAX_ENTRY_NBYTES = 4 << 20
-MAX_NUMBER = 10**18 - 1
-"""Greatest number of a version: sorts as text among the 20 digits of its key, and fits 64 bits."""
 
 VERIFIED_BY_STORE = "store"
 """Verifier of a pack whose every blob was decoded and compared with its chunk id before the entry that adds it."""
@@ -249,14 +247,14 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         if row[2] not in get_args(RefKind):
             raise UnsupportedFormatError(f"{what} has a ref of kind {row[2]!r}: upgrade lamella")
         refs.append(RefChange(*row))
-        _check_named(row[0], what, row[3], row[4], ref=row[1])
+        check_named(row[0], row[3], row[4], ref=row[1], what=what, kind="bad_entry")
     versions = tuple(
         VersionAdded(model, at, metadata, nbytes, _hex(text, 32, what), decoded_nbytes)
         for model, at, metadata, nbytes, text, decoded_nbytes in value["versions"]
     )
     for version in versions:
         metadata_version(version.metadata)
-        _check_named(version.model, what, version.number)
+        check_named(version.model, version.number, what=what, kind="bad_entry")
     packs = tuple(PackAdded(*row) for row in value["packs"])
     for pack in packs:
         if pack.verifier not in ("store", "writer"):
@@ -300,17 +298,6 @@ def decode_fold_ref(value: Any, what: str) -> FoldRef:
     if fold.nbytes > MAX_BLOCK_NBYTES:
         raise CorruptionError(f"{what} names a fold with a root that cannot be so long", kind="bad_entry")
     return fold
-
-
-def _check_named(model: str, what: str, *numbers: int | None, ref: str | None = None) -> None:
-    try:
-        check_name(model, what="model")
-        if ref is not None:
-            check_ref_name(ref)
-    except InvalidInputError as error:
-        raise CorruptionError(f"{what} is damaged: {error.message}", kind="bad_entry") from None
-    if not all(number is None or 1 <= number <= MAX_NUMBER for number in numbers):
-        raise CorruptionError(f"{what} has a version with a number that cannot be", kind="bad_entry")
 
 
 _SEAL_NBYTES = 2 + 2 * DIGEST_NBYTES  # a line feed, the digest in hex, a line feed

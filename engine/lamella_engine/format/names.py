@@ -8,11 +8,14 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from lamella_engine.errors import CorruptionError
-from lamella_engine.model import PushId, VersionId
+from lamella_engine.errors import CorruptionError, InvalidInputError
+from lamella_engine.model import PushId, VersionId, check_name, check_ref_name
 
 _LAST_ENTRY = 10**20 - 1
 """Greatest entry number that fits the 20 digits of a log name."""
+
+MAX_NUMBER = 10**18 - 1
+"""Greatest number of a version: sorts as text among the 20 digits of its key, and fits 64 bits."""
 
 
 def new_push_id() -> PushId:
@@ -87,6 +90,21 @@ def fold_name(number: int, root_digest: bytes) -> str:
 def fold_number(name: str) -> int:
     """Return the number of the last entry that a fold holds; raises CorruptionError."""
     return _LAST_ENTRY - int(_match(r"fold/([0-9]{20})-[0-9a-f]{16}", name)[1])
+
+
+def check_named(model: str, *numbers: int | None, ref: str | None = None, what: str, kind: str) -> None:
+    """Raise CorruptionError of ``kind``, naming ``what``, unless a model, its ref and its versions can be called so.
+
+    A number that is None names nothing.
+    """
+    try:
+        check_name(model, what="model")
+        if ref is not None:
+            check_ref_name(ref)
+    except InvalidInputError as error:
+        raise CorruptionError(f"{what} is damaged: {error.message}", kind=kind) from None
+    if not all(number is None or 1 <= number <= MAX_NUMBER for number in numbers):
+        raise CorruptionError(f"{what} has a version with a number that cannot be", kind=kind)
 
 
 def _match(pattern: str, name: str) -> re.Match[str]:

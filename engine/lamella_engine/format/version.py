@@ -12,7 +12,7 @@ from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormat
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.manifest import MAX_TENSORS, CellPage, StructurePage
-from lamella_engine.format.names import parse_pack_name, push_id
+from lamella_engine.format.names import check_named, parse_pack_name, push_id
 from lamella_engine.format.pack import FOOTER_NBYTES, MAX_INDEX_NBYTES
 from lamella_engine.model import AttachmentRole, ChunkId, PushId, VersionId
 
@@ -287,6 +287,9 @@ def _locator(value: Any, description: Description, what: str) -> Locator:
         runs = value[key]
         if sum(count for count, _ in runs) != total or any(pack >= len(packs) for _, pack in runs):
             raise CorruptionError(f"{what} does not locate all its {key}", kind="bad_metadata")
+    check_named(description.model, value["number"], what=what, kind="bad_metadata")
+    for model, number in value["parents"]:
+        check_named(model, number, what=what, kind="bad_metadata")
     if len(value["parents"]) != len(description.parents):
         raise CorruptionError(f"{what} does not locate all its parents", kind="bad_metadata")
     return Locator(
