@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log, new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.executor import Executor, InlineExecutor
 from lamella_engine.format.digests import Context, blob_digest, digest
 from lamella_engine.format.entry import Entry, PackAdded, encode_entry
-from lamella_engine.format.names import PackName, log_name, new_push_id
+from lamella_engine.format.names import PackName, log_name
 from lamella_engine.format.pack import BlobRow, encode_footer, encode_pack_index
 from lamella_engine.model import ChunkId
 from lamella_engine.objects import Objects

@@ -303,12 +303,6 @@ def test_the_newest_fold_is_the_first_of_a_listing_and_the_oldest_entry_too(numb
     assert [names.fold_number(name) for name in listed] == sorted(numbers, reverse=True)
 
 
-def test_push_ids_are_well_formed_and_differ():
-    ids = [names.new_push_id() for _ in range(100)]
-    assert len(set(ids)) == 100
-    assert all(len(push) == 32 and bytes.fromhex(push).hex() == push for push in ids)
-
-
 # -- log entries -------------------------------------------------------------------------------------------------------
 
 GENESIS = Genesis(REPOSITORY, 8, "2026-11-21T00:00:00.000000Z")

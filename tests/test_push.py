@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import tensors as drawn_tensors
 from support import bits, names_of, new_repository, noise, open_again, store_of
 
+from lamella_engine.content_store.log import new_push_id
 from lamella_engine.dtypes import DTYPES
 from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from lamella_engine.executor import ThreadExecutor
@@ -378,3 +379,9 @@ def test_versions_pushed_in_one_instant_keep_their_models(monkeypatch):
     assert repo.version("b@main").model == "b"
     assert repo.push({"w": noise(1, 50)}, "b@main").number == 2
     assert [(version.model, version.number) for version in repo.log("b@main")] == [("b", 2), ("b", 1)]
+
+
+def test_push_ids_are_well_formed_and_differ():
+    ids = [new_push_id() for _ in range(100)]
+    assert len(set(ids)) == 100
+    assert all(len(push) == 32 and bytes.fromhex(push).hex() == push for push in ids)

@@ -6,9 +6,9 @@ from functools import partial
 from typing import TypeVar
 
 from lamella_engine.checkpoints import check_header
-from lamella_engine.content_store.log import State
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
+from lamella_engine.content_store.state import State
 from lamella_engine.errors import CorruptionError, LamellaError, NotFoundError, UnsupportedFormatError
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.entry import FoldRef, VersionAdded

@@ -15,6 +15,7 @@ from lamella_engine.checkpoints import (
     to_numpy,
     write_file,
 )
+from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import RefUpdate
@@ -29,7 +30,6 @@ from lamella_engine.errors import (
 )
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
-from lamella_engine.format.names import new_push_id
 from lamella_engine.format.version import AttachmentPages
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Cell, RefKind, TensorSpec, VersionId

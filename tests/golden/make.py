@@ -29,7 +29,6 @@ from support import append_entry, bits, copies_in, names_of, new_repository, sto
 
 from lamella_engine import pushing  # noqa: E402
 from lamella_engine.content_store import log  # noqa: E402
-from lamella_engine.format import names  # noqa: E402
 from lamella_engine.model import PushId  # noqa: E402
 from lamella_engine.objects.memory import MemoryObjects  # noqa: E402
 
@@ -51,10 +50,9 @@ def no_chance(seed: str) -> Iterator[None]:
         for module in (log, pushing):
             stack.enter_context(patch.object(module, "now", now))
             stack.enter_context(patch.object(module, "principal", lambda: "golden"))
-        for module in (log, names):
-            stack.enter_context(patch.object(module, "secrets", SimpleNamespace(token_hex=token_hex)))
+        stack.enter_context(patch.object(log, "secrets", SimpleNamespace(token_hex=token_hex)))
         clock = SimpleNamespace(time_ns=lambda: int(START.timestamp()) * 10**9 + next(seconds) * 10**6)
-        stack.enter_context(patch.object(names, "time", clock))
+        stack.enter_context(patch.object(log, "time", clock))
         yield
 
 

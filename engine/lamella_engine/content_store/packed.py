@@ -6,13 +6,14 @@ from itertools import islice
 from pathlib import Path
 
 from lamella_engine.chunk_index import ChunkIndex
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, State
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, new_push_id
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext
 from lamella_engine.content_store.reader import OpenVersion, Reader
 from lamella_engine.content_store.revisions import Revision, parse_revision
 from lamella_engine.content_store.seam import Reading, Recorded, RefPlace, RefUpdate
+from lamella_engine.content_store.state import State
 from lamella_engine.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -23,7 +24,6 @@ from lamella_engine.errors import (
 )
 from lamella_engine.executor import Executor
 from lamella_engine.format.entry import RefChange, VersionAdded
-from lamella_engine.format.names import new_push_id
 from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe

@@ -11,11 +11,12 @@ from operator import itemgetter
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.decoding import check_blob
-from lamella_engine.content_store.log import Change, Log, Ref, State
+from lamella_engine.content_store.log import Change, Log
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, Reader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
+from lamella_engine.content_store.state import Ref, State
 from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format import canonical

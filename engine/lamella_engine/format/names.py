@@ -4,8 +4,6 @@ No name is ever used twice: each carries the push or the entry that made it.
 """
 
 import re
-import secrets
-import time
 from dataclasses import dataclass
 
 from lamella_engine.errors import CorruptionError, InvalidInputError
@@ -16,15 +14,6 @@ _LAST_ENTRY = 10**20 - 1
 
 MAX_NUMBER = 10**18 - 1
 """Greatest number of a version: sorts as text among the 20 digits of its key, and fits 64 bits."""
-
-
-def new_push_id() -> PushId:
-    """Return a fresh push id: 48 bits of milliseconds since 1970, then 80 random bits.
-
-    The time is there for locality alone (ids made one after the other sort side by side in the fold's tables); no rule
-    depends on it, and a wrong clock does no harm.
-    """
-    return PushId(f"{time.time_ns() // 1_000_000 & (1 << 48) - 1:012x}{secrets.token_hex(10)}")
 
 
 def push_id(text: str) -> PushId:
