@@ -163,7 +163,7 @@ def test_folds_follow_from_the_entries_alone():
     bare = copy_of(objects)
     for name in written:
         bare.delete(name)
-    states = {state.number: (seen, state) for seen, state in Log(bare).history()}
+    states = {state.number: (seen, state) for _, seen, state in Log(bare).history()}
     root = None
     for name in sorted(written, reverse=True):  # the oldest first
         number = fold_number(name)

@@ -89,9 +89,10 @@ class _Checker:
         """Rebuild the state from the entries alone, and compare it with what readers see."""
         seen = self._store.log.refresh()
         rebuilt: State | None = None
-        for entry, state in self._store.log.history():
+        for before, entry, state in self._store.log.history():
             self._report.entries += 1
-            if entry.fold is not None and (rebuilt is None or entry.fold.number == rebuilt.number):  # named first
+            self._try(log_name(entry.number), partial(before.check, entry))
+            if entry.fold is not None and entry.fold.number == before.number:  # the first entry to name it
                 self._try(entry.fold.name, partial(self._fold, entry.fold))
             rebuilt = state
             if entry.number == seen.number:

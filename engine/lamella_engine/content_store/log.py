@@ -231,13 +231,13 @@ class Log:
             rows = self._blocks.load(ref)
             waiting += [child for _, child in rows] if ref.height else []
 
-    def history(self) -> Iterator[tuple[Entry, State]]:
-        """Yield every entry from the first, each with the state after it, rebuilt from the entries alone."""
+    def history(self) -> Iterator[tuple[State, Entry, State]]:
+        """Yield every entry from the first, with the states before and after it, rebuilt from the entries alone."""
         state = self._genesis()
         while (step := self._next(state)) is not None:
-            entry, digest = step
-            state = state.after(entry, digest)
-            yield entry, state
+            before, (entry, digest) = state, step
+            state = before.after(entry, digest)
+            yield before, entry, state
 
     def check_tail(self, state: State) -> None:
         """Raise CorruptionError if an entry lies beyond a gap after ``state``.
@@ -291,7 +291,7 @@ class Log:
             return self._at(state, fold)
         except CorruptionError as error:
             logger.warning("reading the whole log, because a fold is lost: %s", error)
-        for _, replayed in self.history():
+        for _, _, replayed in self.history():
             state = replayed
             if state.number == fold.number:
                 break

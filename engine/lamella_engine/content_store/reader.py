@@ -150,7 +150,7 @@ class Reader:
         """Return a version by its row in the log; raises CorruptionError if its metadata is missing or damaged."""
         with self._lock:
             version = self._open.get(added.id)
-        if version is None:
+        if version is None or version.added != added:
             version = self._load(added)
             self._keep(version)
         return version

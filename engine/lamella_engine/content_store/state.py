@@ -172,6 +172,33 @@ class State:
         kept = (item for item in folded if item[0] not in changed)
         return (item for item in merge(fresh, kept, key=_key, reverse=backwards) if item[1] is not None)
 
+    def check(self, entry: Entry) -> None:
+        """Raise CorruptionError if no writer would have added ``entry`` to this state.
+
+        More than readers need: it looks up what an entry adds, which costs reads that opening must not pay for.
+        """
+        added = {(version.model, version.number) for version in entry.versions}
+        live = {pack.name for pack in entry.packs}
+        for version in entry.versions:
+            if self.version(version.model, version.number) is not None or len(added) != len(entry.versions):
+                raise _contradiction(entry, f"records {version.model}@v{version.number} once more")
+        for pack in entry.packs:
+            if self.pack(pack.name) is not None:
+                raise _contradiction(entry, f"adds {pack.name} once more")
+        for name in (*entry.condemned, *entry.replaced):
+            if self.pack(name) is None:
+                raise _contradiction(entry, f"takes {name} away, which is not live")
+        for new in (name for names in entry.replaced.values() for name in names):
+            if self.pack(new) is None and new not in live:
+                raise _contradiction(entry, f"puts {new} in another's place, which is not live")
+        for ref in entry.refs:
+            at = self.ref(ref.model, ref.name)
+            if at is not None and (at.kind != ref.kind or (at.kind == "tag" and ref.new is not None)):
+                raise _contradiction(entry, f"makes something else of the {at.kind} {ref.model}@{ref.name}")
+            there = (ref.model, ref.new) in added or ref.new is None or self.version(ref.model, ref.new) is not None
+            if not there:
+                raise _contradiction(entry, f"moves {ref.model}@{ref.name} to v{ref.new}, which is not there")
+
     def after(self, entry: Entry, digest: bytes) -> "State":
         """Return the state with one more entry; raises CorruptionError if the entry contradicts this state."""
         changes = {table: dict(rows) for table, rows in self.changes.items()}
@@ -182,7 +209,7 @@ class State:
         for ref in entry.refs:
             at = self.ref(ref.model, ref.name)
             if (None if at is None else at.number) != ref.old:
-                raise CorruptionError(f"entry {entry.number} moves a ref from where it is not", kind="broken_log")
+                raise _contradiction(entry, f"moves {ref.model}@{ref.name} from where it is not")
             put("refs", f"{ref.model} {ref.name}", None if ref.new is None else [ref.kind, ref.new])
         for version in entry.versions:
             key = version_key(version.model, version.number)
@@ -204,6 +231,10 @@ class State:
 
 def _key(item: tuple[str, Any]) -> str:
     return item[0]
+
+
+def _contradiction(entry: Entry, what: str) -> CorruptionError:
+    return CorruptionError(f"entry {entry.number} {what}: the log is damaged there", kind="broken_log")
 
 
 def version_key(model: str, number: int) -> str:
