@@ -150,7 +150,7 @@ def verify(found: Document) -> Iterator[str]:
             count(found["blobs"], "blob"),
         )
     )
-    depth = "decoded" if found["deep"] else "read"
+    depth = "read and decoded" if found["deep"] else "read"
     verdict = "no problems" if found["ok"] else count(len(found["problems"]), "problem")
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
 
