@@ -244,8 +244,8 @@ def test_no_accepted_name_leaves_the_root_or_is_a_half_written_file(name: str) -
         check_object_name(name)
     except InvalidInputError:
         return
-    path = PurePosixPath(os.path.normpath(f"/root/{name}"))
-    assert str(path) == f"/root/{name}"
+    path = PurePosixPath(os.path.normpath(f"/place/{name}"))
+    assert str(path) == f"/place/{name}"
     assert not any(part.startswith(".") for part in path.parts)
 
 

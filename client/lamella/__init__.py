@@ -26,7 +26,8 @@ from lamella_engine.errors import (
     VersionNotFoundError,
 )
 from lamella_engine.maintenance import Problem, Verification
-from lamella_engine.repository import Diff, RefInfo, Repository, Stats, init
+from lamella_engine.model import RefInfo
+from lamella_engine.repository import Diff, Repository, Stats, init
 from lamella_engine.repository import open_repository as open
 from lamella_engine.versions import LazyTensor, Version
 

@@ -68,6 +68,19 @@ class Attachment:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class RefInfo:
+    """A ref and the version that it stands at."""
+
+    __module__ = "lamella"
+
+    model: str
+    name: str
+    kind: RefKind
+    number: int
+    """The version's number in its model."""
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 _RESERVED_REF = re.compile(r"latest|v[0-9]+|best:.*|[0-9a-f]{8,64}")
 

@@ -32,7 +32,7 @@ from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecu
 from lamella_engine.format import canonical
 from lamella_engine.format.version import AttachmentPages
 from lamella_engine.maintenance import Verification
-from lamella_engine.model import Cell, RefKind, TensorSpec, VersionId
+from lamella_engine.model import Cell, RefInfo, RefKind, TensorSpec, VersionId
 from lamella_engine.objects import Objects, open_objects
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.pushing import Notes, push_checkpoint
@@ -82,18 +82,6 @@ class Diff:
     changed: tuple[str, ...]
     """Of equal shape and dtype, with other bytes."""
     same: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RefInfo:
-    """A ref and the version it stands at."""
-
-    __module__ = "lamella"
-
-    model: str
-    name: str
-    kind: RefKind
-    number: int
 
 
 class Repository:
@@ -292,7 +280,7 @@ class Repository:
 
     def refs(self, model: str) -> list[RefInfo]:
         """Return the branches, tags and aliases of a model by name."""
-        return [RefInfo(model, ref.name, ref.kind, ref.number) for ref in self._store.refs(model)]
+        return self._store.refs(model)
 
     def branch(self, name: str, revision: str) -> None:
         """Make a branch at a version of its model, or move it there, also back."""

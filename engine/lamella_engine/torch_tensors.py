@@ -161,7 +161,12 @@ def to_torch(
         Torch has no such dtype, or packed elements do not fill the bytes of each row (``unknown_dtype``); ``data`` is
         too long or too short (``wrong_length``).
     """
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise InvalidInputError(
+            "torch is not installed: install lamella[torch], or take NumPy arrays", kind="missing_extra"
+        ) from None
 
     target = torch_dtype_of(dtype)
     if dtype.opaque:

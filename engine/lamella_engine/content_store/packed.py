@@ -10,9 +10,9 @@ from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, new
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext
-from lamella_engine.content_store.reader import OpenVersion, Reader
+from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.revisions import Revision, parse_revision
-from lamella_engine.content_store.seam import Reading, Recorded, RefPlace, RefUpdate
+from lamella_engine.content_store.seam import Reading, Recorded, RefUpdate
 from lamella_engine.content_store.state import State
 from lamella_engine.errors import (
     AlreadyExistsError,
@@ -24,7 +24,7 @@ from lamella_engine.errors import (
 )
 from lamella_engine.executor import Executor
 from lamella_engine.format.entry import RefChange, VersionAdded
-from lamella_engine.model import Cell, PushId, VersionId, check_name, check_ref_name
+from lamella_engine.model import Cell, PushId, RefInfo, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
 
@@ -54,7 +54,7 @@ class PackedStore:
         self.executor = executor
         self.log = Log(objects)
         self.packs = Packs(objects, self._pack_nbytes)
-        self.reader = Reader(objects, self.log, self.packs, executor)
+        self.reader = PackedReader(objects, self.log, self.packs, executor)
         self._index = ChunkIndex(index_path)
         self._probed = False
 
@@ -166,9 +166,9 @@ class PackedStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return self.log.refresh().models()
 
-    def refs(self, model: str) -> list[RefPlace]:
+    def refs(self, model: str) -> list[RefInfo]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
-        return [RefPlace(name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
+        return [RefInfo(model, name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
 
     def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""

@@ -14,7 +14,7 @@ from lamella_engine.content_store.decoding import check_blob
 from lamella_engine.content_store.log import Change, Log
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
-from lamella_engine.content_store.reader import OpenVersion, Reader
+from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
 from lamella_engine.content_store.state import Ref, State
 from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError
@@ -45,7 +45,7 @@ class PushContext:
     executor: Executor
     log: Log
     packs: Packs
-    reader: Reader
+    reader: PackedReader
     index: ChunkIndex
 
 

@@ -75,8 +75,8 @@ class _Located:
         return Reading(self.cell, tuple(as_blob(link, payloads[link]) for link in self.chain))
 
 
-class Reader:
-    """Reads the versions of one repository. Safe for several threads."""
+class PackedReader:
+    """Reads the versions of one repository on objects. Safe for several threads."""
 
     def __init__(self, objects: Objects, log: Log, packs: Packs, executor: Executor) -> None:
         self._objects = objects

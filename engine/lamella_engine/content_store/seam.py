@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.format.version import Description
-from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefKind, VersionId
+from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,6 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class RefPlace:
-    """A ref and where it stands."""
-
-    name: str
-    kind: RefKind
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
 class RefUpdate:
     """A ref to be set or deleted."""
 
@@ -101,7 +92,7 @@ class ContentStore(Protocol):
     def models(self) -> list[str]:
         """Return the names of all models that have versions."""
 
-    def refs(self, model: str) -> list[RefPlace]:
+    def refs(self, model: str) -> list[RefInfo]:
         """Return the refs of a model by name."""
 
     def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
