@@ -58,9 +58,9 @@ class Verification:
 def verify(store: PackedStore, *, deep: bool = False) -> Verification:
     """Check a repository against FORMAT.md, from the log to the last blob.
 
-    Always: the chain of entries, the fold against the entries, every version's metadata and pages, every cell's copy
-    and everything it stands on, every pack's index and the digest of every blob. With ``deep`` every blob is also
-    decoded and its chunk id computed again, and every version's parameters id from those of its cells.
+    Always: the chain of entries, each against the state before it, every fold, every version's metadata, pages and
+    parameters id, every cell's copy and everything it stands on, every pack's index and the digest of every blob. With
+    ``deep`` every blob is also decoded and its chunk id computed again.
 
     A problem is noted, and what does not depend on it is still checked. Raises CorruptionError only if the log itself
     cannot be read, for then nothing can be said at all.
