@@ -10,6 +10,7 @@ import pytest
 from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from support import bits, copy_of, names_of, new_repository, noise, open_again, store_of
 
+from lamella_engine.content_store import packs
 from lamella_engine.content_store.log import FOLD_EVERY
 from lamella_engine.errors import (
     AlreadyExistsError,
@@ -313,6 +314,18 @@ def test_a_commit_that_went_through_is_never_called_failed_when_the_store_then_f
     with suppress(OutcomeUnknownError):
         OPERATIONS[name](repo)
     assert store_of(open_again(objects)).log.refresh().number == 4
+
+
+def test_a_push_that_went_through_does_not_fail_for_the_sake_of_a_derived_index(monkeypatch):
+    """What the chunk index wants to know may have to be read again by then, and nobody may be there to answer."""
+    monkeypatch.setattr(packs, "PACK_BLOBS", 1)  # many packs,
+    monkeypatch.setattr(packs, "ROWS_KEPT", 0)  # of which the index of one is remembered
+    objects = some_history(entries=3)
+    mute = Mute(objects)
+    repo = open_again(Interrupted(mute, mute.silence, after=True))
+    version = repo.push(NEW, "m@main", message="new")
+    assert open_again(objects).version("m@main").id == version.id
+    assert open_again(objects).verify(deep=True).problems == []
 
 
 def test_a_commit_that_the_disk_refuses_for_good_but_applied_is_no_failure():

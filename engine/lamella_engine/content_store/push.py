@@ -17,7 +17,7 @@ from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
 from lamella_engine.content_store.state import Ref, State
-from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError
+from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
@@ -255,12 +255,19 @@ class PackedPush:
             return self._store.reader.open_added(equal[0]).recorded
         if not added:  # an earlier call with this push id has committed it already
             return self._store.reader.open(version_id(data)).recorded
-        for name in self._writer.written:
-            self._store.index.add(name, self._store.packs.index(name).by_chunk)
+        self._tell_index()
         for version, metadata in added:
             if state.version(version.model, version.number) == version:
                 return self._store.reader.adopt(version, metadata).recorded
         raise CorruptionError("a commit went through, but its version is not in the log", kind="broken_log")
+
+    def _tell_index(self) -> None:
+        """Tell the chunk index of this push's packs. It is derived, so nothing that happens here can fail the push."""
+        try:
+            for name in self._writer.written:
+                self._store.index.add(name, self._store.packs.index(name).by_chunk)
+        except LamellaError as error:
+            logger.warning("a pack is not known to the chunk index yet: %s", error)
 
     def _check_head(self, state: State, head: Ref | None) -> None:
         if head is not None and head.kind != "branch":
