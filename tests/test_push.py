@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import tensors as drawn_tensors
 from support import bits, names_of, new_repository, noise, open_again, store_of
 
+from lamella_engine import codecs
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.dtypes import DTYPES
 from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError
@@ -385,3 +386,18 @@ def test_push_ids_are_well_formed_and_differ():
     ids = [new_push_id() for _ in range(100)]
     assert len(set(ids)) == 100
     assert all(len(push) == 32 and bytes.fromhex(push).hex() == push for push in ids)
+
+
+def test_an_array_that_changes_between_hash_and_store_is_said_to_have_changed(monkeypatch):
+    repo, array = new_repository(), noise(0, 5_000)
+    encode = codecs.encode
+
+    def late(chunk, **options):
+        array[7] += 1  # somebody trains on
+        return encode(chunk, **options)
+
+    monkeypatch.setattr(codecs, "encode", late)
+    with pytest.raises(InvalidInputError) as caught:
+        repo.push({"w": array}, "m@main")
+    assert caught.value.kind == "source_changed"
+    assert repo.models() == []

@@ -16,7 +16,7 @@ from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, Region
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
-from lamella_engine.errors import CorruptionError, InvalidInputError
+from lamella_engine.errors import InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
@@ -73,8 +73,8 @@ def push_checkpoint(push: Push, checkpoint: Checkpoint, executor: Executor, note
     """
     try:
         return _Pushing(push, checkpoint, executor).run(notes)
-    except CorruptionError as error:
-        if error.kind != "bad_chunk":
+    except InvalidInputError as error:
+        if error.kind != "wrong_blob":
             raise
         # Found when the store decoded what it was given: the bytes were others when they were hashed.
         raise InvalidInputError(

@@ -190,12 +190,20 @@ class PackedPush:
             raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
         base = self._wanted.get(blob.chunk)
         if blob.base is None:
-            check_blob(blob, None)
+            self._check(blob, None)
         elif base is not None and base.row.chunk == blob.base:
-            check_blob(blob, self._decoded(base))
+            self._check(blob, self._decoded(base))
         elif blob.chunk in self._wanted:
             raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
         return blob
+
+    def _check(self, blob: Blob, base: Buffer | None) -> None:
+        try:
+            check_blob(blob, base)
+        except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
+            raise InvalidInputError(
+                f"a blob is not what it is said to be, and was not stored: {error}", kind="wrong_blob"
+            ) from error
 
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))

@@ -135,7 +135,8 @@ class Push(Protocol):
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
 
-        Raises CorruptionError for a blob that does not decode to its chunk. What a failed call wrote is harmless.
+        Raises InvalidInputError (``wrong_blob``) for one that does not decode to its chunk. What a failed call wrote is
+        harmless.
         """
 
     def commit(self, description: Description) -> Recorded:
