@@ -16,18 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from lamella_engine.checkpoints import (
-    SafetensorsLayout,
-    check_attachment_path,
-    open_checkpoint,
-    to_numpy,
-    write_file,
-)
+from lamella_engine.checkpoints import NewFile, SafetensorsLayout, open_checkpoint, to_numpy, write_files
+from lamella_engine.checkpoints.files import check_attachment_path, check_attachment_paths
 from lamella_engine.dtypes import DTYPES, dtype_named
 from lamella_engine.errors import (
     AlreadyExistsError,
     InvalidInputError,
-    NotFoundError,
     StorageError,
     TensorNotFoundError,
 )
@@ -505,10 +499,10 @@ def test_a_file_is_rebuilt_byte_for_byte(tmp_path, name):
         (attachment,) = checkpoint.attachments
         octets = {spec.name: read_all(checkpoint, spec) for spec in checkpoint.structure}
     assert (attachment.path, attachment.role) == ("model.safetensors", "safetensors_header")
-    layout = SafetensorsLayout.from_header(attachment.data)
+    layout = SafetensorsLayout.from_header(bytes(attachment.read(0, attachment.nbytes)))
     assert layout.structure == tuple(sorted(layout.structure, key=lambda spec: spec.name))
     target = tmp_path / "rebuilt.safetensors"
-    assert write_file(target, parts_of(layout, octets), nbytes=layout.nbytes, overwrite=False)
+    write_file(target, parts_of(layout, octets), nbytes=layout.nbytes, overwrite=False)
     assert target.read_bytes() == source.read_bytes()
 
 
@@ -536,6 +530,14 @@ def test_offsets_of_a_layout_are_places_in_the_file():
 # --- writing
 
 
+def write_file(target, parts, *, nbytes, overwrite):
+    """Write one file through :func:`write_files`."""
+    (written,) = write_files(
+        target.parent, [NewFile(target.name or ".", nbytes, lambda: parts)], overwrite=overwrite
+    ).values()
+    assert written == target
+
+
 @pytest.fixture
 def target(tmp_path):
     return tmp_path / "out" / "model.safetensors"
@@ -558,15 +560,15 @@ def test_a_buffer_may_be_filled_again_between_parts(target):
         yield np.empty(0, np.uint8)
         yield b""
 
-    assert write_file(target, parts(), nbytes=6, overwrite=False)
+    write_file(target, parts(), nbytes=6, overwrite=False)
     assert target.read_bytes() == bytes([0, 0, 1, 1, 2, 2])
-    assert not write_file(target, parts(), nbytes=6, overwrite=False)
+    write_file(target, parts(), nbytes=6, overwrite=False)
 
 
 def test_the_same_content_leaves_a_file_alone(target):
     target.write_bytes(b"12345")
     os.utime(target, ns=(0, 0))
-    assert write_file(target, [b"12", b"345"], nbytes=5, overwrite=False) is False
+    write_file(target, [b"12", b"345"], nbytes=5, overwrite=False)
     assert target.stat().st_mtime_ns == 0
 
 
@@ -577,7 +579,7 @@ def test_other_content_is_not_replaced_unless_allowed(target, parts):
     with pytest.raises(AlreadyExistsError):
         write_file(target, parts, nbytes=nbytes, overwrite=False)
     assert target.read_bytes() == b"12345"
-    assert write_file(target, parts, nbytes=nbytes, overwrite=True)
+    write_file(target, parts, nbytes=nbytes, overwrite=True)
     assert target.read_bytes() == b"".join(parts)
 
 
@@ -603,7 +605,7 @@ def test_a_file_system_without_links_is_served(target, monkeypatch, taken):
         with pytest.raises(AlreadyExistsError):
             write_file(target, [b"ours"], nbytes=4, overwrite=False)
     else:
-        assert write_file(target, [b"ours"], nbytes=4, overwrite=False)
+        write_file(target, [b"ours"], nbytes=4, overwrite=False)
     assert target.read_bytes() == (b"theirs" if taken else b"ours")
 
 
@@ -656,10 +658,49 @@ def test_links_directories_and_pipes_are_not_written_through(target, overwrite):
     assert not (target.parent / "nowhere").exists()
 
 
-def test_a_missing_directory_is_not_found(target):
-    with pytest.raises(NotFoundError) as caught:
-        write_file(target.parent / "none" / "x", [b""], nbytes=0, overwrite=False)
-    assert caught.value.kind == "directory_not_found"
+def test_directories_are_made_and_removed_again_if_it_fails(target):
+    write_file(target.parent / "a" / "b" / "x", [b"12"], nbytes=2, overwrite=False)
+    assert (target.parent / "a" / "b" / "x").read_bytes() == b"12"
+    with pytest.raises(InvalidInputError):
+        write_file(target.parent / "a" / "c" / "d" / "x", [b"1"], nbytes=2, overwrite=False)
+    assert [path.name for path in (target.parent / "a").iterdir()] == ["b"]
+
+
+def test_several_files_come_all_or_none(target):
+    folder = target.parent / "out"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "taken").write_bytes(b"theirs")
+
+    def new(path, data):
+        return NewFile(path, len(data), lambda: [data])
+
+    files = [new("first", b"1"), new("deep/er/second", b"22"), new("sub/taken", b"ours")]
+    with pytest.raises(AlreadyExistsError):
+        write_files(folder, files, overwrite=False)
+    assert sorted(path.name for path in folder.rglob("*")) == ["sub", "taken"]
+    written = write_files(folder, files, overwrite=True)
+    assert {path: where.read_bytes() for path, where in written.items()} == {
+        "first": b"1", "deep/er/second": b"22", "sub/taken": b"ours"
+    }  # fmt: skip
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_an_interrupt_while_files_take_their_names_takes_them_back(target, monkeypatch, call):
+    folder = target.parent / "out"
+    claimed = []
+
+    def claim(draft, path):
+        if len(claimed) == call:
+            raise KeyboardInterrupt
+        claimed.append(path)
+        link(draft, path)
+
+    link = os.link
+    monkeypatch.setattr(os, "link", claim)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(folder, [NewFile(f"{n}/x", 1, lambda: [b"x"]) for n in range(3)], overwrite=False)
+    assert not folder.exists()
 
 
 def test_a_written_file_has_the_permissions_of_the_umask(target):
@@ -704,5 +745,12 @@ def test_a_path_that_leads_elsewhere_or_hides_something_is_refused(path):
 
 def test_a_path_with_a_nul_is_refused(target):
     with pytest.raises(InvalidInputError) as caught:
-        write_file(target.with_name("a\0b"), [], nbytes=0, overwrite=False)
+        write_file(target.parent / "a\0b" / "x", [], nbytes=0, overwrite=False)
     assert caught.value.kind == "bad_path"
+
+
+@pytest.mark.parametrize("paths", [["a", "a"], ["a", "a/b"], ["a/b/c", "d", "a"], ["../a"]])
+def test_paths_that_cannot_stand_beside_each_other_are_refused(paths):
+    with pytest.raises(InvalidInputError):
+        check_attachment_paths(paths)
+    check_attachment_paths(["a/b", "a/c", "a.b", "ab"])

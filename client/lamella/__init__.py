@@ -26,7 +26,7 @@ from lamella_engine.errors import (
     VersionNotFoundError,
 )
 from lamella_engine.maintenance import Problem, Verification
-from lamella_engine.model import RefInfo
+from lamella_engine.model import Progress, RefInfo
 from lamella_engine.repository import Diff, Repository, Stats, init
 from lamella_engine.repository import open_repository as open
 from lamella_engine.versions import LazyTensor, Version
@@ -45,6 +45,7 @@ __all__ = [
     "OutcomeUnknownError",
     "PermissionDeniedError",
     "Problem",
+    "Progress",
     "RefInfo",
     "RefNotFoundError",
     "Repository",

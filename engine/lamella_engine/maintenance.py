@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from lamella_engine.checkpoints import check_header
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.content_store.state import State
@@ -14,6 +13,8 @@ from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.entry import FoldRef, VersionAdded
 from lamella_engine.format.fold import TABLES
 from lamella_engine.format.names import log_name
+from lamella_engine.reading import Reader
+from lamella_engine.version_files import VersionFiles
 
 Result = TypeVar("Result")
 
@@ -172,10 +173,7 @@ class _Checker:
             self._check_closure(self._store.reader.copy_of_row(version, row), named, state)
         for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
             self._check_closure(self._store.reader.copy(chunk, version.pack_of_manifest(place)), named, state)
-        for attachment in version.recorded.description.attachments:
-            data = version.manifest.attachment(attachment.path)
-            if attachment.role == "safetensors_header":
-                check_header(data, version.manifest, attachment.path)
+        VersionFiles(Reader(self._store, self._store.executor), added.id).check()
         if parameters.digest().hex() != version.recorded.description.parameters_id:
             raise CorruptionError("the cells are not those that the parameters id is the digest of", kind="bad_digest")
         for parent in version.recorded.parents:

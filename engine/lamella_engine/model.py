@@ -1,8 +1,9 @@
 """The nouns, frozen. Plain values that every other module speaks in; no bytes on disk, files or threads here."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, NewType, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, NewType, Self, TypeAlias
 
 from lamella_engine.chunking import Grid, grid
 from lamella_engine.dtypes import Dtype, nbytes
@@ -65,7 +66,30 @@ class Attachment:
     path: str
     """Where the file stood, relative, ``/`` between parts."""
     role: AttachmentRole
-    data: bytes
+    nbytes: int
+    read: Callable[[int, int], Buffer] = field(repr=False, compare=False)
+    """Returns the bytes from the first number to before the second; raises as ``Checkpoint.read`` does."""
+    prefix: str = ""
+    """What the version's names of a safetensors file's tensors have before the names that the file gives them."""
+
+    @classmethod
+    def of_bytes(cls, path: str, role: AttachmentRole, data: bytes, *, prefix: str = "") -> Self:
+        """Return an attachment whose bytes are in memory."""
+        return cls(path, role, len(data), lambda start, stop: memoryview(data)[start:stop], prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a push or a checkout has come."""
+
+    __module__ = "lamella"
+
+    done_nbytes: int
+    """Bytes of tensors and files, decoded, that have been dealt with."""
+    total_nbytes: int
+    """All of them."""
+    stored_nbytes: int
+    """Bytes, encoded, that were written (push) or read (checkout) for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ will be read.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
-from lamella_engine.chunking import MAX_CELL_NBYTES, Region
+from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
 from lamella_engine.errors import InvalidInputError
@@ -28,7 +29,7 @@ from lamella_engine.format.manifest import (
     structure_pages,
 )
 from lamella_engine.format.version import AttachmentPages, Description
-from lamella_engine.model import Buffer, Cell, ChunkId, TensorSpec
+from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress
 
 POOLED_NBYTES = 1 << 16
 """Cells from this length on are read into memory that is used again; shorter ones are cheap to have anew."""
@@ -45,12 +46,14 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A cell that is still to be read."""
+    """Some bytes that are still to be read: a cell's, or a part of the version's own manifest."""
 
-    table: CellTable
-    spec: TensorSpec
-    number: int
-    region: Region
+    cell: Cell
+    nbytes: int
+    read: Callable[[bytearray | None], Buffer]
+    """Returns the bytes; may use the memory it is given."""
+    width: int = 1
+    floating: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,32 @@ class _Chunk:
     data: Buffer
     width: int
     floating: bool
-    memory: bytearray | None = None
+    memory: bytearray | None
     """The memory that ``data`` lies in, if it is to be used again."""
 
 
-def push_checkpoint(push: Push, checkpoint: Checkpoint, executor: Executor, notes: Notes) -> Recorded:
+def push_checkpoint(
+    push: Push,
+    checkpoint: Checkpoint,
+    executor: Executor,
+    notes: Notes,
+    *,
+    files: Sequence[Attachment] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Recorded:
     """Store a checkpoint and record it as a version.
+
+    Parameters
+    ----------
+    files
+        What is kept with it besides the checkpoint's own attachments.
+    progress
+        Is told, in the caller's thread, how far it is.
 
     Raises InvalidInputError if the checkpoint changes meanwhile, and whatever ``push`` raises.
     """
     try:
-        return _Pushing(push, checkpoint, executor).run(notes)
+        return _Pushing(push, checkpoint, executor, files, progress).run(notes)
     except InvalidInputError as error:
         if error.kind != "wrong_blob":
             raise
@@ -83,12 +101,25 @@ def push_checkpoint(push: Push, checkpoint: Checkpoint, executor: Executor, note
 
 
 class _Pushing:
-    def __init__(self, push: Push, checkpoint: Checkpoint, executor: Executor) -> None:
+    def __init__(
+        self,
+        push: Push,
+        checkpoint: Checkpoint,
+        executor: Executor,
+        files: Sequence[Attachment],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
         self._push = push
         self._checkpoint = checkpoint
         self._executor = executor
+        self._attachments = sorted((*checkpoint.attachments, *files), key=lambda item: item.path)
         self._parameters = Digester(Context.PARAMETERS)
         self._free: list[bytearray] = []
+        self._progress = progress
+        self._decoded_nbytes = sum(spec.nbytes for spec in checkpoint.structure)
+        self._total_nbytes = self._decoded_nbytes + sum(item.nbytes for item in self._attachments)
+        self._done_nbytes = 0
+        self._stored_nbytes = 0
 
     def run(self, notes: Notes) -> Recorded:
         structure = self._checkpoint.structure
@@ -99,17 +130,19 @@ class _Pushing:
         *firsts, cell_count = accumulate(counts, initial=0)
         tables = [CellTable(first) for first in firsts]
 
-        def places() -> Iterator[_Place]:
+        def places() -> Iterator[tuple[_Place, CellTable]]:
             for (_, specs), table in zip(cut, tables, strict=True):
                 for spec in specs:
                     for number, region in enumerate(spec.grid.regions()):
-                        yield _Place(table, spec, number, region)
+                        read = partial(self._checkpoint.read, spec, region)
+                        cell = Cell(spec.name, number)
+                        yield _Place(cell, region.nbytes, read, spec.dtype.lane, spec.dtype.floating), table
 
-        self._store(self._chunks(places()))
-        manifest: list[bytes] = []
+        self._store(self._cells(places()))
+        own: list[bytes] = []
 
         def keep(data: bytes) -> ChunkId:
-            manifest.append(data)
+            own.append(data)
             return chunk_id(data)
 
         pages: list[StructurePage] = []
@@ -117,14 +150,7 @@ class _Pushing:
             chunk = keep(page)
             cells = tuple(CellPage(keep(rows), len(rows), first) for rows, first in table.pages())
             pages.append(StructurePage(chunk, len(page), specs[0].name, table.first_cell, cells))
-        attachments: list[AttachmentPages] = []
-        for attachment in self._checkpoint.attachments:
-            pieces = (
-                attachment.data[at : at + MAX_CELL_NBYTES] for at in range(0, len(attachment.data), MAX_CELL_NBYTES)
-            )
-            chunks = tuple((keep(piece), len(piece)) for piece in pieces)
-            attachments.append(AttachmentPages(attachment.path, attachment.role, chunks))
-        self._store(_Chunk(Cell(None, at), chunk_id(data), data, 1, False) for at, data in enumerate(manifest))
+        attachments = self._store_manifest(own)
         self._checkpoint.check_unchanged()
         return self._push.commit(
             Description(
@@ -134,9 +160,9 @@ class _Pushing:
                 parameters_id=self._parameters.digest().hex(),
                 tensor_count=len(structure),
                 cell_count=cell_count,
-                decoded_nbytes=sum(spec.nbytes for spec in structure),
+                decoded_nbytes=self._decoded_nbytes,
                 pages=tuple(pages),
-                attachments=tuple(attachments),
+                attachments=attachments,
                 parents=tuple(parent.id for parent in self._push.parents),
                 message=notes.message,
                 author=principal(),
@@ -146,23 +172,66 @@ class _Pushing:
             )
         )
 
-    def _chunks(self, places: Iterable[_Place]) -> Iterator[_Chunk]:
+    def _cells(self, places: Iterable[tuple[_Place, CellTable]]) -> Iterator[_Chunk]:
         """Enter every cell in its table and in the digest; yield those that do not stand in their row."""
-        hashed = map_batched(self._executor, self._read_and_hash, places, nbytes=lambda place: place.region.nbytes)
-        for place, chunk in hashed:
-            self._parameters.update(chunk.id)
-            if place.region.nbytes <= INLINE_NBYTES:
-                place.table.add(bytes(chunk.data))
-            else:
-                place.table.add(chunk.id)
-                yield chunk
+        tables: deque[CellTable] = deque()
 
-    def _read_and_hash(self, place: _Place) -> tuple[_Place, _Chunk]:
-        memory = self._memory() if place.region.nbytes >= POOLED_NBYTES else None
-        data = self._checkpoint.read(place.spec, place.region, memory)
-        dtype = place.spec.dtype
-        cell = Cell(place.spec.name, place.number)
-        return place, _Chunk(cell, chunk_id(data), data, dtype.lane, dtype.floating, memory)
+        def untabled() -> Iterator[_Place]:
+            for place, table in places:
+                tables.append(table)
+                yield place
+
+        for chunk in self._chunks(untabled()):
+            table = tables.popleft()
+            self._parameters.update(chunk.id)
+            if len(chunk.data) <= INLINE_NBYTES:
+                table.add(bytes(chunk.data))
+            else:
+                table.add(chunk.id)
+                yield chunk
+            self._report(len(chunk.data))
+
+    def _store_manifest(self, pages: Sequence[bytes]) -> tuple[AttachmentPages, ...]:
+        """Store the version's pages and attachments, piece by piece; return the latter as the version lists them."""
+        chunks: dict[Cell, tuple[ChunkId, int]] = {}
+        cells: list[list[Cell]] = []
+
+        def places() -> Iterator[_Place]:
+            for place, page in enumerate(pages):
+                yield _Place(Cell(None, place), len(page), partial(_page, page))
+            place = len(pages)
+            for item in self._attachments:
+                cells.append([])
+                for start in range(0, item.nbytes, MAX_CELL_NBYTES):
+                    stop = min(start + MAX_CELL_NBYTES, item.nbytes)
+                    cells[-1].append(Cell(None, place))
+                    yield _Place(cells[-1][-1], stop - start, partial(_piece, item, start, stop))
+                    place += 1
+
+        def noted() -> Iterator[_Chunk]:
+            for at, chunk in enumerate(self._chunks(places())):
+                chunks[chunk.cell] = chunk.id, len(chunk.data)
+                yield chunk
+                self._report(len(chunk.data) if at >= len(pages) else 0)
+
+        self._store(noted())
+        return tuple(
+            AttachmentPages(item.path, item.role, tuple(chunks[cell] for cell in mine), item.prefix)
+            for item, mine in zip(self._attachments, cells, strict=True)
+        )
+
+    def _chunks(self, places: Iterable[_Place]) -> Iterator[_Chunk]:
+        return map_batched(self._executor, self._read_and_hash, places, nbytes=lambda place: place.nbytes)
+
+    def _read_and_hash(self, place: _Place) -> _Chunk:
+        memory = self._memory() if place.nbytes >= POOLED_NBYTES else None
+        data = place.read(memory)
+        return _Chunk(place.cell, chunk_id(data), data, place.width, place.floating, memory)
+
+    def _report(self, nbytes: int) -> None:
+        self._done_nbytes += nbytes
+        if self._progress is not None:
+            self._progress(Progress(self._done_nbytes, self._total_nbytes, self._stored_nbytes))
 
     def _memory(self) -> bytearray:
         try:
@@ -191,9 +260,13 @@ class _Pushing:
                 else:
                     yield chunk, answer
 
-        self._push.write(
-            map_batched(self._executor, self._encode, missing(), nbytes=lambda wanted: len(wanted[0].data))
-        )
+        def blobs() -> Iterator[Blob]:
+            encoded = map_batched(self._executor, self._encode, missing(), nbytes=lambda wanted: len(wanted[0].data))
+            for blob in encoded:
+                self._stored_nbytes += len(blob.payload)
+                yield blob
+
+        self._push.write(blobs())
 
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
@@ -205,3 +278,11 @@ class _Pushing:
         self._release(chunk)
         against = missing.base if codecs.needs_base(encoding) else None
         return Blob(chunk.id, encoding, chunk.width, nbytes, payload, against)
+
+
+def _page(data: bytes, memory: bytearray | None) -> Buffer:
+    return data
+
+
+def _piece(item: Attachment, start: int, stop: int, memory: bytearray | None) -> Buffer:
+    return item.read(start, stop)

@@ -51,8 +51,12 @@ class Selection:
                 raise TensorNotFoundError(f"no tensor matches {pattern!r}: see show for the names", pattern=pattern)
             wanted |= {spec.name: spec for spec in found}
         for name in sorted(wanted):
-            if not any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude):
+            if not _matches(name, self.exclude):
                 yield wanted[name]
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name would be selected."""
+        return (self.include is None or _matches(name, self.include)) and not _matches(name, self.exclude)
 
 
 def select(include: Patterns = None, exclude: Patterns = None) -> Selection:
@@ -67,12 +71,16 @@ def _several(patterns: Patterns) -> tuple[str, ...]:
     raise InvalidInputError("include and exclude take a glob, or several of them", kind="bad_option")
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _literal(pattern: str) -> str:
     """Return what every name that matches begins with."""
     return pattern[: min((at for at in map(pattern.find, "*?[") if at >= 0), default=len(pattern))]
 
 
-class _Pair(threading.local):
+class CellPair(threading.local):
     """Two cells' worth of memory for each thread, used again because first touch of fresh memory is slow."""
 
     def __init__(self) -> None:
@@ -80,7 +88,7 @@ class _Pair(threading.local):
         self.right = np.empty(MAX_CELL_NBYTES, np.uint8)
 
 
-_pair = _Pair()
+_pair = CellPair()
 
 
 @dataclass(frozen=True, slots=True)

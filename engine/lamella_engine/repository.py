@@ -1,43 +1,31 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 from lamella_engine import maintenance
-from lamella_engine.checkpoints import (
-    SafetensorsLayout,
-    check_attachment_path,
-    check_header,
-    open_checkpoint,
-    to_numpy,
-    write_file,
-)
+from lamella_engine.checkpoints import NewFile, open_checkpoint, to_numpy, write_files
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import RefUpdate
 from lamella_engine.distance import Distance, measure
-from lamella_engine.errors import (
-    AlreadyExistsError,
-    CorruptionError,
-    InvalidInputError,
-    PermissionDeniedError,
-    RepositoryNotFoundError,
-    StorageError,
-)
+from lamella_engine.errors import InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
+from lamella_engine.filling import fill
 from lamella_engine.format import canonical
-from lamella_engine.format.version import AttachmentPages
 from lamella_engine.maintenance import Verification
-from lamella_engine.model import Cell, RefInfo, RefKind, TensorSpec, VersionId
+from lamella_engine.model import Attachment, Buffer, Progress, RefInfo, RefKind, VersionId
 from lamella_engine.objects import Objects, open_objects
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.torch_tensors import to_torch
+from lamella_engine.version_files import VersionFiles, check_files, selected_files
 from lamella_engine.versions import Version
 
 INDEX_PATH = Path("index", "chunks.sqlite")
@@ -118,14 +106,17 @@ class Repository:
         parent: str | None = None,
         metrics: Mapping[str, float] | None = None,
         recipe: Any = None,
+        files: Mapping[str, bytes] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Version:
         """Store a checkpoint as a new version at the tip of a branch.
 
         Parameters
         ----------
         source
-            A dict of torch tensors or NumPy arrays, or the path of a ``.safetensors`` file, which then checks out
-            byte for byte.
+            A dict of torch tensors or NumPy arrays; the path of a ``.safetensors`` file, or of a directory with such
+            files and others beside them (config, tokenizer, index of shards), which then check out byte for byte; a
+            ``zarr.Group``, or the path of a Zarr v3 directory.
         target
             ``"model@branch"``. The branch is made if it is not there.
         message
@@ -137,6 +128,10 @@ class Repository:
             Numbers by name, such as ``{"loss": 0.31}``.
         recipe
             What made it: anything that JSON can hold.
+        files
+            Contents by path of more files to keep with the version.
+        progress
+            Is called, in this thread, with how far the push is.
 
         Returns
         -------
@@ -155,12 +150,14 @@ class Repository:
         model, branch = parse_target(target)
         notes = Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
         canonical.dumps([recipe])  # as deep as it will stand; refused now, not after the upload
+        attached = _attachments(files)
         with open_checkpoint(source) as checkpoint:
-            if not checkpoint.structure and not checkpoint.attachments:
+            if not checkpoint.structure and not checkpoint.attachments and not attached:
                 raise InvalidInputError("there is nothing to push: the source has no tensors", kind="empty_source")
+            check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
             base = None if parent is None else self._store.resolve(parent)
             push = self._store.begin(model, branch, parent=base, push_id=new_push_id())
-            recorded = push_checkpoint(push, checkpoint, self._executor, notes)
+            recorded = push_checkpoint(push, checkpoint, self._executor, notes, files=attached, progress=progress)
         return Version(recorded, self._reader)
 
     # -- out -----------------------------------------------------------------------------------------------------------
@@ -185,9 +182,12 @@ class Repository:
         *,
         include: Patterns = None,
         exclude: Patterns = None,
+        into: Mapping[str, Any] | None = None,
+        have: str | None = None,
         framework: Literal["numpy", "torch"] = "numpy",
         overwrite: bool = False,
         verify: Literal["blob", "chunk"] = "blob",
+        progress: Callable[[Progress], None] | None = None,
     ) -> dict[str, Any]:
         """Get tensors back, in memory or as files.
 
@@ -197,24 +197,37 @@ class Repository:
             Which version.
         out
             A directory, made if it is not there. Files that were pushed come back byte for byte; tensors that were
-            pushed from memory, or selected, become ``model.safetensors``. None returns tensors.
+            pushed from memory become ``model.safetensors``; tensors that are selected become that and its index. None
+            returns tensors.
         include, exclude
             Globs over tensor names, one or several. Only the bytes of selected tensors are read.
+        into
+            Memory to fill in place: a writable NumPy array or torch tensor for the name of each selected tensor, of its
+            dtype and shape, such as a module's state dict. Not together with ``out``.
+        have
+            A revision that ``into`` holds: only what differs from it is read, and what is decoded against that memory
+            is checked.
         framework
-            What tensors are returned as.
+            What tensors are returned as, without ``into``.
         overwrite
             Whether files that are there, and differ, may be replaced.
         verify
             ``"blob"`` checks the digest of everything that is read; ``"chunk"`` also computes the id of what it
             decodes to.
+        progress
+            Is called, in this thread, with how far the writing of files is.
 
         Returns
         -------
         dict
-            Name -> array or tensor; with ``out``, path of each file in it -> its :class:`pathlib.Path`.
+            Name -> array or tensor, those of ``into`` if it is given; with ``out``, path of each file in it -> its
+            :class:`pathlib.Path`.
 
         Raises
         ------
+        InvalidInputError
+            ``into`` differs from the version in names, dtypes or shapes (``structure_mismatch``; nothing is changed),
+            or does not hold ``have`` (``not_held``).
         AlreadyExistsError
             A file is there, differs, and ``overwrite`` is off. No file is changed then.
         TensorNotFoundError
@@ -226,14 +239,25 @@ class Repository:
             raise InvalidInputError("framework is 'numpy' or 'torch', verify is 'blob' or 'chunk'", kind="bad_option")
         id = self._store.resolve(revision)
         reader = Reader(self._store, self._executor, check=verify == "chunk")
+        if (into is not None and out is not None) or (into is None and have is not None):
+            raise InvalidInputError(
+                "tensors go into files (out) or into memory (into), and have says what that memory holds",
+                kind="bad_option",
+            )
+        if into is not None:
+            held = None if have is None else self._store.resolve(have)
+            return fill(reader, id, into, select(include, exclude), have=held)
         if out is None:
             specs = select(include, exclude).tensors(self._store.manifest(id))
             convert = to_torch if framework == "torch" else to_numpy
             return {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in reader.tensors(id, specs)}
-        files = _Files(reader, id, Path(out))
+        files = VersionFiles(reader, id)
         if include is None and exclude is None:
-            return files.as_pushed(overwrite=overwrite)
-        return files.selected(list(select(include, exclude).tensors(self._store.manifest(id))), overwrite=overwrite)
+            wanted = list(files.files.values())
+        else:
+            wanted = selected_files(list(select(include, exclude).tensors(self._store.manifest(id))))
+        new = [NewFile(file.path, file.nbytes, partial(files.parts, file)) for file in wanted]
+        return write_files(Path(out), _reporting(new, progress), overwrite=overwrite)
 
     def log(self, revision: str) -> Iterator[Version]:
         """Yield a version and its ancestors along first parents, newest first."""
@@ -333,69 +357,27 @@ class Repository:
         return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Writes a version's files into a directory."""
+def _reporting(files: list[NewFile], progress: Callable[[Progress], None] | None) -> Iterator[NewFile]:
+    """Yield files whose parts tell, when they are used, how far the whole is."""
+    total = sum(file.nbytes for file in files)
+    done = 0
 
-    reader: Reader
-    version: VersionId
-    out: Path
+    def told(parts: Callable[[], Iterable[Buffer]]) -> Iterator[Buffer]:
+        nonlocal done
+        for part in parts():
+            yield part
+            done += len(part)
+            if progress is not None:
+                progress(Progress(done, total, 0))
 
-    def as_pushed(self, *, overwrite: bool) -> dict[str, Path]:
-        """Write the files that were pushed; a version that was pushed from memory becomes one canonical file."""
-        manifest = self.reader.store.manifest(self.version)
-        attachments = manifest.description.attachments
-        if not attachments:
-            return self.selected(list(manifest.specs()), overwrite=overwrite)
-        return {item.path: self._attached(item, manifest.attachment(item.path), overwrite) for item in attachments}
+    return (replace(file, parts=partial(told, file.parts)) for file in files)
 
-    def selected(self, specs: list[TensorSpec], *, overwrite: bool) -> dict[str, Path]:
-        """Write tensors as one canonical safetensors file."""
-        if not specs:
-            raise InvalidInputError("no tensor is selected, so there is no file to write", kind="empty_selection")
-        return {"model.safetensors": self._write("model.safetensors", SafetensorsLayout.canonical(specs), overwrite)}
 
-    def _attached(self, item: AttachmentPages, data: bytes, overwrite: bool) -> Path:
-        try:
-            check_attachment_path(item.path)
-        except InvalidInputError as error:
-            raise CorruptionError(f"an attachment's path is damaged: {error}", kind="bad_attachment") from None
-        if item.role == "safetensors_header":
-            return self._write(
-                item.path, check_header(data, self.reader.store.manifest(self.version), item.path), overwrite
-            )
-        path = self._place(item.path)
-        write_file(path, [data], nbytes=len(data), overwrite=overwrite)
-        return path
-
-    def _write(self, name: str, layout: SafetensorsLayout, overwrite: bool) -> Path:
-        def parts() -> Iterator[bytes | memoryview]:
-            yield layout.header
-            cells = (
-                Cell(tensor.spec.name, number)
-                for tensor in layout.tensors
-                for number in range(tensor.spec.grid.cell_count)
-            )
-            for _, data in self.reader.stream(self.version, cells):
-                yield data
-
-        path = self._place(name)
-        write_file(path, parts(), nbytes=layout.nbytes, overwrite=overwrite)
-        return path
-
-    def _place(self, name: str) -> Path:
-        path = self.out / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise AlreadyExistsError(
-                f"{path.parent} is a file, or lies below one: give a directory", kind="not_a_directory"
-            ) from None
-        except PermissionError:
-            raise PermissionDeniedError(f"{path.parent} may not be made: give another directory") from None
-        except OSError as error:
-            raise StorageError(f"{path.parent} cannot be made: {error.strerror}", kind="write_failed") from None
-        return path
+def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
+    for path, data in dict(files or {}).items():
+        if not isinstance(path, str) or not isinstance(data, bytes):
+            raise InvalidInputError("files are bytes by path: {'config.json': b'...'}", kind="bad_value")
+    return [Attachment.of_bytes(path, "file", data) for path, data in dict(files or {}).items()]
 
 
 def _text(message: str) -> str:

@@ -68,20 +68,20 @@ def check_storable(tensor: "torch.Tensor") -> None:
     if isinstance(tensor, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         raise refuse("it is a parameter without a shape yet: run the module once", "uninitialized_tensor")
     if hasattr(type(tensor), "full_tensor"):
-        raise refuse("it is a distributed tensor: push its full_tensor()", "distributed_tensor")
+        raise refuse("it is a distributed tensor: give its full_tensor()", "distributed_tensor")
     if tensor.is_nested:
-        raise refuse("it is a nested tensor: push its components, or pad it", "nested_tensor")
+        raise refuse("it is a nested tensor: give its components, or pad it", "nested_tensor")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise refuse(
-            f"a {type(tensor).__name__} holds no elements itself: push the plain tensors that it is made of",
+            f"a {type(tensor).__name__} holds no elements itself: give the plain tensors that it is made of",
             "wrapped_tensor",
         )
     if tensor.is_meta:
         raise refuse("it is a meta tensor, without data: materialize the model first", "meta_tensor")
     if tensor.is_quantized:
-        raise refuse("it is quantized: push its int_repr(), scales and zero points", "quantized_tensor")
+        raise refuse("it is quantized: give its int_repr(), scales and zero points", "quantized_tensor")
     if tensor.layout is not torch.strided:
-        raise refuse(f"its layout is {tensor.layout}: push its indices and values, or to_dense()", "sparse_tensor")
+        raise refuse(f"its layout is {tensor.layout}: give its indices and values, or to_dense()", "sparse_tensor")
     dtype = dtype_of_torch(tensor.dtype)
     if dtype.opaque and not tensor.dim():
         raise refuse("a scalar cannot hold packed elements: give it an axis", "unknown_dtype")
@@ -99,6 +99,42 @@ def shape_of(tensor: "torch.Tensor") -> tuple[int, ...]:
 def change_count(tensor: "torch.Tensor") -> int:
     """Return how often the tensor was changed in place, as far as torch counts (not under inference_mode)."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def count_change(tensor: "torch.Tensor") -> None:
+    """Have torch count a change in place that it has not seen, so that autograd refuses to use what it saved before."""
+    import torch
+
+    if not tensor.is_inference():  # for those, torch neither counts nor saves anything
+        torch.autograd.graph.increment_version(tensor)
+
+
+def shares_memory(tensor: "torch.Tensor") -> bool:
+    """Whether :func:`array_of` gives views of the tensor, not copies."""
+    return tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+
+
+def write_part(tensor: "torch.Tensor", slices: tuple[slice, ...], data: memoryview) -> None:
+    """Write a part of a tensor on any device; autograd does not see it (:func:`count_change` tells it).
+
+    Parameters
+    ----------
+    tensor
+        Passed :func:`check_storable`; contiguous if its dtype is opaque.
+    slices
+        The part, as for :func:`array_of`.
+    data
+        The part's little-endian bytes in C order, aligned to an element; not empty.
+    """
+    import torch
+
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        octets = torch.frombuffer(data, dtype=torch.uint8)
+        if dtype_of_torch(tensor.dtype).opaque:
+            tensor.detach().view(torch.uint8).reshape(-1)[slices].copy_(octets)
+            return
+        part = tensor.detach()[slices]
+        part.copy_(octets.view(tensor.dtype).reshape(part.shape))
 
 
 def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[Any, np.dtype[Any]]":

@@ -15,6 +15,7 @@ from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import TensorSpec, VersionId
 from lamella_engine.reading import Reader
 from lamella_engine.torch_tensors import to_torch
+from lamella_engine.version_files import VersionFiles
 
 if TYPE_CHECKING:
     import torch
@@ -217,8 +218,15 @@ class Version(Mapping[str, LazyTensor]):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Paths of the files that it was pushed from; empty if it was pushed from memory."""
+        """Paths of the files that were pushed; empty if it was pushed from memory."""
         return tuple(attachment.path for attachment in self._recorded.description.attachments)
+
+    def file(self, path: str, *, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes of a file, or from ``start`` to before ``stop`` of it; only the chunks of those are read.
+
+        Tensors that were pushed from memory are the file ``model.safetensors``. Raises NotFoundError.
+        """
+        return VersionFiles(self._reader, self.id).read(path, start, stop)
 
     @property
     def nbytes(self) -> int:

@@ -77,9 +77,20 @@ class Golden:
             path = Path(directory, "model.safetensors")
             path.write_bytes(data)
             version = self.repo.push(path, target, **notes)
+        self._expect_files(version, {"model.safetensors": data})
+
+    def push_directory(self, files: Mapping[str, bytes], target: str, **notes: Any) -> None:
+        with TemporaryDirectory() as directory:
+            for name, data in files.items():
+                Path(directory, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(directory, name).write_bytes(data)
+            version = self.repo.push(directory, target, **notes)
+        self._expect_files(version, files)
+
+    def _expect_files(self, version: Any, files: Mapping[str, bytes]) -> None:
         self.expected[f"{version.model}@v{version.number}"] = {
             "id": version.id,
-            "files": {"model.safetensors": hashlib.sha256(data).hexdigest()},
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
 
     def append(self, **fields: Any) -> None:
@@ -146,6 +157,8 @@ def small() -> Golden:
     golden.repo.branch("net@gone", "net@v1")
     golden.repo.delete_ref("net@gone")
     golden.push_file(safetensors(), "file@main", message="a file")
+    pipeline = {"unet/x.safetensors": safetensors(), "vae/x.safetensors": safetensors(), "index.json": b"{}\n", "e": b""}
+    golden.push_directory(pipeline, "pipeline@main", message="the same names in two files")
     golden.repo.branch("net@main", "net@v5")
     golden.push({"x": noise(99, 30)}, "other@main", recipe=None)
     return golden

@@ -2,56 +2,40 @@
 
     tensors       arrays and torch tensors in memory
     safetensors   the file format: its one parser, files to read, layouts to write
+    directories   safetensors files with everything that stands beside them
+    zarr_groups   Zarr v3 hierarchies
+    sources       files to read: with pread, and noticed when they change
     files         writing files whole or not at all
 
 A checkpoint tells a push what is there (structure, attachments) and hands out one cell's bytes at a time.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
-from lamella_engine.checkpoints.files import check_attachment_path, write_file
+from lamella_engine.checkpoints.directories import DirectoryCheckpoint
+from lamella_engine.checkpoints.files import NewFile, check_attachment_paths, write_files
 from lamella_engine.checkpoints.safetensors import PlacedTensor, SafetensorsCheckpoint, SafetensorsLayout
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint, to_numpy
 from lamella_engine.chunking import Region
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError
+from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 
 __all__ = [
     "Checkpoint",
+    "DirectoryCheckpoint",
     "MemoryCheckpoint",
+    "NewFile",
     "PlacedTensor",
     "SafetensorsCheckpoint",
     "SafetensorsLayout",
-    "check_attachment_path",
-    "check_header",
+    "check_attachment_paths",
     "open_checkpoint",
     "to_numpy",
-    "write_file",
+    "write_files",
 ]
-
-
-def check_header(data: bytes, manifest: "HasSpecs", path: str) -> SafetensorsLayout:
-    """Parse the stored header of the file ``path``.
-
-    Raises CorruptionError unless it lays out exactly the tensors of its version.
-    """
-    try:
-        layout = SafetensorsLayout.from_header(data)
-    except (InvalidInputError, LimitError) as error:
-        raise CorruptionError(f"the header of {path!r} is damaged: {error}", kind="bad_attachment") from None
-    if layout.structure != tuple(manifest.specs()):
-        raise CorruptionError(f"the header of {path!r} is of other tensors than its version", kind="bad_attachment")
-    return layout
-
-
-class HasSpecs(Protocol):
-    """What knows the tensors of a version."""
-
-    def specs(self) -> Iterable[TensorSpec]:
-        """Yield them by name."""
 
 
 class Checkpoint(Protocol):
@@ -111,20 +95,20 @@ def open_checkpoint(source: object) -> Checkpoint:
     Parameters
     ----------
     source
-        A mapping of names to torch tensors or NumPy arrays, or the path of a ``.safetensors`` file.
+        A mapping of names to torch tensors or NumPy arrays, or the path of a ``.safetensors`` file or a directory.
 
     Raises
     ------
     InvalidInputError
-        Neither of the two (``bad_source``), or what :class:`MemoryCheckpoint` or :class:`SafetensorsCheckpoint`
-        refuses.
+        None of these (``bad_source``), or what :class:`MemoryCheckpoint`, :class:`SafetensorsCheckpoint` or
+        :class:`DirectoryCheckpoint` refuses.
     NotFoundError
         There is no such file.
     """
     if isinstance(source, Mapping):
         return MemoryCheckpoint(source)
     if isinstance(source, str | os.PathLike):
-        return SafetensorsCheckpoint(source)
+        return DirectoryCheckpoint(source) if os.path.isdir(source) else SafetensorsCheckpoint(source)
     raise InvalidInputError(
         f"cannot read tensors from a {type(source).__name__}: give a mapping of names to tensors, or a path",
         kind="bad_source",

@@ -6,13 +6,25 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from lamella_engine.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError
+from lamella_engine.errors import (
+    AlreadyExistsError,
+    InvalidInputError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+)
 from lamella_engine.model import Buffer
+
+DRAFT_PREFIX = ".lamella-"
+"""How the names of files begin that are being written; one that a killed process left may be deleted."""
 
 # What a path must not hold: the separators of another system, characters that drive a terminal or turn its text round
 # (C0, DEL, C1, line separators, bidirectional overrides), and half characters, which no UTF-8 can spell.
@@ -50,54 +62,180 @@ def check_attachment_path(path: str) -> str:
     return path
 
 
-def write_file(path: Path, parts: Iterable[Buffer], *, nbytes: int, overwrite: bool) -> bool:
-    """Write ``parts``, one after another, to ``path``: whole and durable, or not at all.
+def check_attachment_paths(paths: Sequence[str]) -> None:
+    """Raise InvalidInputError unless a checkout can create all of ``paths`` below one directory.
 
-    The bytes go to a hidden file in the same directory, are synced, and take the name in one step. Whatever is raised
-    meanwhile, KeyboardInterrupt and errors of ``parts`` included, removes that file and leaves ``path`` as it was.
+    Each passes :func:`check_attachment_path`, none is there twice (``duplicate_path``), and none is a directory of
+    another.
+    """
+    known = {check_attachment_path(path) for path in paths}
+    if len(known) != len(paths):
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
+        raise InvalidInputError(f"there are two files {twice[:80]!r}: rename one", kind="duplicate_path")
+    for path in paths:
+        folder = path
+        while folder := folder.rpartition("/")[0]:
+            if folder in known:
+                raise InvalidInputError(
+                    f"{folder[:80]!r} cannot be both a file and a directory: rename one", kind="duplicate_path"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file to be written."""
+
+    path: str
+    """Below the directory; passes :func:`check_attachment_paths` together with its companions."""
+    nbytes: int
+    """Length of the whole content."""
+    parts: Callable[[], Iterable[Buffer]]
+    """Returns the content in order. Each is used before the next is asked for, so one buffer may be filled again."""
+
+
+def write_files(directory: Path, files: Iterable[NewFile], *, overwrite: bool) -> dict[str, Path]:
+    """Write files into a directory: all of them, whole and durable, or none.
+
+    The bytes go to hidden files beside their targets and are synced; when the last is there, all take their names.
+    Whatever is raised meanwhile, KeyboardInterrupt and errors of ``parts`` included, removes what was made, directories
+    too. (Files that were replaced before an error in the very last step stay replaced.)
 
     Parameters
     ----------
-    path
-        The target. A symbolic link, directory or device there is never replaced or written through.
-    parts
-        The content in order. Each is used before the next is asked for, so one buffer may be filled again and again.
-    nbytes
-        Length of the whole content.
+    directory
+        Made if it is not there, with its parents.
     overwrite
-        Whether a file that stands there may be replaced. If not, ``parts`` is compared with it instead.
+        Whether files that stand there may be replaced. If not, each is compared with what it should hold, and is left
+        alone if it does. A symbolic link, directory or device there is never replaced or written through.
 
     Returns
     -------
-    bool
-        Whether the file was written; False if ``overwrite`` is off and the target already holds these very bytes.
+    dict
+        Path of each file below the directory -> where it is, in the order given.
 
     Raises
     ------
     AlreadyExistsError
-        Something else stands there, or ``overwrite`` is off and its content differs.
+        Something else stands at a target, or ``overwrite`` is off and its content differs; or a directory to be made is
+        a file.
     InvalidInputError
-        ``parts`` has more or fewer bytes than ``nbytes`` (``wrong_length``).
-    NotFoundError
-        The directory does not exist.
+        ``parts`` has more or fewer bytes than ``nbytes`` (``wrong_length``), or the path holds a NUL (``bad_path``).
+    PermissionDeniedError
+        A directory may not be made.
     StorageError
         The file system failed or is full.
     """
-    if "\0" in str(path):
-        raise InvalidInputError(f"{str(path)[:80]!r} cannot be the name of a file", kind="bad_path")
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return _write_new(path, _exactly(parts, nbytes), overwrite=overwrite)
-    except OSError as error:
-        raise _failed(path, error) from error
-    if not stat.S_ISREG(mode):
-        raise AlreadyExistsError(f"{path} exists and is no regular file: choose another name", kind="not_a_file")
-    if overwrite:
-        return _write_new(path, _exactly(parts, nbytes), overwrite=True)
-    if not _holds(path, _exactly(parts, nbytes), nbytes=nbytes):
-        raise _exists(path)
-    return False
+    if "\0" in str(directory):
+        raise InvalidInputError(f"{str(directory)[:80]!r} cannot be the name of a directory", kind="bad_path")
+    with _Writing(directory, overwrite=overwrite) as writing:
+        for file in files:
+            writing.add(file)
+        return writing.finish()
+
+
+class _Writing:
+    """Files on their way: drafts beside their targets, undone unless all of them take their names."""
+
+    def __init__(self, directory: Path, *, overwrite: bool) -> None:
+        self._directory = directory
+        self._overwrite = overwrite
+        self._made: list[Path] = []
+        """Directories made, parents first."""
+        self._drafts: list[tuple[Path, Path]] = []
+        """Drafts with their targets."""
+        self._named: set[Path] = set()
+        """New files that have their names already, or are about to."""
+        self._targets: dict[str, Path] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for draft, path in self._drafts:
+            with contextlib.suppress(OSError):
+                # A draft that was linked to its target is still there, one that was renamed is not.
+                if path in self._named and (not os.path.lexists(draft) or os.path.samefile(draft, path)):
+                    os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+        for made in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                os.rmdir(made)
+
+    def add(self, file: NewFile) -> None:
+        """Write the draft of a file, unless the target holds its bytes already."""
+        path = self._directory / file.path
+        self._targets[file.path] = path
+        self._make(path.parent)
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            self._draft(path, file)
+            return
+        except OSError as error:
+            raise _failed(path, error) from error
+        if not stat.S_ISREG(mode):
+            raise AlreadyExistsError(f"{path} exists and is no regular file: choose another name", kind="not_a_file")
+        if self._overwrite:
+            self._draft(path, file)
+        elif not _holds(path, _exactly(file.parts(), file.nbytes), nbytes=file.nbytes):
+            raise _exists(path)
+
+    def finish(self) -> dict[str, Path]:
+        """Let every draft take its name; return where each file is."""
+        path = self._directory
+        try:
+            for draft, path in self._drafts:
+                if self._overwrite:
+                    os.replace(draft, path)
+                else:
+                    self._named.add(path)
+                    _claim(draft, path)
+            path = self._directory
+            for directory in {path.parent for _, path in self._drafts} | {made.parent for made in self._made}:
+                _sync_directory(directory)
+        except FileExistsError as error:
+            raise _exists(path) from error
+        except OSError as error:
+            raise _failed(path, error) from error
+        self._named, self._made = set(), []
+        return self._targets
+
+    def _make(self, directory: Path) -> None:
+        missing = [directory]
+        while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
+            missing.append(missing[-1].parent)
+        for path in reversed(missing[:-1]):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if path.is_dir():
+                    continue
+                raise AlreadyExistsError(
+                    f"{path} is a file: give a directory, or remove it", kind="not_a_directory"
+                ) from None
+            except NotADirectoryError:
+                raise AlreadyExistsError(
+                    f"{path} lies below a file: give a directory", kind="not_a_directory"
+                ) from None
+            except PermissionError:
+                raise PermissionDeniedError(f"{path} may not be made: give another directory") from None
+            except OSError as error:
+                raise StorageError(f"{path} cannot be made: {error.strerror}", kind="write_failed") from None
+            self._made.append(path)
+
+    def _draft(self, path: Path, file: NewFile) -> None:
+        draft = path.with_name(f"{DRAFT_PREFIX}{secrets.token_hex(8)}.part")
+        self._drafts.append((draft, path))
+        try:
+            # "x" never opens what someone else put there, and leaves the permissions to the umask.
+            with open(draft, "xb") as out:
+                for part in _exactly(file.parts(), file.nbytes):
+                    out.write(part)
+                out.flush()
+                os.fsync(out.fileno())
+        except OSError as error:
+            raise _failed(path, error) from error
 
 
 def _exactly(parts: Iterable[Buffer], nbytes: int) -> Iterable[memoryview]:
@@ -130,31 +268,6 @@ def _holds(path: Path, parts: Iterable[memoryview], *, nbytes: int) -> bool:
             return True
     except OSError as error:
         raise _failed(path, error) from error
-
-
-def _write_new(path: Path, parts: Iterable[memoryview], *, overwrite: bool) -> bool:
-    draft = path.with_name(f".lamella-{secrets.token_hex(8)}.part")
-    try:
-        try:
-            # "x" never opens what someone else put there, and leaves the permissions to the umask.
-            with open(draft, "xb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                os.replace(draft, path)
-            else:
-                _claim(draft, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
-        _sync_directory(path.parent)
-    except FileExistsError as error:
-        raise _exists(path) from error
-    except OSError as error:
-        raise _failed(path, error) from error
-    return True
 
 
 def _claim(draft: Path, path: Path) -> None:

@@ -11,9 +11,8 @@ The header is read by its own grammar, three levels deep, whose only numbers are
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -21,9 +20,10 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from lamella_engine.checkpoints.files import check_attachment_path
+from lamella_engine.checkpoints.sources import SourceFile
 from lamella_engine.chunking import Region
 from lamella_engine.dtypes import Dtype, dtype_of_safetensors
-from lamella_engine.errors import InvalidInputError, LimitError, NotFoundError, StorageError, TensorNotFoundError
+from lamella_engine.errors import InvalidInputError, LimitError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 
 # Longest header in bytes; the format's own limit, which every reader of it shares.
@@ -105,7 +105,12 @@ class SafetensorsLayout:
     @property
     def structure(self) -> tuple[TensorSpec, ...]:
         """The tensors sorted by name."""
-        return tuple(sorted((tensor.spec for tensor in self.tensors), key=lambda spec: spec.name))
+        return self.named("")
+
+    def named(self, prefix: str) -> tuple[TensorSpec, ...]:
+        """Return the tensors sorted by name, with ``prefix`` before each name."""
+        specs = (tensor.spec for tensor in self.tensors)
+        return tuple(sorted((replace(spec, name=prefix + spec.name) for spec in specs), key=lambda spec: spec.name))
 
     @classmethod
     def from_header(cls, header: bytes, *, source: str = "the safetensors header") -> Self:
@@ -344,7 +349,7 @@ def _placed_tensor(cursor: _Cursor, name: str, data_start: int) -> PlacedTensor:
 
 
 class SafetensorsCheckpoint:
-    """A safetensors file as a checkpoint. Reads with pread, so that a file cut short is an error and not a signal.
+    """A safetensors file as a checkpoint.
 
     Its one attachment is the file's header verbatim, from which a checkout rebuilds the file byte for byte.
 
@@ -352,6 +357,10 @@ class SafetensorsCheckpoint:
     ----------
     path
         A regular file, or a symbolic link to one.
+    name
+        What a checkout shall call it, relative; by default its own name.
+    prefix
+        What the version's names of its tensors have before the names that it gives them.
 
     Raises
     ------
@@ -363,44 +372,37 @@ class SafetensorsCheckpoint:
         There is no such file (``file_not_found``).
     """
 
-    def __init__(self, path: "str | os.PathLike[str]") -> None:
-        self._path = os.path.abspath(os.fsdecode(path))
-        name = check_attachment_path(os.path.basename(self._path))
-        self._descriptor: int | None = _open_regular(self._path)
+    def __init__(self, path: "str | os.PathLike[str]", *, name: str | None = None, prefix: str = "") -> None:
+        location = os.path.abspath(os.fsdecode(path))
+        name = check_attachment_path(os.path.basename(location) if name is None else name)
+        self._file = SourceFile(location)
         try:
-            status = os.fstat(self._descriptor)
-            self._opened = _fingerprint(status)
-            self.layout = self._read_layout(status.st_size)
+            self.layout = _read_layout(self._file)
         except BaseException:
             self.close()
             raise
-        self.structure = self.layout.structure
-        self.attachments: tuple[Attachment, ...] = (Attachment(name, "safetensors_header", self.layout.header),)
-        self._starts = {tensor.spec.name: tensor.start for tensor in self.layout.tensors}
+        self.structure: tuple[TensorSpec, ...] = self.layout.named(prefix)
+        self.attachments: tuple[Attachment, ...] = (
+            Attachment.of_bytes(name, "safetensors_header", self.layout.header, prefix=prefix),
+        )
+        self._starts = {prefix + tensor.spec.name: tensor.start for tensor in self.layout.tensors}
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; always fills ``out``."""
         start = self._starts.get(tensor.name)
         if start is None:
-            raise TensorNotFoundError(f"{self._path} has no tensor {tensor.name[:80]!r}", tensor=tensor.name)
+            raise TensorNotFoundError(f"{self._file.path} has no tensor {tensor.name[:80]!r}", tensor=tensor.name)
         target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
-        self._fill(target.data, start + region.start)
+        self._file.read_into(target.data, start + region.start)
         return target.data
 
     def check_unchanged(self) -> None:
         """See :meth:`Checkpoint.check_unchanged`: the open file and the name must be what they were."""
-        try:
-            same = self._opened == _fingerprint(os.fstat(self._open_descriptor())) == _fingerprint(os.stat(self._path))
-        except OSError:
-            same = False
-        if not same:
-            raise self._changed()
+        self._file.check_unchanged()
 
     def close(self) -> None:
         """Let go of the file. Doing it twice is harmless; a read in another thread must have ended."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -410,66 +412,23 @@ class SafetensorsCheckpoint:
     ) -> None:
         self.close()
 
-    def _read_layout(self, file_nbytes: int) -> SafetensorsLayout:
-        """Read the header, once its length is known to be sane and inside the file."""
-        beginning = bytearray(min(file_nbytes, 32))
-        self._fill(memoryview(beginning), 0)
-        for magic, description in _LOOKALIKES:
-            # The length of a header of 640 bytes begins like a pickle, but then a brace follows it.
-            if beginning.startswith(magic) and beginning[_PREFIX_NBYTES : _PREFIX_NBYTES + 1] != b"{":
-                raise InvalidInputError(f"{self._path} looks like {description}", kind="not_safetensors")
-        length = _header_nbytes(bytes(beginning[:_PREFIX_NBYTES]), self._path)
-        if length > file_nbytes - _PREFIX_NBYTES:
-            raise InvalidInputError(
-                f"{self._path} has {file_nbytes} bytes, fewer than its header needs: fetch it again", kind="truncated"
-            )
-        header = bytearray(_PREFIX_NBYTES + length)
-        self._fill(memoryview(header), 0)
-        layout = SafetensorsLayout.from_header(bytes(header), source=self._path)
-        if layout.nbytes != file_nbytes:
-            raise InvalidInputError(
-                f"{self._path} has {file_nbytes} bytes where its header describes {layout.nbytes}: fetch it again",
-                kind="truncated" if file_nbytes < layout.nbytes else "trailing_bytes",
-            )
-        return layout
 
-    def _fill(self, target: memoryview, start: int) -> None:
-        """Read ``target`` full from byte ``start`` of the file."""
-        done = 0
-        while done < target.nbytes:
-            try:
-                count = os.preadv(self._open_descriptor(), [target[done:]], start + done)
-            except OSError as error:
-                raise StorageError(f"cannot read {self._path}: {error.strerror}", kind="read_failed") from error
-            if not count:
-                raise self._changed()
-            done += count
-
-    def _open_descriptor(self) -> int:
-        if self._descriptor is None:
-            raise InvalidInputError(f"{self._path} was closed: open it again", kind="closed")
-        return self._descriptor
-
-    def _changed(self) -> InvalidInputError:
-        return InvalidInputError(
-            f"{self._path} changed while it was read: push again when its writer has finished", kind="source_changed"
+def _read_layout(file: SourceFile) -> SafetensorsLayout:
+    """Read the header, once its length is known to be sane and inside the file."""
+    beginning = file.read(0, min(file.nbytes, 32))
+    for magic, description in _LOOKALIKES:
+        # The length of a header of 640 bytes begins like a pickle, but then a brace follows it.
+        if beginning.startswith(magic) and beginning[_PREFIX_NBYTES : _PREFIX_NBYTES + 1] != b"{":
+            raise InvalidInputError(f"{file.path} looks like {description}", kind="not_safetensors")
+    length = _header_nbytes(beginning[:_PREFIX_NBYTES], file.path)
+    if length > file.nbytes - _PREFIX_NBYTES:
+        raise InvalidInputError(
+            f"{file.path} has {file.nbytes} bytes, fewer than its header needs: fetch it again", kind="truncated"
         )
-
-
-def _open_regular(path: str) -> int:
-    """Open a regular file for reading; never waits for the other end of a pipe."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path}: check the path", kind="file_not_found", path=path) from None
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"cannot open {path!r}: {error}", kind="unreadable", path=path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InvalidInputError(f"{path} is no regular file: name one .safetensors file", kind="not_a_file", path=path)
-    return descriptor
-
-
-def _fingerprint(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    """Return what a file is and when it last changed; reading it leaves this as it is."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    layout = SafetensorsLayout.from_header(file.read(0, _PREFIX_NBYTES + length), source=file.path)
+    if layout.nbytes != file.nbytes:
+        raise InvalidInputError(
+            f"{file.path} has {file.nbytes} bytes where its header describes {layout.nbytes}: fetch it again",
+            kind="truncated" if file.nbytes < layout.nbytes else "trailing_bytes",
+        )
+    return layout

@@ -30,15 +30,18 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def decode_chain(chain: Sequence[Blob], out: memoryview, *, check: bool = False) -> None:
+def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None = None, check: bool = False) -> None:
     """Decode the last blob of a chain.
 
     Parameters
     ----------
     chain
-        A full blob first, each then the base of the next.
+        Each the base of the next; the first a full blob, or a delta against ``base``.
     out : writable, uint8
         Where the chunk goes; its content is undefined if this raises.
+    base
+        The decoded bytes of the chunk that the first blob's base names, if it is a delta; apart from ``out``. It is
+        the caller's word that they are: a chunk that leans on it is to be checked.
     check
         Whether to compute the chunk's id again and compare it: costs 50-80 % of a decode.
 
@@ -47,9 +50,8 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, check: bool = False)
     CorruptionError
         A payload breaks a rule of its encoding, the chain does not fit together, or (with ``check``) the id differs.
     """
-    base: Buffer | None = None
     for at, blob in enumerate(chain):
-        if (blob.base is None) != (at == 0) or (at > 0 and blob.base != chain[at - 1].chunk):
+        if (blob.base is None) != (base is None) or (at > 0 and blob.base != chain[at - 1].chunk):
             raise CorruptionError("a chain of deltas does not fit together", kind="bad_chain")
         last = at == len(chain) - 1
         target = out if last else _scratch.buffer(at % 2, blob.decoded_nbytes)

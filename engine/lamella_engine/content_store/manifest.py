@@ -132,9 +132,14 @@ class Manifest:
         if (tensors, cells, nbytes, structure_id(pages)) != said:
             raise CorruptionError("a version's pages do not add up to what it says", kind="bad_manifest")
 
+    @property
+    def first_attachment_place(self) -> int:
+        """Place of the first attachment's first part in ``Description.manifest_chunks``."""
+        return self._chunk_places[-1]
+
     def attachment(self, path: str) -> bytes:
         """Return the bytes of an attachment. Raises KeyError if there is none of that path."""
-        place = self._chunk_places[-1]
+        place = self.first_attachment_place
         for attachment in self.description.attachments:
             if attachment.path == path:
                 return b"".join(self._load(place + at) for at in range(len(attachment.chunks)))

@@ -170,9 +170,9 @@ class PackedStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return [RefInfo(model, name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
 
-    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
-        return self.reader.read(id, cells)
+        return self.reader.read(id, cells, have)
 
     # -- changes ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from lamella_engine.format.digests import Context, chunk_id, digest
 from lamella_engine.format.entry import VersionAdded
 from lamella_engine.format.names import metadata_version
 from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
-from lamella_engine.model import Cell, ChunkId, VersionId
+from lamella_engine.model import Cell, ChunkId, TensorSpec, VersionId
 from lamella_engine.objects import Objects
 
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ class OpenVersion:
 
 @dataclass(frozen=True, slots=True)
 class _Located:
-    """A cell, and either its bytes, which stand in its row, or the chain of blobs that holds it."""
+    """A cell, and either its bytes, which stand in its row, or the blobs that it takes to have it."""
 
     cell: Cell
     content: bytes | None
@@ -226,26 +226,29 @@ class PackedReader:
         decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
         return out
 
-    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """See ``ContentStore.read``."""
         version = self.open(id)
+        held = None if have is None else self.open(have)
         window: list[_Located] = []
         nbytes = 0
         for cell in cells:
-            located = self._following_packs(partial(self._locate, version, cell))
+            located = self._following_packs(partial(self._locate, version, cell, held))
             window.append(located)
             nbytes += sum(link.row.encoded_nbytes for link in located.chain)
             if nbytes >= WINDOW_NBYTES or len(window) >= WINDOW_CELLS:
-                yield from self._readings(version, window)
+                yield from self._readings(version, window, held)
                 window, nbytes = [], 0
-        yield from self._readings(version, window)
+        yield from self._readings(version, window, held)
 
-    def _readings(self, version: OpenVersion, window: Sequence[_Located]) -> Iterator[Reading]:
+    def _readings(
+        self, version: OpenVersion, window: Sequence[_Located], held: OpenVersion | None
+    ) -> Iterator[Reading]:
         located = iter([window])
 
         def fetch() -> list[Reading]:
             # The second time round, when a pack was missing, every cell is located again.
-            cells = next(located, None) or [self._locate(version, item.cell) for item in window]
+            cells = next(located, None) or [self._locate(version, item.cell, held) for item in window]
             payloads = self._packs.payloads((link for item in cells for link in item.chain), self._executor)
             return [item.reading(payloads) for item in cells]
 
@@ -261,14 +264,19 @@ class PackedReader:
             self._log.refresh()
         return read()
 
-    def _locate(self, version: OpenVersion, cell: Cell) -> _Located:
+    def _locate(self, version: OpenVersion, cell: Cell, held: OpenVersion | None = None) -> _Located:
         if cell.tensor is None:
             chunk, _ = version.recorded.description.manifest_chunks[cell.number]
             return _Located(cell, None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number))))
         row = version.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
             return _Located(cell, row.content, ())
-        return _Located(cell, None, self.chain(self.copy_of_row(version, row)))
+        have = None if held is None else _chunk_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
+        if have == row.chunk:
+            return _Located(cell, None, ())
+        chain = self.chain(self.copy_of_row(version, row))
+        following = max((at for at, link in enumerate(chain, 1) if link.row.chunk == have), default=0)
+        return _Located(cell, None, chain[following:])
 
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
         """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
@@ -279,3 +287,10 @@ class PackedReader:
                 f"a chunk of {blob.row.decoded_nbytes} bytes stands where {row.nbytes} belong", kind="bad_length"
             )
         return blob
+
+
+def _chunk_of(manifest: Manifest, spec: TensorSpec, number: int) -> ChunkId | None:
+    """Return the chunk of a cell, or None if the version has no such tensor or keeps the cell in its row."""
+    if not manifest.has(spec.name) or manifest.spec(spec.name) != spec:
+        return None
+    return manifest.row(spec.name, number).chunk

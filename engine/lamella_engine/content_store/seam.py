@@ -32,7 +32,8 @@ class Reading(NamedTuple):
 
     cell: Cell
     chain: tuple[Blob, ...]
-    """A full blob first, each then the base of the next; the last decodes to the cell."""
+    """Each the base of the next; the last decodes to the cell. The first is a full blob, or a delta against the chunk
+    that the caller said to hold. Empty if the caller holds the cell's own chunk."""
 
 
 class Missing(NamedTuple):
@@ -95,8 +96,12 @@ class ContentStore(Protocol):
     def refs(self, model: str) -> list[RefInfo]:
         """Return the refs of a model by name."""
 
-    def read(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[Reading]:
+    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
+
+        ``have`` is a version whose cells the caller holds. Where it has a tensor of the same name, dtype and shape, and
+        the chunk that stands in its cell occurs in the chain, only what follows that chunk is read and yielded. A cell
+        that stands in its row comes whole all the same.
 
         Raises TensorNotFoundError, or CorruptionError for a chunk that is missing or damaged.
         """

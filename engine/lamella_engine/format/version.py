@@ -34,6 +34,8 @@ class AttachmentPages:
     role: AttachmentRole
     chunks: tuple[tuple[ChunkId, int], ...]
     """Its bytes in order: id and length of each chunk."""
+    prefix: str = ""
+    """What tensors' names have in the version before the names that this header gives them."""
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +107,7 @@ class Locator:
 
 
 _DESCRIPTION = {
-    "attachments": [{"chunks": [(str, int)], "path": str, "role": str}],
+    "attachments": [{"chunks": [(str, int)], "path": str, "prefix": str, "role": str}],
     "author": str,
     "created": str,
     "format": int,
@@ -142,6 +144,7 @@ def encode_description(description: Description) -> bytes:
                 {
                     "chunks": [[chunk.hex(), nbytes] for chunk, nbytes in item.chunks],
                     "path": item.path,
+                    "prefix": item.prefix,
                     "role": item.role,
                 }
                 for item in description.attachments
@@ -227,7 +230,7 @@ def _description(value: Any, what: str) -> Description:
         if item["role"] not in get_args(AttachmentRole):
             raise UnsupportedFormatError(f"{what} has an attachment of role {item['role']!r}: upgrade lamella")
         chunks = tuple((_chunk(chunk, what), nbytes) for chunk, nbytes in item["chunks"])
-        attachments.append(AttachmentPages(item["path"], item["role"], chunks))
+        attachments.append(AttachmentPages(item["path"], item["role"], chunks, item["prefix"]))
     pages = tuple(
         StructurePage(
             _chunk(chunk, what),

@@ -1,0 +1,216 @@
+"""The files of a version: which there are, and any bytes of them, decoding only the cells that hold those.
+
+Files that were pushed are there byte for byte. Tensors that were pushed from memory are ``model.safetensors``.
+"""
+
+import json
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+from lamella_engine.checkpoints import SafetensorsLayout, check_attachment_paths
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError
+from lamella_engine.format.version import AttachmentPages
+from lamella_engine.model import Attachment, Buffer, Cell, TensorSpec, VersionId
+from lamella_engine.reading import Reader
+
+CANONICAL_FILE = "model.safetensors"
+"""The file that tensors become which were in none: the name under which every tool looks for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of a file's bytes that cells hold."""
+
+    start: int
+    """Its first byte in the file."""
+    nbytes: int
+    cells: "TensorSpec | tuple[int, tuple[int, ...]]"
+    """A tensor; or parts of an attachment: the place of the first in the manifest, and the length of each."""
+
+    def overlapping(self, start: int, stop: int) -> Iterator[tuple[Cell, int]]:
+        """Yield the cells that hold any of the file's bytes ``start`` to ``stop``, each with its place in the file."""
+        start, stop = max(start - self.start, 0), min(stop - self.start, self.nbytes)
+        if isinstance(self.cells, TensorSpec):
+            grid = self.cells.grid
+            for number in grid.cells_between(start, stop):
+                yield Cell(self.cells.name, number), self.start + grid.region(number).start
+            return
+        place, lengths = self.cells
+        for at, (begin, length) in enumerate(zip(accumulate(lengths, initial=0), lengths, strict=False)):
+            if begin < stop and begin + length > start:
+                yield Cell(None, place + at), self.start + begin
+
+
+@dataclass(frozen=True, slots=True)
+class VersionFile:
+    """One file of a version."""
+
+    path: str
+    """Relative, ``/`` between parts; safe to create below a directory."""
+    nbytes: int
+    head: bytes
+    """Its first bytes, if they are held here: the header of a safetensors file."""
+    parts: tuple[_Part, ...]
+    """What follows, without a hole."""
+
+
+class VersionFiles:
+    """Reads the files of a version. Safe for several threads.
+
+    Parameters
+    ----------
+    reader
+        What decodes.
+    version
+        The version's id.
+    """
+
+    def __init__(self, reader: Reader, version: VersionId) -> None:
+        self._reader = reader
+        self._version = version
+        self._manifest = reader.store.manifest(version)
+
+    @cached_property
+    def files(self) -> dict[str, VersionFile]:
+        """Every file by its path, in order of paths.
+
+        Raises
+        ------
+        CorruptionError
+            As :meth:`check` does.
+        InvalidInputError
+            Tensors are in no file, and safetensors files cannot hold them (``unknown_dtype``).
+        """
+        found = dict(self._attached)
+        if self._loose:
+            file = canonical_file(list(self._manifest.specs()))
+            found[file.path] = file
+        return dict(sorted(found.items()))
+
+    def check(self) -> None:
+        """Raise CorruptionError (``bad_attachment``) if an attachment cannot become a file.
+
+        Either its path is unsafe, or the headers together lay out other tensors than the version has.
+        """
+        _ = self._attached
+
+    @property
+    def _loose(self) -> bool:
+        """Whether the tensors are in none of the files that were pushed."""
+        headers = any(item.role == "safetensors_header" for item in self._manifest.description.attachments)
+        return not headers and self._manifest.description.tensor_count > 0
+
+    @cached_property
+    def _attached(self) -> dict[str, VersionFile]:
+        """The files that were pushed, by path."""
+        attachments = self._manifest.description.attachments
+        try:
+            check_attachment_paths([item.path for item in attachments] + [CANONICAL_FILE] * self._loose)
+        except InvalidInputError as error:
+            raise CorruptionError(f"the version's attachments are damaged: {error}", kind="bad_attachment") from None
+        found: dict[str, VersionFile] = {}
+        covered: set[str] = set()
+        places = accumulate((len(item.chunks) for item in attachments), initial=self._manifest.first_attachment_place)
+        for item, place in zip(attachments, places, strict=False):
+            lengths = tuple(nbytes for _, nbytes in item.chunks)
+            if item.role == "file":
+                found[item.path] = VersionFile(item.path, item.nbytes, b"", (_Part(0, item.nbytes, (place, lengths)),))
+            else:
+                found[item.path] = self._weights(item, self._manifest.attachment(item.path), covered)
+        missing = self._manifest.description.tensor_count - len(covered)
+        if missing and not self._loose:
+            raise CorruptionError(f"{missing} tensors are in none of the version's files", kind="bad_attachment")
+        return found
+
+    def _weights(self, item: AttachmentPages, header: bytes, covered: set[str]) -> VersionFile:
+        """Return a safetensors file; enter its tensors into those that are covered."""
+        try:
+            layout = SafetensorsLayout.from_header(header)
+        except (InvalidInputError, LimitError) as error:
+            raise CorruptionError(f"the header of {item.path!r} is damaged: {error}", kind="bad_attachment") from None
+        for spec in layout.named(item.prefix):
+            if spec.name in covered or not self._manifest.has(spec.name) or self._manifest.spec(spec.name) != spec:
+                raise CorruptionError(
+                    f"the header of {item.path!r} is of other tensors than its version", kind="bad_attachment"
+                )
+            covered.add(spec.name)
+        return _weights_file(item.path, layout, item.prefix)
+
+    def __getitem__(self, path: str) -> VersionFile:
+        try:
+            return self.files[path]
+        except KeyError:
+            raise NotFoundError(
+                f"the version has no file {path!r}: its files are {', '.join(list(self.files)[:5])}",
+                kind="file_not_found",
+                path=path,
+            ) from None
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return bytes of a file; raises NotFoundError (``file_not_found``)."""
+        return b"".join(self.parts(self[path], start, stop))
+
+    def parts(self, file: VersionFile, start: int = 0, stop: int | None = None) -> Iterator[Buffer]:
+        """Yield the bytes of a file from ``start`` to before ``stop``, piece by piece.
+
+        Each piece is valid until the next is asked for.
+        """
+        start, stop, _ = slice(start, stop).indices(file.nbytes)
+        if start < min(stop, len(file.head)):
+            yield memoryview(file.head)[start:stop]
+        starts = [part.start for part in file.parts]
+        first = max(bisect_right(starts, start) - 1, 0)
+        last = bisect_right(starts, stop - 1)
+        begins: deque[int] = deque()
+
+        def cells() -> Iterator[Cell]:
+            for part in file.parts[first:last]:
+                for cell, begin in part.overlapping(start, stop):
+                    begins.append(begin)
+                    yield cell
+
+        for _, data in self._reader.stream(self._version, cells()):
+            begin = begins.popleft()
+            yield data[max(start - begin, 0) : stop - begin]
+
+
+def check_files(attachments: Sequence[Attachment], *, has_tensors: bool) -> None:
+    """Raise InvalidInputError (``bad_path``, ``duplicate_path``) unless these can be the files of one version.
+
+    Without a safetensors file among them, tensors take the name ``model.safetensors``.
+    """
+    loose = has_tensors and all(item.role == "file" for item in attachments)
+    check_attachment_paths([item.path for item in attachments] + [CANONICAL_FILE] * loose)
+
+
+def selected_files(specs: Sequence[TensorSpec]) -> list[VersionFile]:
+    """Return the files that a selection of tensors becomes: one file, and an index that says so.
+
+    Raises InvalidInputError if nothing is selected (``empty_selection``), or as :func:`canonical_file` does.
+    """
+    if not specs:
+        raise InvalidInputError("no tensor is selected, so there is no file to write", kind="empty_selection")
+    weight_map = dict.fromkeys(sorted(spec.name for spec in specs), CANONICAL_FILE)
+    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+    data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return [canonical_file(specs), VersionFile(f"{CANONICAL_FILE}.index.json", len(data), data, ())]
+
+
+def canonical_file(specs: Sequence[TensorSpec]) -> VersionFile:
+    """Return the one file that tensors become which are in none.
+
+    Raises InvalidInputError for tensors that safetensors files cannot hold (``unknown_dtype``).
+    """
+    return _weights_file(CANONICAL_FILE, SafetensorsLayout.canonical(specs), "")
+
+
+def _weights_file(path: str, layout: SafetensorsLayout, prefix: str) -> VersionFile:
+    parts = tuple(
+        _Part(tensor.start, tensor.stop - tensor.start, replace(tensor.spec, name=prefix + tensor.spec.name))
+        for tensor in layout.tensors
+    )
+    return VersionFile(path, layout.nbytes, layout.header, parts)
