@@ -29,6 +29,7 @@ from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import Progress, RefInfo
 from lamella_engine.repository import Diff, Repository, Stats, init
 from lamella_engine.repository import open_repository as open
+from lamella_engine.transaction import Transaction
 from lamella_engine.versions import LazyTensor, Version
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Stats",
     "StorageError",
     "TensorNotFoundError",
+    "Transaction",
     "UnsupportedFormatError",
     "Verification",
     "Version",

@@ -96,18 +96,25 @@ class ThreadExecutor:
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """See :class:`Executor`."""
-        running: deque[Future[Result]] = deque()
+        running: deque[tuple[Future[Result], Item]] = deque()
+
+        def oldest() -> Result:
+            future, item = running.popleft()
+            # What no thread has begun is done here: all threads may be waiting for this very map, as when a source
+            # that is pushed is itself read from a repository.
+            return function(item) if future.cancel() else future.result()
+
         try:
             for item in items:
-                running.append(self.submit(partial(function, item)))
+                running.append((self.submit(partial(function, item)), item))
                 if len(running) > self._ahead:
-                    yield running.popleft().result()
+                    yield oldest()
             while running:
-                yield running.popleft().result()
+                yield oldest()
         finally:
-            for future in running:
+            for future, _ in running:
                 future.cancel()
-            for future in running:
+            for future, _ in running:
                 if not future.cancelled():
                     future.exception()
 

@@ -12,7 +12,7 @@ from lamella_engine.checkpoints import NewFile, open_checkpoint, to_numpy, write
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
-from lamella_engine.content_store.seam import RefUpdate
+from lamella_engine.content_store.seam import Push, RefUpdate
 from lamella_engine.distance import Distance, measure
 from lamella_engine.errors import InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
@@ -25,6 +25,7 @@ from lamella_engine.objects.local import LocalObjects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.torch_tensors import to_torch
+from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import VersionFiles, check_files, selected_files
 from lamella_engine.versions import Version
 
@@ -148,17 +149,52 @@ class Repository:
             The store did not say whether the version was recorded.
         """
         model, branch = parse_target(target)
-        notes = Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
-        canonical.dumps([recipe])  # as deep as it will stand; refused now, not after the upload
+        notes = _notes(message, metrics, recipe)
         attached = _attachments(files)
         with open_checkpoint(source) as checkpoint:
             if not checkpoint.structure and not checkpoint.attachments and not attached:
                 raise InvalidInputError("there is nothing to push: the source has no tensors", kind="empty_source")
             check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
             base = None if parent is None else self._store.resolve(parent)
-            push = self._store.begin(model, branch, parent=base, push_id=new_push_id())
+            push = self._begin(model, branch, base)
             recorded = push_checkpoint(push, checkpoint, self._executor, notes, files=attached, progress=progress)
         return Version(recorded, self._reader)
+
+    def transaction(
+        self,
+        target: str,
+        *,
+        message: str = "",
+        parent: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        recipe: Any = None,
+    ) -> "Transaction":
+        """Write a version through Zarr; the parameters are those of :meth:`push`.
+
+        >>> import lamella, numpy as np
+        >>> repo = lamella.init("memory://transaction")
+        >>> with repo.transaction("demo@main", message="first") as group:
+        ...     array = group.create_array("w", shape=(2, 3), dtype="float32")
+        ...     array[:] = 1
+        >>> repo.version("demo@main")["w"][0]
+        array([1., 1., 1.], dtype=float32)
+
+        The block gets an empty, writable ``zarr.Group``. Its arrays are the version's tensors when the block ends,
+        whatever their chunks and codecs; after an exception nothing is recorded. Arrays wait in a temporary directory
+        until then (TMPDIR says where). Attributes and dimension names are not kept.
+
+        Raises
+        ------
+        ConflictError
+            At the end: the branch moved meanwhile.
+        """
+        model, branch = parse_target(target)
+        notes = _notes(message, metrics, recipe)
+        base = None if parent is None else self._store.resolve(parent)
+        return Transaction(self._reader, self._executor, notes, lambda: self._begin(model, branch, base))
+
+    def _begin(self, model: str, branch: str, parent: VersionId | None) -> Push:
+        return self._store.begin(model, branch, parent=parent, push_id=new_push_id())
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -185,6 +221,7 @@ class Repository:
         into: Mapping[str, Any] | None = None,
         have: str | None = None,
         framework: Literal["numpy", "torch"] = "numpy",
+        format: Literal["files", "zarr"] = "files",
         overwrite: bool = False,
         verify: Literal["blob", "chunk"] = "blob",
         progress: Callable[[Progress], None] | None = None,
@@ -209,6 +246,8 @@ class Repository:
             is checked.
         framework
             What tensors are returned as, without ``into``.
+        format
+            What ``out`` gets: files, as said above, or a plain Zarr v3 hierarchy of the tensors.
         overwrite
             Whether files that are there, and differ, may be replaced.
         verify
@@ -235,8 +274,11 @@ class Repository:
         CorruptionError
             Stored bytes are damaged; nothing half-written is left.
         """
-        if framework not in ("numpy", "torch") or verify not in ("blob", "chunk"):
-            raise InvalidInputError("framework is 'numpy' or 'torch', verify is 'blob' or 'chunk'", kind="bad_option")
+        if framework not in ("numpy", "torch") or verify not in ("blob", "chunk") or format not in ("files", "zarr"):
+            raise InvalidInputError(
+                "framework is 'numpy' or 'torch', format is 'files' or 'zarr', verify is 'blob' or 'chunk'",
+                kind="bad_option",
+            )
         id = self._store.resolve(revision)
         reader = Reader(self._store, self._executor, check=verify == "chunk")
         if (into is not None and out is not None) or (into is None and have is not None):
@@ -251,6 +293,12 @@ class Repository:
             specs = select(include, exclude).tensors(self._store.manifest(id))
             convert = to_torch if framework == "torch" else to_numpy
             return {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in reader.tensors(id, specs)}
+        if format == "zarr":
+            from lamella_engine.zarr_store import VersionStore  # on use: zarr takes 0.4 s to import
+
+            store = VersionStore(reader, id, select(include, exclude).tensors(self._store.manifest(id)), {})
+            keys = (NewFile(key, len(data), partial(list, [data])) for key, data in store.files())
+            return write_files(Path(out), keys, overwrite=overwrite)
         files = VersionFiles(reader, id)
         if include is None and exclude is None:
             wanted = list(files.files.values())
@@ -378,6 +426,11 @@ def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
         if not isinstance(path, str) or not isinstance(data, bytes):
             raise InvalidInputError("files are bytes by path: {'config.json': b'...'}", kind="bad_value")
     return [Attachment.of_bytes(path, "file", data) for path, data in dict(files or {}).items()]
+
+
+def _notes(message: str, metrics: Mapping[str, float] | None, recipe: Any) -> Notes:
+    canonical.dumps([recipe])  # as deep as it will stand; refused now, not after the upload
+    return Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
 
 
 def _text(message: str) -> str:

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lamella_engine.version_files import VersionFiles
 
 if TYPE_CHECKING:
     import torch
+    import zarr
 
 
 class LazyTensor:
@@ -226,7 +228,27 @@ class Version(Mapping[str, LazyTensor]):
 
         Tensors that were pushed from memory are the file ``model.safetensors``. Raises NotFoundError.
         """
-        return VersionFiles(self._reader, self.id).read(path, start, stop)
+        return self._files.read(path, start, stop)
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """Path and length in bytes of each file that a checkout writes, by path."""
+        return {path: file.nbytes for path, file in self._files.files.items()}
+
+    @cached_property
+    def _files(self) -> VersionFiles:
+        return VersionFiles(self._reader, self.id)
+
+    def zarr(self) -> "zarr.Group":
+        """Open the version as a Zarr v3 group of arrays: read-only, each chunk decoded when it is touched.
+
+        Names of arrays are those of tensors, percent-encoded where Zarr cannot hold them; ``array.attrs["lamella"]``
+        has the original. Chunks are the cells of the grid.
+        """
+        from lamella_engine.zarr_store import open_group
+
+        about = {"model": self.model, "number": self.number, "version": self.id, "parameters": self.parameters_id}
+        return open_group(self._reader, self.id, self._manifest.specs(), {"lamella": about})
 
     @property
     def nbytes(self) -> int:

@@ -122,11 +122,10 @@ def fill_from_json(dtype: Dtype, value: object) -> bytes:
         return b"".join(_float_bits(dtype_named(f"float{dtype.lane * 8}"), part) for part in value)
     if dtype.floating and not dtype.name.startswith("complex"):
         return _float_bits(dtype, value)
-    if dtype.name.lstrip("u").startswith("int") and type(value) in (int, float) and value == value // 1:  # type: ignore[operator]
-        signed = dtype.name.startswith("int")
-        low, high = (-(1 << dtype.bits - 1), 1 << dtype.bits - 1) if signed else (0, 1 << dtype.bits)
-        if low <= value < high:  # type: ignore[operator]
-            return int(cast("int", value)).to_bytes(dtype.bits // 8, "little", signed=signed)
+    if not dtype.floating and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        limits = np.iinfo(cast("Any", dtype.numpy)) if dtype.name != "bool" else None
+        if limits is not None and limits.min <= value <= limits.max:
+            return int(value).to_bytes(dtype.bits // 8, "little", signed=limits.min < 0)
     raise _bad_fill(dtype, value)
 
 
@@ -137,7 +136,7 @@ def _float_bits(dtype: Dtype, value: object) -> bytes:
             return bytes.fromhex(found[1])[::-1]
         number = _NAMED.get(value)
     else:
-        number = float(value) if isinstance(value, float) or type(value) is int and abs(value) < 1 << 1000 else None
+        number = float(value) if isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000) else None
     if number is None:
         raise _bad_fill(dtype, value)
     with np.errstate(all="ignore"):
@@ -166,7 +165,7 @@ def fill_to_json(dtype: Dtype, bits: bytes) -> "JSON":
         return int(element)
     number = float(element)
     for name, meant in _NAMED.items():
-        if (number == meant or isnan(number) and isnan(meant)) and bits == _float_bits(dtype, name):
+        if (number == meant or (isnan(number) and isnan(meant))) and bits == _float_bits(dtype, name):
             return name
     return f"0x{bits[::-1].hex()}" if isnan(number) else number
 
@@ -244,10 +243,12 @@ class BFloat16(_MlFloat, HasEndianness):
     _zarr_v3_name: ClassVar[str] = "bfloat16"
 
     def to_native_dtype(self) -> "np.dtype[Any]":
+        """See :class:`zarr.dtype.ZDType`."""
         return super().to_native_dtype().newbyteorder(">" if self.endianness == "big" else "<")
 
     @classmethod
     def from_native_dtype(cls, dtype: "np.dtype[Any]") -> Self:
+        """See :class:`zarr.dtype.ZDType`."""
         super().from_native_dtype(dtype.newbyteorder("="))
         orders: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
         return cls(endianness=orders.get(dtype.byteorder, sys.byteorder))

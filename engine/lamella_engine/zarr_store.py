@@ -124,7 +124,7 @@ class VersionStore(Store):
             if cell is None:
                 return None
             data = await asyncio.to_thread(self._chunk, cell)
-        return prototype.buffer.from_bytes(memoryview(data)[_bounds(byte_range, len(data))])  # type: ignore[arg-type]
+        return prototype.buffer.from_bytes(memoryview(data)[_bounds(byte_range, len(data))])
 
     async def get_partial_values(
         self, prototype: "BufferPrototype", key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -153,13 +153,9 @@ class VersionStore(Store):
         yield from self._documents.items()
         for name, node in self._nodes.items():
             cells = (Cell(node.spec.name, number) for number in range(node.spec.grid.cell_count))
-            padded = bytearray(node.nbytes)
             for key, (_, data) in zip(node.keys(), self._reader.stream(self._version, cells), strict=True):
-                if len(data) < node.nbytes:
-                    padded[:] = bytes(node.nbytes)
-                    padded[: len(data)] = data
-                    data = memoryview(padded)
-                yield f"{name}/{key}", data
+                padding = bytes(node.nbytes - len(data))
+                yield f"{name}/{key}", b"".join([data, padding]) if padding else data
 
     def _cell(self, key: str) -> Cell | None:
         """Return the cell whose chunk has this key, or None if no chunk has."""
