@@ -7,6 +7,7 @@
 array([0., 0.], dtype=float32)
 """
 
+from lamella_engine.cost import Cost
 from lamella_engine.distance import Distance
 from lamella_engine.errors import (
     AlreadyExistsError,
@@ -36,6 +37,7 @@ __all__ = [
     "AlreadyExistsError",
     "ConflictError",
     "CorruptionError",
+    "Cost",
     "Diff",
     "Distance",
     "InvalidInputError",

@@ -17,6 +17,7 @@ from lamella_engine.content_store.seam import Reading
 from lamella_engine.dtypes import Dtype, dtype_of_numpy
 from lamella_engine.errors import CorruptionError, InvalidInputError
 from lamella_engine.executor import map_batched
+from lamella_engine.format.digests import chunk_id
 from lamella_engine.model import Cell, TensorSpec, VersionId
 from lamella_engine.reading import CellPair, Reader, Selection
 from lamella_engine.torch_tensors import (
@@ -114,7 +115,7 @@ class _Filling:
                     yield cell
 
         def readings() -> Iterator[Reading]:
-            for reading in self._reader.store.read(self._version, cells(), self._have):
+            for reading in self._reader.read(self._version, cells(), self._have):
                 if reading.chain:
                     touched.add(reading.cell.tensor or "")
                 yield reading
@@ -149,8 +150,7 @@ class _Filling:
         try:
             if not chain:
                 row = self._reader.store.manifest(self._version).row(cell.tensor or "", cell.number)
-                assert row.chunk is not None  # a cell that stands in its row always comes whole
-                check_chunk(row.chunk, held)
+                check_chunk(chunk_id(row.content) if row.chunk is None else row.chunk, held)
                 return
             out = _staging.left.data[: region.nbytes]
             decode_chain(chain, out, base=held, check=True)
@@ -320,7 +320,7 @@ def _memory_of_array(array: Array) -> _Memory:
 
 def _plain(array: Array) -> Array:
     """View elements of ml_dtypes as integers, which NumPy copies fast, without the GIL, and in either byte order."""
-    if array.dtype.newbyteorder("<").isbuiltin == 1:
+    if np.dtype(array.dtype.type).isbuiltin == 1:
         return array
     return array.view(np.dtype(f"u{array.itemsize}").newbyteorder(array.dtype.byteorder))
 

@@ -44,7 +44,9 @@ class Selection:
         if self.include is None:
             wanted = {spec.name: spec for spec in manifest.specs()}
         for pattern in self.include or ():
-            found = [spec for spec in manifest.specs(_literal(pattern)) if fnmatchcase(spec.name, pattern)]
+            literal = _literal(pattern)
+            glob = literal != pattern
+            found = [spec for spec in manifest.specs(literal) if fnmatchcase(spec.name, pattern)] if glob else []
             if manifest.has(pattern):  # a name may hold what a glob would take for a wildcard
                 found.append(manifest.spec(pattern))
             if not found:
@@ -103,11 +105,21 @@ class Reader:
         What decodes them.
     check
         Whether to compute every chunk's id again.
+    watch
+        Is told of everything that is read, in the caller's thread, before it is decoded.
     """
 
     store: ContentStore
     executor: Executor
     check: bool = False
+    watch: Callable[[Reading], None] | None = None
+
+    def read(self, version: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
+        """Yield what ``ContentStore.read`` does."""
+        for reading in self.store.read(version, cells, have):
+            if self.watch is not None:
+                self.watch(reading)
+            yield reading
 
     def read_into(self, version: VersionId, targets: Iterable[tuple[Cell, memoryview]]) -> None:
         """Decode each cell into its target, which is writable and exactly as long as the cell.
@@ -124,7 +136,7 @@ class Reader:
         def decode(reading: Reading) -> None:
             decode_chain(reading.chain, places.pop(reading.cell), check=self.check)
 
-        for _ in self._decoded(decode, self.store.read(version, cells())):
+        for _ in self._decoded(decode, self.read(version, cells())):
             pass
 
     def _decoded(self, decode: Callable[[Reading], Result], readings: Iterable[Reading]) -> Iterator[Result]:
@@ -143,7 +155,7 @@ class Reader:
             decode_chain(reading.chain, out, check=self.check)
             return reading.cell, out, memory
 
-        for cell, out, memory in self._decoded(decode, self.store.read(version, cells)):
+        for cell, out, memory in self._decoded(decode, self.read(version, cells)):
             yield cell, out
             free.append(memory)
 
@@ -168,7 +180,7 @@ class Reader:
                 decoded.append(out)
             return function(pair[0].cell, *decoded)
 
-        pairs = zip(self.store.read(a, ours), self.store.read(b, theirs), strict=True)
+        pairs = zip(self.read(a, ours), self.read(b, theirs), strict=True)
         return map_batched(self.executor, decode, pairs, nbytes=lambda pair: pair[0].chain[-1].decoded_nbytes)
 
     def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:

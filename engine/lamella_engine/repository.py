@@ -1,7 +1,7 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,14 +12,15 @@ from lamella_engine.checkpoints import NewFile, open_checkpoint, to_numpy, write
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
-from lamella_engine.content_store.seam import Push, RefUpdate
+from lamella_engine.content_store.seam import Push, Reading, RefUpdate
+from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance, measure
 from lamella_engine.errors import InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.filling import fill
 from lamella_engine.format import canonical
 from lamella_engine.maintenance import Verification
-from lamella_engine.model import Attachment, Buffer, Progress, RefInfo, RefKind, VersionId
+from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
 from lamella_engine.objects import Objects, open_objects
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.pushing import Notes, push_checkpoint
@@ -254,7 +255,7 @@ class Repository:
             ``"blob"`` checks the digest of everything that is read; ``"chunk"`` also computes the id of what it
             decodes to.
         progress
-            Is called, in this thread, with how far the writing of files is.
+            Is called, in this thread, with how far the checkout is.
 
         Returns
         -------
@@ -279,33 +280,46 @@ class Repository:
                 "framework is 'numpy' or 'torch', format is 'files' or 'zarr', verify is 'blob' or 'chunk'",
                 kind="bad_option",
             )
-        id = self._store.resolve(revision)
-        reader = Reader(self._store, self._executor, check=verify == "chunk")
         if (into is not None and out is not None) or (into is None and have is not None):
             raise InvalidInputError(
                 "tensors go into files (out) or into memory (into), and have says what that memory holds",
                 kind="bad_option",
             )
-        if into is not None:
-            held = None if have is None else self._store.resolve(have)
-            return fill(reader, id, into, select(include, exclude), have=held)
-        if out is None:
-            specs = select(include, exclude).tensors(self._store.manifest(id))
-            convert = to_torch if framework == "torch" else to_numpy
-            return {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in reader.tensors(id, specs)}
-        if format == "zarr":
-            from lamella_engine.zarr_store import VersionStore  # on use: zarr takes 0.4 s to import
-
-            store = VersionStore(reader, id, select(include, exclude).tensors(self._store.manifest(id)), {})
-            keys = (NewFile(key, len(data), partial(list, [data])) for key, data in store.files())
-            return write_files(Path(out), keys, overwrite=overwrite)
+        id = self._store.resolve(revision)
+        meter = _Meter(progress or (lambda _: None))
+        reader = Reader(self._store, self._executor, check=verify == "chunk", watch=progress and meter.watch)
+        selection = select(include, exclude)
         files = VersionFiles(reader, id)
-        if include is None and exclude is None:
+        found: dict[str, Any]
+        if out is not None and format == "files" and include is None and exclude is None:
             wanted = list(files.files.values())
+            meter.total_nbytes = sum(file.nbytes - len(file.head) for file in wanted)
+            found = write_files(Path(out), files.new_files(wanted), overwrite=overwrite)
         else:
-            wanted = selected_files(list(select(include, exclude).tensors(self._store.manifest(id))))
-        new = [NewFile(file.path, file.nbytes, partial(files.parts, file)) for file in wanted]
-        return write_files(Path(out), _reporting(new, progress), overwrite=overwrite)
+            specs = list(selection.tensors(self._store.manifest(id)))
+            meter.total_nbytes = sum(spec.nbytes for spec in specs)
+            if out is not None and format == "files":
+                found = write_files(Path(out), files.new_files(selected_files(specs)), overwrite=overwrite)
+            elif out is not None:
+                from lamella_engine.zarr_store import VersionStore  # on use: zarr takes 0.4 s to import
+
+                keys = VersionStore(reader, id, specs, {}).files()
+                new = (NewFile(key, len(data), partial(list, [data])) for key, data in keys)
+                found = write_files(Path(out), new, overwrite=overwrite)
+            elif into is not None:
+                held = None if have is None else self._store.resolve(have)
+                found = fill(reader, id, into, selection, have=held)
+            else:
+                convert = to_torch if framework == "torch" else to_numpy
+                tensors = reader.tensors(id, specs)
+                found = {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in tensors}
+        meter.finish()
+        return found
+
+    def cost(self, revision: str, *, include: Patterns = None, exclude: Patterns = None) -> Cost:
+        """Say what the selected tensors take to keep, and what a checkout of them would read; reads no weights."""
+        id = self._store.resolve(revision)
+        return cost_of(self._store, id, select(include, exclude).tensors(self._store.manifest(id)))
 
     def log(self, revision: str) -> Iterator[Version]:
         """Yield a version and its ancestors along first parents, newest first."""
@@ -405,20 +419,24 @@ class Repository:
         return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
 
 
-def _reporting(files: list[NewFile], progress: Callable[[Progress], None] | None) -> Iterator[NewFile]:
-    """Yield files whose parts tell, when they are used, how far the whole is."""
-    total = sum(file.nbytes for file in files)
-    done = 0
+class _Meter:
+    """Tells how far a checkout is."""
 
-    def told(parts: Callable[[], Iterable[Buffer]]) -> Iterator[Buffer]:
-        nonlocal done
-        for part in parts():
-            yield part
-            done += len(part)
-            if progress is not None:
-                progress(Progress(done, total, 0))
+    def __init__(self, progress: Callable[[Progress], None]) -> None:
+        self.total_nbytes = 0
+        self._progress = progress
+        self._done_nbytes = 0
+        self._read_nbytes = 0
 
-    return (replace(file, parts=partial(told, file.parts)) for file in files)
+    def watch(self, reading: Reading) -> None:
+        """Count what was read, and tell."""
+        self._read_nbytes += sum(len(blob.payload) for blob in reading.chain)
+        self._done_nbytes += reading.chain[-1].decoded_nbytes if reading.chain else 0
+        self._progress(Progress(min(self._done_nbytes, self.total_nbytes), self.total_nbytes, self._read_nbytes))
+
+    def finish(self) -> None:
+        """Tell that all is done: also what needed no reading."""
+        self._progress(Progress(self.total_nbytes, self.total_nbytes, self._read_nbytes))
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:

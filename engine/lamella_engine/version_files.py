@@ -6,12 +6,12 @@ Files that were pushed are there byte for byte. Tensors that were pushed from me
 import json
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
-from lamella_engine.checkpoints import SafetensorsLayout, check_attachment_paths
+from lamella_engine.checkpoints import NewFile, SafetensorsLayout, check_attachment_paths
 from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError
 from lamella_engine.format.version import AttachmentPages
 from lamella_engine.model import Attachment, Buffer, Cell, TensorSpec, VersionId
@@ -153,6 +153,10 @@ class VersionFiles:
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return bytes of a file; raises NotFoundError (``file_not_found``)."""
         return b"".join(self.parts(self[path], start, stop))
+
+    def new_files(self, files: Iterable[VersionFile]) -> Iterator[NewFile]:
+        """Yield files as they can be written."""
+        return (NewFile(file.path, file.nbytes, partial(self.parts, file)) for file in files)
 
     def parts(self, file: VersionFile, start: int = 0, stop: int | None = None) -> Iterator[Buffer]:
         """Yield the bytes of a file from ``start`` to before ``stop``, piece by piece.

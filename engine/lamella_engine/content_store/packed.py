@@ -12,7 +12,7 @@ from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.revisions import Revision, parse_revision
-from lamella_engine.content_store.seam import Reading, Recorded, RefUpdate
+from lamella_engine.content_store.seam import Reading, Recorded, RefUpdate, Stored
 from lamella_engine.content_store.state import State
 from lamella_engine.errors import (
     AlreadyExistsError,
@@ -173,6 +173,10 @@ class PackedStore:
     def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return self.reader.read(id, cells, have)
+
+    def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        return self.reader.locate(id, cells)
 
     # -- changes ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest, Row
 from lamella_engine.content_store.packs import Packs, StoredBlob, as_blob
-from lamella_engine.content_store.seam import Blob, Parent, Reading, Recorded
+from lamella_engine.content_store.seam import Blob, Parent, Reading, Recorded, Stored
 from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError, VersionNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.digests import Context, chunk_id, digest
@@ -241,6 +241,14 @@ class PackedReader:
                 window, nbytes = [], 0
         yield from self._readings(version, window, held)
 
+    def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
+        """See ``ContentStore.locate``."""
+        version = self.open(id)
+        for cell in cells:
+            chain = self._following_packs(partial(self._locate, version, cell)).chain
+            rows = (link.row for link in chain)
+            yield cell, tuple(Stored(row.chunk, row.decoded_nbytes, row.encoded_nbytes) for row in rows)
+
     def _readings(
         self, version: OpenVersion, window: Sequence[_Located], held: OpenVersion | None
     ) -> Iterator[Reading]:
@@ -269,11 +277,11 @@ class PackedReader:
             chunk, _ = version.recorded.description.manifest_chunks[cell.number]
             return _Located(cell, None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number))))
         row = version.manifest.row(cell.tensor, cell.number)
+        have = None if held is None else _content_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
+        if have == row.content:
+            return _Located(cell, None, ())
         if row.chunk is None:
             return _Located(cell, row.content, ())
-        have = None if held is None else _chunk_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
-        if have == row.chunk:
-            return _Located(cell, None, ())
         chain = self.chain(self.copy_of_row(version, row))
         following = max((at for at, link in enumerate(chain, 1) if link.row.chunk == have), default=0)
         return _Located(cell, None, chain[following:])
@@ -289,8 +297,8 @@ class PackedReader:
         return blob
 
 
-def _chunk_of(manifest: Manifest, spec: TensorSpec, number: int) -> ChunkId | None:
-    """Return the chunk of a cell, or None if the version has no such tensor or keeps the cell in its row."""
+def _content_of(manifest: Manifest, spec: TensorSpec, number: int) -> bytes | None:
+    """Return what stands in the row of a cell, or None if the version has no such tensor."""
     if not manifest.has(spec.name) or manifest.spec(spec.name) != spec:
         return None
-    return manifest.row(spec.name, number).chunk
+    return manifest.row(spec.name, number).content

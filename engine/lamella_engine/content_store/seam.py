@@ -33,7 +33,15 @@ class Reading(NamedTuple):
     cell: Cell
     chain: tuple[Blob, ...]
     """Each the base of the next; the last decodes to the cell. The first is a full blob, or a delta against the chunk
-    that the caller said to hold. Empty if the caller holds the cell's own chunk."""
+    that the caller said to hold. Empty if the caller holds the cell already."""
+
+
+class Stored(NamedTuple):
+    """A blob as a store keeps it, without its payload."""
+
+    chunk: ChunkId
+    decoded_nbytes: int
+    encoded_nbytes: int
 
 
 class Missing(NamedTuple):
@@ -100,10 +108,15 @@ class ContentStore(Protocol):
         """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
 
         ``have`` is a version whose cells the caller holds. Where it has a tensor of the same name, dtype and shape, and
-        the chunk that stands in its cell occurs in the chain, only what follows that chunk is read and yielded. A cell
-        that stands in its row comes whole all the same.
+        the chunk that stands in its cell occurs in the chain, only what follows that chunk is read and yielded.
 
         Raises TensorNotFoundError, or CorruptionError for a chunk that is missing or damaged.
+        """
+
+    def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
+        """Yield each cell with the blobs that reading it takes, in the order of a chain, without reading them.
+
+        A cell that stands in its row takes none. Raises as :meth:`read` does.
         """
 
     def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> "Push":
