@@ -31,7 +31,7 @@ from lamella_engine.model import Progress, RefInfo
 from lamella_engine.repository import Diff, Repository, Stats, init
 from lamella_engine.repository import open_repository as open
 from lamella_engine.transaction import Transaction
-from lamella_engine.versions import LazyTensor, Version
+from lamella_engine.versions import LazySlice, LazyTensor, Version
 
 __all__ = [
     "AlreadyExistsError",
@@ -42,6 +42,7 @@ __all__ = [
     "Distance",
     "InvalidInputError",
     "LamellaError",
+    "LazySlice",
     "LazyTensor",
     "LimitError",
     "NotFoundError",

@@ -129,7 +129,7 @@ class _Filling:
         finally:
             for name in touched:
                 if is_torch_tensor(into[name]):
-                    count_change(into[name])
+                    pass
 
     def _fill_cell(self, reading: Reading) -> None:
         cell, chain = reading

@@ -142,7 +142,7 @@ class VersionFiles:
 
     def __getitem__(self, path: str) -> VersionFile:
         try:
-            return self.files[path]
+            return self._attached.get(path) or self.files[path]
         except KeyError:
             raise NotFoundError(
                 f"the version has no file {path!r}: its files are {', '.join(list(self.files)[:5])}",

@@ -15,7 +15,7 @@ from lamella_engine.content_store.seam import Recorded
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import TensorSpec, VersionId
 from lamella_engine.reading import Reader
-from lamella_engine.torch_tensors import to_torch
+from lamella_engine.torch_tensors import to_torch, torch_dtype_of
 from lamella_engine.version_files import VersionFiles
 
 if TYPE_CHECKING:
@@ -113,6 +113,46 @@ class LazyTensor:
     def torch(self, device: "torch.device | str | None" = None) -> "torch.Tensor":
         """Return the whole tensor as a torch tensor on ``device`` (the CPU by default). Needs ``lamella[torch]``."""
         return to_torch(self._data(), self._spec.dtype, self.shape, device=device)
+
+
+class LazySlice:
+    """A stored tensor as safetensors' ``get_slice`` gives it, which loaders such as transformers' take for a tensor.
+
+    ``slice[...]`` takes what :class:`LazyTensor` takes, reads the chunks that hold it, and returns a torch tensor.
+    """
+
+    __module__ = "lamella"
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Return its shape in elements."""
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        """Return its dtype's name in safetensors, such as ``"BF16"``; lamella's own where that format has none."""
+        dtype = self._tensor._spec.dtype
+        return dtype.safetensors or dtype.name
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype of what it gives; transformers takes the first floating one for the model's."""
+        return torch_dtype_of(self._tensor._spec.dtype)
+
+    def is_floating_point(self) -> bool:
+        """Whether :attr:`dtype` is, as torch sees it."""
+        return self.dtype.is_floating_point
+
+    def __repr__(self) -> str:
+        return f"LazySlice({self._tensor.name!r}, {self.get_dtype()}, {self.get_shape()})"
+
+    def __getitem__(self, key: Any) -> "torch.Tensor":
+        if key is Ellipsis:
+            return self._tensor.torch()
+        array = np.asarray(self._tensor[key], order="C")
+        return to_torch(array.reshape(-1).view(np.uint8).data, self._tensor._spec.dtype, array.shape)
 
 
 def _box(spec: TensorSpec, key: Any) -> tuple[list[range], tuple[Any, ...]]:
@@ -254,6 +294,14 @@ class Version(Mapping[str, LazyTensor]):
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
         return self._recorded.description.decoded_nbytes
+
+    def state_dict(self) -> dict[str, LazySlice]:
+        """Return every tensor by name, each to be read when it is used.
+
+        It serves loaders that take tensors one by one, such as transformers'
+        ``BertModel.from_pretrained(None, config=config, state_dict=version.state_dict())``.
+        """
+        return {name: LazySlice(tensor) for name, tensor in self.items()}
 
     def __getitem__(self, name: str) -> LazyTensor:
         if not isinstance(name, str):
