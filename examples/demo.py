@@ -7,19 +7,25 @@ REPOSITORY is a directory that does not exist yet. Run from the root of the sour
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import BertConfig, BertModel
+from transformers.utils.logging import disable_progress_bar
 
 import lamella
+import lamella.torch
 from benchmarks import corpora, minilm
 from benchmarks.corpora import Checkpoint, Precision
 
@@ -66,6 +72,10 @@ def demonstrate(family: Sequence[Checkpoint], url: str, console: Console) -> Non
         f"Verified {found.versions} versions and {found.blobs:,} blobs in {found.packs} packs: "
         f"no problem, {seconds:.2f} s.\n"
     )
+
+    console.print(_zarr_view(url, tip))
+    console.print(_directory(repo))
+    console.print(_module(url, tip))
 
     for push in pushes:
         start = time.perf_counter()
@@ -197,6 +207,71 @@ def _one_layer(url: str, revision: str) -> str:
         f"Checked out {layer} of {revision} alone: {len(tensors)} tensors, "
         f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes; "
         f"read {read:,} bytes, the deltas and what they stand on, of {repo.stats().stored_nbytes:,} stored.\n"
+    )
+
+
+def _zarr_view(url: str, revision: str) -> str:
+    """Read one array of the version as Zarr, and write a changed one back through Zarr."""
+    repo = lamella.open(url)
+    group = repo.version(revision).zarr()
+    name = "embeddings.word_embeddings.weight"
+    read_before = read_nbytes()
+    rows = np.asarray(dict(group.arrays())[name][:128])
+    read = read_nbytes() - read_before
+    if rows.tobytes() != repo.version(revision)[name][:128].tobytes():
+        raise RuntimeError("the Zarr view shows other bytes than the version")
+    with repo.transaction("minilm-zarr@main", message="written through Zarr") as written:
+        for path, array in group.arrays():
+            written.create_array(path, data=np.asarray(array[:]), attributes=array.attrs.asdict())
+    same = repo.version("minilm-zarr@main").parameters_id == repo.version(revision).parameters_id
+    if not same:
+        raise RuntimeError("what was written through Zarr is another model")
+    return (
+        f"As Zarr: {len(list(group.array_keys()))} arrays; 128 rows of {name} ({rows.nbytes:,} bytes) read {read:,}. "
+        "Copied array by array into a transaction: the same parameters id.\n"
+    )
+
+
+def _directory(repo: lamella.Repository) -> str:
+    """Push the published model as the directory that it comes in, and get every file back."""
+    folder = minilm.shipped()
+    before = repo.stats().stored_nbytes
+    version = repo.push(folder, "minilm-directory@main", message="as published")
+    stored = repo.stats().stored_nbytes - before
+    with TemporaryDirectory() as out:
+        files = repo.checkout("minilm-directory@main", out)
+        differing = [path for path, file in files.items() if sha256_of_file(file) != sha256_of_file(folder / path)]
+    if differing:
+        raise RuntimeError(f"these files came back as others: {differing}")
+    total = sum(version.file_sizes.values())
+    return f"As a directory: {len(files)} files, {total:,} bytes, came back byte for byte; {stored:,} bytes were new.\n"
+
+
+def _module(url: str, revision: str) -> str:
+    """Make a transformers model of a version without a file, then move it in place from the version before to it."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    repo = lamella.open(url)
+    version = repo.version(revision)
+    config = BertConfig(**json.loads((minilm.shipped() / "config.json").read_text()))
+    tokens = torch.arange(2000, 2032).reshape(2, 16)
+    model = BertModel.from_pretrained(None, config=config, state_dict=version.state_dict())
+    with TemporaryDirectory() as out:
+        (Path(out) / "config.json").write_text(config.to_json_string())
+        repo.checkout(revision, out)
+        other = BertModel.from_pretrained(out)
+    with torch.no_grad():
+        if not torch.equal(model(tokens).last_hidden_state, other(tokens).last_hidden_state):
+            raise RuntimeError("the model that was made without a file answers otherwise")
+    load = partial(lamella.torch.load, model, repo, exclude="*position_ids", strict=False)
+    reads = []
+    for have in (None, f"{revision}~1"):
+        load(f"{revision}~1")
+        read_before = read_nbytes()
+        load(revision, have=have)
+        reads.append(read_nbytes() - read_before)
+    return (
+        "As a module: transformers made it of the version without a file, with equal outputs. Moved in place from the "
+        f"version before: {reads[1]:,} bytes read, {reads[0]:,} without saying what it held.\n"
     )
 
 
