@@ -129,7 +129,7 @@ class _Filling:
         finally:
             for name in touched:
                 if is_torch_tensor(into[name]):
-                    pass
+                    count_change(into[name])
 
     def _fill_cell(self, reading: Reading) -> None:
         cell, chain = reading
