@@ -20,7 +20,9 @@ from torch.nn import functional
 MAX_TOKENS = 32
 """Tokens of a sentence that are looked at, the two markers included. Most summary lines of docstrings fit."""
 
-_HEAD_WIDTH = 32  # 384 wide, 12 heads
+HEAD_WIDTH = 32
+"""Width of an attention head: the model is 384 wide and has 12."""
+
 _LAYER_NORM_EPSILON = 1e-12  # config.json of the model
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
@@ -100,7 +102,7 @@ def embed(weights: Mapping[str, Tensor], tokens: Tensor, present: Tensor) -> Ten
         return functional.layer_norm(x, scale.shape, scale, shift, _LAYER_NORM_EPSILON)
 
     def heads(x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, _HEAD_WIDTH).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, HEAD_WIDTH).transpose(1, 2)
 
     x = functional.embedding(tokens, weights["embeddings.word_embeddings.weight"])
     x = x + weights["embeddings.position_embeddings.weight"][: tokens.shape[1]]

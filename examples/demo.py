@@ -7,7 +7,6 @@ REPOSITORY is a directory that does not exist yet. Run from the root of the sour
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,8 +251,16 @@ def _module(url: str, revision: str) -> str:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     repo = lamella.open(url)
     version = repo.version(revision)
-    config = BertConfig(**json.loads((minilm.shipped() / "config.json").read_text()))
-    tokens = torch.arange(2000, 2032).reshape(2, 16)
+    vocabulary, width = version["embeddings.word_embeddings.weight"].shape
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=minilm.layers(version),
+        num_attention_heads=width // minilm.HEAD_WIDTH,
+        intermediate_size=version["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        max_position_embeddings=version["embeddings.position_embeddings.weight"].shape[0],
+    )
+    tokens = torch.arange(32).reshape(2, 16) % vocabulary
     model = BertModel.from_pretrained(None, config=config, state_dict=version.state_dict())
     with TemporaryDirectory() as out:
         (Path(out) / "config.json").write_text(config.to_json_string())
