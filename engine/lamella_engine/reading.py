@@ -34,6 +34,11 @@ class Selection:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
 
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is left out."""
+        return self.include is None and not self.exclude
+
     def tensors(self, manifest: Manifest) -> Iterator[TensorSpec]:
         """Yield the selected tensors by name, reading only the pages that can hold them.
 

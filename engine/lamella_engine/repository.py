@@ -2,22 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 from lamella_engine import maintenance
-from lamella_engine.checkpoints import NewFile, open_checkpoint, to_numpy, write_files
+from lamella_engine.checking_out import Checkout
+from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
-from lamella_engine.content_store.seam import Push, Reading, RefUpdate
+from lamella_engine.content_store.seam import Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance, measure
 from lamella_engine.errors import InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
-from lamella_engine.filling import fill
 from lamella_engine.format import canonical
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
@@ -25,9 +24,8 @@ from lamella_engine.objects import Objects, open_objects
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
-from lamella_engine.torch_tensors import to_torch
 from lamella_engine.transaction import Transaction
-from lamella_engine.version_files import VersionFiles, check_files, selected_files
+from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
 
 INDEX_PATH = Path("index", "chunks.sqlite")
@@ -285,36 +283,19 @@ class Repository:
                 "tensors go into files (out) or into memory (into), and have says what that memory holds",
                 kind="bad_option",
             )
-        id = self._store.resolve(revision)
-        meter = _Meter(progress or (lambda _: None))
-        reader = Reader(self._store, self._executor, check=verify == "chunk", watch=progress and meter.watch)
-        selection = select(include, exclude)
-        files = VersionFiles(reader, id)
-        found: dict[str, Any]
-        if out is not None and format == "files" and include is None and exclude is None:
-            wanted = list(files.files.values())
-            meter.total_nbytes = sum(file.nbytes - len(file.head) for file in wanted)
-            found = write_files(Path(out), files.new_files(wanted), overwrite=overwrite)
-        else:
-            specs = list(selection.tensors(self._store.manifest(id)))
-            meter.total_nbytes = sum(spec.nbytes for spec in specs)
-            if out is not None and format == "files":
-                found = write_files(Path(out), files.new_files(selected_files(specs)), overwrite=overwrite)
-            elif out is not None:
-                from lamella_engine.zarr_store import VersionStore  # on use: zarr takes 0.4 s to import
-
-                keys = VersionStore(reader, id, specs, {}).files()
-                new = (NewFile(key, len(data), partial(list, [data])) for key, data in keys)
-                found = write_files(Path(out), new, overwrite=overwrite)
-            elif into is not None:
-                held = None if have is None else self._store.resolve(have)
-                found = fill(reader, id, into, selection, have=held)
-            else:
-                convert = to_torch if framework == "torch" else to_numpy
-                tensors = reader.tensors(id, specs)
-                found = {spec.name: convert(data, spec.dtype, spec.shape) for spec, data in tensors}
-        meter.finish()
-        return found
+        checkout = Checkout(
+            self._store,
+            self._executor,
+            self._store.resolve(revision),
+            select(include, exclude),
+            check=verify == "chunk",
+            progress=progress,
+        )
+        if out is not None:
+            return (checkout.to_zarr if format == "zarr" else checkout.to_files)(Path(out), overwrite=overwrite)
+        if into is not None:
+            return checkout.to_memory(into, have=None if have is None else self._store.resolve(have))
+        return checkout.to_tensors(framework)
 
     def cost(self, revision: str, *, include: Patterns = None, exclude: Patterns = None) -> Cost:
         """Say what the selected tensors take to keep, and what a checkout of them would read; reads no weights."""
@@ -417,26 +398,6 @@ class Repository:
         """
         # A store of its own: what is read must come from where it is stored, not from what this process remembers.
         return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
-
-
-class _Meter:
-    """Tells how far a checkout is."""
-
-    def __init__(self, progress: Callable[[Progress], None]) -> None:
-        self.total_nbytes = 0
-        self._progress = progress
-        self._done_nbytes = 0
-        self._read_nbytes = 0
-
-    def watch(self, reading: Reading) -> None:
-        """Count what was read, and tell."""
-        self._read_nbytes += sum(len(blob.payload) for blob in reading.chain)
-        self._done_nbytes += reading.chain[-1].decoded_nbytes if reading.chain else 0
-        self._progress(Progress(min(self._done_nbytes, self.total_nbytes), self.total_nbytes, self._read_nbytes))
-
-    def finish(self) -> None:
-        """Tell that all is done: also what needed no reading."""
-        self._progress(Progress(self.total_nbytes, self.total_nbytes, self._read_nbytes))
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
