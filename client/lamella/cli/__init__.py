@@ -2,9 +2,8 @@
 
 What a program can count on:
 
-* With ``--json`` a verb that succeeds writes one JSON document to stdout; the keys are in each verb's ``--help``. One
-  that fails writes ``{"error": {"kind", "message", "context"}}`` to stderr, on one line, and nothing to stdout. A
-  number that JSON lacks is the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``.
+* With ``--json`` a verb that succeeds writes one JSON document to stdout, and one that fails writes one to stderr, on
+  one line, and nothing to stdout. ``schema.json`` says what is in them; ``lamella schema`` prints it.
 * The exit code is that of the error's class (:mod:`lamella_engine.errors`): 0 done, 2 usage, 3 not found, 4 conflict,
   5 permission, 6 damage, 7 storage, 8 outcome unknown, 9 limit; 70 for a bug of lamella. 130, 143 and 141 are Ctrl-C,
   SIGTERM and a reader of stdout that went away.
@@ -12,9 +11,14 @@ What a program can count on:
 
 Errors are one line, ``lamella: <message>``. A traceback is shown only where ``LAMELLA_DEBUG=1`` is set.
 
-    app         the verbs: from arguments to a document
-    text        a document as lines for people
-    terminal    bytes to stdout and stderr
+Read upwards:
+
+    app                                    the verbs put together
+    transfer  history  refs  upkeep        the verbs: from arguments to a document
+    documents  schema                      nouns as JSON, and what is promised of it
+    parameters  completion                 what verbs share; what a shell may ask
+    terminal                               bytes to stdout and stderr
+    text  graph                            documents as lines for people; a history as a picture
 """
 
 import io
@@ -29,7 +33,7 @@ from typing import NoReturn
 
 import typer
 
-from lamella.cli import terminal
+from lamella.cli import completion, terminal
 from lamella.cli.app import app
 from lamella_engine.errors import (
     BUG_EXIT_CODE,
@@ -48,17 +52,23 @@ _SIGNALLED = 128
 
 def main() -> int:
     """Run this process's command line; the script's entry point. Returns the exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _listen()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without the character is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = run(sys.argv[1:])
+        if completion.VARIABLE in os.environ:
+            completion.reply(typer.main.get_group(app))
+            code = 0
+        else:
+            code = run(sys.argv[1:])
         if sys.stdout is not None:  # it is None where the caller closed it
             sys.stdout.flush()
     except BrokenPipeError:
         code = _SIGNALLED + signal.SIGPIPE
         terminal.discard(sys.stdout)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        code = _report_stop(stop, as_json=_wants_json(sys.argv))
     except OSError as error:
         code = _report(_from_os(error), as_json=_wants_json(sys.argv))
         terminal.discard(sys.stdout)
@@ -88,9 +98,8 @@ def run(arguments: Sequence[str]) -> int:
         return _invoke(arguments)
     except LamellaError as error:
         return _report(error, as_json=as_json)
-    except KeyboardInterrupt:
-        _say("interrupted", kind="interrupted", as_json=as_json)
-        return _SIGNALLED + signal.SIGINT
+    except (KeyboardInterrupt, _Terminated) as stop:
+        return _report_stop(stop, as_json=as_json)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -120,8 +129,10 @@ def _invoke(arguments: Sequence[str]) -> int:
         return done.exit_code
     except typer.TyperException as error:
         where = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
-        said = error.format_message().rstrip(".")
-        raise InvalidInputError(f"{said[:1].lower()}{said[1:]}: see {where} --help", kind="usage") from None
+        said = error.format_message().replace("Value error, ", "")
+        said = f"{said[:1].lower()}{said[1:]}".rstrip(".")
+        advice = f" See {where} --help" if said.endswith("?") else f": see {where} --help"
+        raise InvalidInputError(said + advice, kind="usage") from None
     return 0
 
 
@@ -145,6 +156,12 @@ def _report(error: LamellaError, *, as_json: bool) -> int:
     return error.exit_code
 
 
+def _report_stop(stop: BaseException, *, as_json: bool) -> int:
+    said, number = ("terminated", signal.SIGTERM) if isinstance(stop, _Terminated) else ("interrupted", signal.SIGINT)
+    _say(said, kind=said, as_json=as_json)
+    return _SIGNALLED + number
+
+
 def _say(message: str, *, kind: str, as_json: bool, context: dict[str, object] | None = None) -> None:
     """Report a failure; inside an ``except``."""
     if os.environ.get("LAMELLA_DEBUG") == "1":
@@ -155,6 +172,20 @@ def _say(message: str, *, kind: str, as_json: bool, context: dict[str, object] |
         terminal.warn([f"{PROGRAM}: {message}"])
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    # An exception, so that half-written files are removed on the way out.
-    raise SystemExit(_SIGNALLED + signum)
+class _Terminated(BaseException):
+    """SIGTERM came. An exception, as Ctrl-C is, so that what is half-written is removed on the way out."""
+
+
+def _listen() -> None:
+    """Let SIGINT and SIGTERM end the command, unless whoever started it has them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    # Whoever asks twice is no reason to stop tidying up half-way; that waits for a few chunks at most. (Not SIG_IGN:
+    # Python complains on stderr if it finds that in place of the handler of a signal that has just come.)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated

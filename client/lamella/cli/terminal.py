@@ -1,23 +1,25 @@
-"""What leaves the command line: lines and JSON, escaped, and a sign of life while someone waits."""
+"""What leaves the command line: lines and JSON, escaped, and how far the work has come while someone waits."""
 
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TextIO
 
+from lamella.cli import text
 
-def printable(text: str) -> str:
-    r"""Return ``text`` with everything that could drive a terminal, or be no character at all, as ``\x1b`` and alike.
+if TYPE_CHECKING:
+    import lamella
 
-    Escaped are control and format characters (line ends and the overrides of writing direction among them), odd spaces,
-    and the halves of characters that stand for undecodable bytes in names. Applying it twice changes nothing more.
-    """
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+REFRESH_SECONDS = 0.1
+"""How often what is shown may change: work reports each of its cells, and an eye takes in less."""
+
+BAR_WIDTH = 12
+"""In characters: with it a terminal of 80 has room for the numbers, and for what is being done in a word or two."""
 
 
 def show(lines: Iterable[str]) -> None:
@@ -47,7 +49,7 @@ def _write(stream: TextIO | None, lines: Iterable[str]) -> None:
     # Not typer.echo: where the encoding is ASCII it writes UTF-8 all the same, whose bytes can be control characters
     # to a terminal that does not know it.
     if stream is not None:  # as it is where the caller closed it
-        stream.writelines(f"{printable(line)}\n" for line in lines)
+        stream.writelines(f"{text.printable(line)}\n" for line in lines)
 
 
 def discard(stream: TextIO) -> None:
@@ -71,33 +73,61 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> Iterator[str]:
-    """Yield rows as lines with their columns aligned, those of ``right`` at their right edge."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush_right = set(right)
-    for row in rows:
-        cells = (
-            cell.rjust(width) if place in flush_right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
-
-
 @contextmanager
 def waiting(doing: str) -> Iterator[None]:
     """Show ``doing``, a spinner and the time on stderr for as long as the block runs; nothing if it is no terminal.
 
-    How far the work has come is not known here, so none of it is claimed.
+    For work that does not tell how far it has come; :func:`progress` is for work that does.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    with _live(doing):
         yield
+
+
+@contextmanager
+def progress(doing: str) -> "Iterator[Callable[[lamella.Progress], None] | None]":
+    """Show ``doing``, a bar, bytes, ratio and rate on stderr for as long as the block runs.
+
+    Yields what is to be called whenever the work has come further; None if stderr is no terminal, and nothing is shown.
+    It costs next to nothing, however often it is called.
+    """
+    with _live(doing) as update:
+        yield None if update is None else _throttled(update)
+
+
+def _throttled(update: Callable[..., None]) -> "Callable[[lamella.Progress], None]":
+    began = shown = monotonic()
+
+    def report(at: "lamella.Progress") -> None:
+        nonlocal shown
+        now = monotonic()
+        if now - shown >= REFRESH_SECONDS or at.done_nbytes == at.total_nbytes:
+            shown = now
+            said = text.progress(at.done_nbytes, at.total_nbytes, at.stored_nbytes, seconds=now - began)
+            update(completed=at.done_nbytes, total=at.total_nbytes, said=said)
+
+    return report
+
+
+@contextmanager
+def _live(doing: str) -> Iterator[Callable[..., None] | None]:
+    """Show a line that moves; yields what updates it, or None if stderr is no terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
         return
     # Imported on use: it takes longer than many a verb.
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(printable(doing), total=None)
-        yield
+    # In a narrow terminal what is known already gives way to what is not.
+    yielding = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False, table_column=yielding),
+        BarColumn(bar_width=BAR_WIDTH),
+        TextColumn("{task.fields[said]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as live:
+        task = live.add_task(text.printable(doing), total=None, said="")
+        yield partial(live.update, task)

@@ -1,15 +1,38 @@
-"""Documents as lines for people. Each function takes what ``--json`` prints; ``terminal`` escapes what it gives."""
+"""Documents as lines for people. Most take what ``--json`` prints; ``terminal`` escapes what they give."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
-
-from lamella.cli.terminal import table
 
 Document: TypeAlias = Mapping[str, Any]
 
 SHORT_ID = 12
 """Digits of an id that people are shown: enough to be unique among millions of versions."""
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with everything that could drive a terminal, or be no character at all, as ``\x1b`` and alike.
+
+    Escaped are control and format characters (line ends and the overrides of writing direction among them), odd spaces,
+    and the halves of characters that stand for undecodable bytes in names. Applying it twice changes nothing more.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> Iterator[str]:
+    """Yield rows as lines with their columns aligned, those of ``right`` at their right edge."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    flush_right = set(right)
+    for row in rows:
+        cells = (
+            cell.rjust(width) if place in flush_right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
 
 
 def size(nbytes: int) -> str:
@@ -33,6 +56,20 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def progress(done_nbytes: int, total_nbytes: int, stored_nbytes: int, *, seconds: float) -> str:
+    """Return how far a push or a checkout has come: bytes, how much smaller they are stored, and how fast it goes.
+
+    >>> progress(43 << 20, 86 << 20, 10 << 20, seconds=0.5)
+    '43.0 MiB of 86.0 MiB, 4.3x smaller, 86.0 MiB/s'
+    """
+    parts = [f"{size(done_nbytes)} of {size(total_nbytes)}"]
+    if stored_nbytes:
+        parts.append(f"{done_nbytes / stored_nbytes:.1f}x smaller")
+    if seconds > 0:
+        parts.append(f"{size(round(done_nbytes / seconds))}/s")
+    return ", ".join(parts)
+
+
 def revision(version: Document) -> str:
     """Return the revision that names a version by its number."""
     return f"{version['model']}@v{version['number']}"
@@ -40,9 +77,10 @@ def revision(version: Document) -> str:
 
 def log_line(version: Document) -> str:
     """Return a version as one line: its first line of message only."""
+    refs = f"({', '.join(version['refs'])})" if version["refs"] else ""
     message = str(version["message"]).split("\n", 1)[0]
-    parts = [revision(version), version["id"][:SHORT_ID], version["created"], message, _metrics(version["metrics"])]
-    return "  ".join(part for part in parts if part)
+    parts = [revision(version), refs, version["id"][:SHORT_ID], version["created"], message]
+    return "  ".join(part for part in [*parts, _metrics(version["metrics"])] if part)
 
 
 def push(version: Document) -> Iterator[str]:
@@ -54,11 +92,19 @@ def push(version: Document) -> Iterator[str]:
     yield f"pushed {revision(version)} {version['id'][:SHORT_ID]}: {held}"
 
 
-def show(version: Document) -> Iterator[str]:
-    """Yield everything about a version, then its tensors."""
-    tensors = version["tensors"]
+def show(found: Document) -> Iterator[str]:
+    """Yield everything about each version, then its tensors."""
+    for place, version in enumerate(found["versions"]):
+        if place:
+            yield ""
+        yield from _version(version)
+
+
+def _version(version: Document) -> Iterator[str]:
+    cost = version["checkout"]
     yield f"{revision(version)}  {version['id']}"
     facts = [
+        ("refs", " ".join(version["refs"])),
         ("parents", " ".join(parent[:SHORT_ID] for parent in version["parents"])),
         ("created", version["created"]),
         ("author", version["author"]),
@@ -67,15 +113,29 @@ def show(version: Document) -> Iterator[str]:
         ("files", " ".join(version["files"])),
         ("metrics", _metrics(version["metrics"])),
         ("recipe", "" if version["recipe"] is None else json.dumps(version["recipe"], ensure_ascii=False)),
-        ("tensors", f"{count(len(tensors), 'tensor')}, {size(version['decoded_nbytes'])}"),
+        ("tensors", f"{count(version['tensor_count'], 'tensor')}, {size(version['decoded_nbytes'])}"),
     ]
     yield from table([fact for fact in facts if fact[1]])
     if version["message"]:
         yield ""
         yield from (f"    {line}" for line in version["message"].rstrip("\n").split("\n"))
     yield ""
-    rows = [(item["name"], item["dtype"], _shape(item["shape"]), size(item["nbytes"])) for item in tensors]
-    yield from table([("name", "dtype", "shape", "size"), *rows], right=[3])
+    rows = [
+        (
+            item["name"],
+            item["dtype"],
+            _shape(item["shape"]),
+            size(item["decoded_nbytes"]),
+            size(item["encoded_nbytes"]),
+            str(item["max_depth"]),
+        )
+        for item in version["tensors"]
+    ]
+    yield from table([("name", "dtype", "shape", "size", "stored", "depth"), *rows], right=[3, 4, 5])
+    yield (
+        f"a checkout reads {size(cost['read_nbytes'])} in {count(cost['blob_count'], 'blob')}, "
+        f"chains up to {cost['max_depth']} deep, for {size(cost['decoded_nbytes'])}"
+    )
 
 
 def checkout(done: Document) -> Iterator[str]:
@@ -85,25 +145,47 @@ def checkout(done: Document) -> Iterator[str]:
     yield from table([(f"    {path}", held) for path, held in rows], right=[1])
 
 
-def distance(found: Document) -> Iterator[str]:
-    """Yield a line for each tensor that differs, and one for all."""
+def distance(found: Document, *, by: str, most: int | None) -> Iterator[str]:
+    """Yield a line for each tensor that differs, sorted by a measure, at most so many, and one for all."""
     keys = ["changed", "l2", "l1", "linf"] + ["cosine"] * (found["cosine"] is not None)
-    differing = {name: item for name, item in found["per_tensor"].items() if item["changed"]}
+    differing = {name: item for name, item in sorted(found["per_tensor"].items()) if item["changed"]}
+    names = list(differing)
+    if by != "name":
+        names.sort(key=lambda name: _falling(differing[name][by]))
     rows = [
         (name, f"{item['changed']:.2%}", *(f"{item[key]:.6g}" for key in keys[1:]))
-        for name, item in [*differing.items(), ("all", found)]
+        for name, item in [*((name, differing[name]) for name in names[:most]), ("all", found)]
     ]
-    yield from table([("tensor", *keys), *rows], right=range(1, len(keys) + 1))
+    *lines, last = table([("tensor", *keys), *rows], right=range(1, len(keys) + 1))
+    yield from lines
+    yield from _more(len(names), most)
+    yield last
     yield f"{len(differing):,} of {count(len(found['per_tensor']), 'tensor')} differ"
 
 
-def diff(found: Document) -> Iterator[str]:
-    """Yield a line for each tensor that is not the same, then how many there are of each."""
-    marks = {"added": "+", "removed": "-", "reshaped": "#", "changed": "~"}
-    for key, mark in marks.items():
-        yield from (f"{mark} {name}" for name in found[key])
-    yield ", ".join(f"{len(found[key]):,} {key} ({mark})" for key, mark in marks.items()) + (
-        f", {len(found['same']):,} the same"
+_MARKS = {"added": "+", "removed": "-", "reshaped": "#", "changed": "~"}
+
+
+def diff(found: Document, *, by: str, most: int | None) -> Iterator[str]:
+    """Yield a line for each tensor that is not the same, at most so many, then how many there are of each."""
+    differing = sorted((item for item in found["tensors"] if item["change"] != "same"), key=lambda item: item["name"])
+    if by == "size":
+        differing.sort(key=lambda item: -max(one["decoded_nbytes"] for one in (item["a"], item["b"]) if one))
+    rows = [
+        (
+            f"{_MARKS[item['change']]} {item['name']}",
+            _before_after(item, "dtype", str),
+            _before_after(item, "shape", _shape),
+            _before_after(item, "decoded_nbytes", size),
+        )
+        for item in differing[:most]
+    ]
+    if rows:
+        yield from table(rows, right=[3])
+    yield from _more(len(differing), most)
+    changes = [item["change"] for item in found["tensors"]]
+    yield ", ".join(f"{changes.count(change):,} {change} ({mark})" for change, mark in _MARKS.items()) + (
+        f", {changes.count('same'):,} the same"
     )
 
 
@@ -153,6 +235,22 @@ def verify(found: Document) -> Iterator[str]:
     depth = "read and decoded" if found["deep"] else "read"
     verdict = "no problems" if found["ok"] else count(len(found["problems"]), "problem")
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
+
+
+def _falling(value: float) -> float:
+    """Return a key that puts the greatest first, and before it what is no number: it wants looking at most."""
+    return -math.inf if math.isnan(value) else -value
+
+
+def _more(found: int, most: int | None) -> Iterator[str]:
+    if most is not None and found > most:
+        yield f"... and {found - most:,} more: -n {found} shows them all"
+
+
+def _before_after(item: Document, key: str, said: Any) -> str:
+    """Return what a tensor is in a and, if that is something else, in b."""
+    values = [said(one[key]) for one in (item["a"], item["b"]) if one]
+    return " -> ".join(dict.fromkeys(values))
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

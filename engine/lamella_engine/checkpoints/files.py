@@ -151,6 +151,14 @@ class _Writing:
         return self
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self._tidy_up()
+        except BaseException:  # a signal came just now, perhaps the first one: what is half-written goes all the same
+            self._tidy_up()
+            raise
+
+    def _tidy_up(self) -> None:
+        """Remove drafts, and, unless the files were finished, everything that was made."""
         for draft, path in self._drafts:
             with contextlib.suppress(OSError):
                 # A draft that was linked to its target is still there, one that was renamed is not.
@@ -159,7 +167,7 @@ class _Writing:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
         for made in reversed(self._made):
-            with contextlib.suppress(OSError):  # somebody else has put something into it
+            with contextlib.suppress(OSError):  # somebody else has put something into it, or it was never made
                 os.rmdir(made)
 
     def add(self, file: NewFile) -> None:
@@ -206,10 +214,12 @@ class _Writing:
         while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
             missing.append(missing[-1].parent)
         for path in reversed(missing[:-1]):
+            self._made.append(path)
             try:
                 path.mkdir()
             except FileExistsError:
                 if path.is_dir():
+                    self._made.pop()  # it is somebody else's
                     continue
                 raise AlreadyExistsError(
                     f"{path} is a file: give a directory, or remove it", kind="not_a_directory"
@@ -222,7 +232,6 @@ class _Writing:
                 raise PermissionDeniedError(f"{path} may not be made: give another directory") from None
             except OSError as error:
                 raise StorageError(f"{path} cannot be made: {error.strerror}", kind="write_failed") from None
-            self._made.append(path)
 
     def _draft(self, path: Path, file: NewFile) -> None:
         draft = path.with_name(f"{DRAFT_PREFIX}{secrets.token_hex(8)}.part")

@@ -1,0 +1,72 @@
+"""The repository as a whole, and the command line itself: stats, verify, schema, completion, version."""
+
+from importlib.metadata import version as installed_version
+from typing import Annotated, Literal
+
+import typer
+
+import lamella
+from lamella.cli import completion as shells
+from lamella.cli import schema as schemas
+from lamella.cli import terminal, text
+from lamella.cli.documents import answer
+from lamella.cli.parameters import AsJson, open_repository
+
+
+def stats(context: typer.Context, as_json: AsJson = False) -> None:
+    """Say how large the repository is."""
+    with open_repository(context) as repo:
+        found = repo.stats()
+    keys = ("models", "versions", "packs", "decoded_nbytes", "stored_nbytes", "ratio")
+    answer({key: getattr(found, key) for key in keys}, text.stats, as_json=as_json)
+
+
+def verify(
+    context: typer.Context,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode everything and compute its ids again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check everything that is stored. Changes nothing; exits with 6 if there are problems."""
+    with open_repository(context) as repo, terminal.waiting("verifying"):
+        found = repo.verify(deep=deep)
+    keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes")
+    problems = [{"kind": one.kind, "message": one.message, "where": one.where} for one in found.problems]
+    answer({key: getattr(found, key) for key in keys} | {"problems": problems}, text.verify, as_json=as_json)
+    if not found.ok:
+        raise typer.Exit(lamella.CorruptionError.exit_code)
+
+
+def schema(
+    context: typer.Context,
+    verb: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="VERB",
+            autocompletion=shells.verbs,
+            help="A verb, or 'error' for what a failure writes to stderr; by default everything.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the JSON Schema of what --json answers with."""
+    if verb is None:
+        terminal.show_json(schemas.schema())
+        return
+    known = [*shells.verbs(context), schemas.ERROR]
+    if verb not in known:
+        raise lamella.InvalidInputError(f"there is no verb {verb!r}: write one of {', '.join(known)}", kind="usage")
+    terminal.show_json(schemas.schema_of(verb))
+
+
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the script that makes a shell complete verbs, options, paths and revisions."""
+    document = {"shell": shell, "script": shells.script(shell)}
+    answer(document, lambda found: found["script"].split("\n"), as_json=as_json)
+
+
+def version(as_json: AsJson = False) -> None:
+    """Print the version of lamella."""
+    answer({"version": installed_version("lamella")}, lambda found: [f"lamella {found['version']}"], as_json=as_json)
