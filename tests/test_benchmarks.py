@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import corpora, memory, minilm, push_checkout
+from benchmarks import corpora, memory, minilm, partial, peers, push_checkout
 from benchmarks.corpora import PRECISIONS, Checkpoint
 from examples import demo
 
@@ -132,3 +132,56 @@ def test_memory_is_measured_over_a_real_push(kind: str, tmp_path: Path, capsys: 
     assert [line.split()[5] for line in lines] == (["push", "checkout"] if kind == "random" else ["push"])
     pushed = lamella.open(tmp_path / "repository").version("m@main")
     assert pushed.nbytes == 16 << 20
+
+
+def test_peers_give_back_what_they_stored_and_the_missing_are_said_to_be_missing(
+    family: tuple[Checkpoint, ...], tmp_path: Path
+):
+    names = ("cp", "lamella", "Glyd")
+    outcomes = peers.compare(family, "bfloat16", folder=tmp_path, rounds=1, names=names)
+    copied, pushed = outcomes["cp"], outcomes["lamella"]
+    assert isinstance(copied, peers.Outcome)
+    assert isinstance(pushed, peers.Outcome)
+    nbytes = sum(checkpoint.path("bfloat16").stat().st_size for checkpoint in family)
+    assert (copied.stored_nbytes, copied.storing, copied.loading, copied.rounds) == (nbytes, 1.0, 1.0, 1)
+    assert (copied.back, pushed.back) == ("file", "file")
+    assert outcomes["Glyd"] == "not installed"
+    table = peers.table({"bfloat16": outcomes}, {"bfloat16": nbytes})
+    assert table.row_count == 2
+    assert table.caption == "Glyd, bfloat16: not installed"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peer_that_gives_back_other_bits_is_found_out(family: tuple[Checkpoint, ...], tmp_path: Path):
+    source = family[0].path("float32")
+    sources = [peers.Source("base", None, "main", str(source))]
+    tensors = load_file(source)
+    save_file(tensors, tmp_path / "base", metadata={"format": "pt", "other": "header"})
+    assert peers.what_came_back(sources, tmp_path) == "tensors"
+    next(iter(tensors.values())).view(torch.uint8).reshape(-1)[0] ^= 1
+    save_file(tensors, tmp_path / "base", metadata={"format": "pt"})
+    assert peers.what_came_back(sources, tmp_path) == "changed"
+    (tmp_path / "base").write_bytes(source.read_bytes())
+    assert peers.what_came_back(sources, tmp_path) == "file"
+
+
+def test_every_part_is_the_same_from_a_file_and_from_a_repository(family: tuple[Checkpoint, ...], tmp_path: Path):
+    source = family[-1].path("bfloat16")
+    lamella.init(tmp_path / "repository").push(source, "m@main")
+    for part in partial.PARTS:
+        theirs = partial.measure("safetensors", str(source), "m@main", part)
+        ours = partial.measure("lamella", str(tmp_path / "repository"), "m@main", part)
+        assert theirs.digest == ours.digest
+        assert min(ours.cold, ours.again, ours.kept) > 0
+
+
+def test_a_part_is_read_by_both_in_processes_of_their_own(
+    family: tuple[Checkpoint, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(partial, "VERSIONS", ("main-3",))
+    monkeypatch.setattr(partial, "PARTS", partial.PARTS[-1:])
+    (row,) = partial.compare(family, "bfloat16", folder=tmp_path, rounds=1)
+    assert set(row.seconds) == set(partial.TEMPERATURES)
+    assert row.nbytes == len(VOCABULARY) * WIDTH * 2  # fewer rows than would be picked from the middle
+    assert partial.table([row], "tiny").row_count == 1
+    assert list(tmp_path.iterdir()) == []

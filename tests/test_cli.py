@@ -572,7 +572,7 @@ def test_wrong_usage_exits_with_2(arguments, fails):
 @pytest.mark.parametrize(
     ("code", "revision"),
     [
-        (2, "berta"),
+        (2, "berta@"),
         (2, ""),
         (2, "../x@main"),
         (2, "bert@main~"),
@@ -591,6 +591,12 @@ def test_a_revision_that_names_nothing_is_refused(code, revision, fails, tmp_pat
         fails(code, *arguments, revision)
     fails(code, "checkout", revision, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_told_from_one_that_is(fails, says):
+    assert fails(3, "log", "berta")["message"] == "there is no model berta: did you mean bert?"
+    assert fails(3, "show", "gpt@main")["message"] == "there is no model gpt: there are bert"
+    assert fails(2, "show", "bert")["kind"] == "bad_revision"
 
 
 def test_a_slip_is_told_what_was_meant(fails):

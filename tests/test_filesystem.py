@@ -178,3 +178,13 @@ def test_a_distributed_checkpoint_is_not_silently_written_through_it(weights):
     with pytest.raises(CheckpointException, match="lamella:// is read-only"):
         dcp.save({"w": torch.zeros(3)}, checkpoint_id="lamella://weights/plain@main/step-1", no_dist=True)
     assert weights.stats().versions == versions
+
+
+def test_a_relative_repository_is_meant_from_the_directory_of_the_moment(weights, tmp_path, monkeypatch):
+    fs = LamellaFileSystem()
+    assert fs.cat_file("weights/org%2Fbert@main/config.json") == b'{"hidden": 30}'
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with lamella.init("weights") as other:
+        other.push({"w": np.zeros(3)}, "org/bert@main", files={"config.json": b"{}"})
+    assert fs.cat_file("weights/org%2Fbert@main/config.json") == b"{}"

@@ -256,6 +256,18 @@ def test_a_module_moves_between_versions_reading_only_what_changed():
     assert caught.value.kind == "not_held"
 
 
+def test_what_is_taken_on_trust_is_checked_if_asked(repo):
+    module = net(1)
+    first = lamella.torch.push(module, repo, "m@main")
+    lamella.torch.push(module, repo, "m@main", message="the same tensors")
+    with torch.no_grad():
+        next(module.parameters()).mul_(2)
+    lamella.torch.load(module, repo, "m@main", have=first.id)
+    with pytest.raises(InvalidInputError) as caught:
+        lamella.torch.load(module, repo, "m@main", have=first.id, verify="chunk")
+    assert caught.value.kind == "not_held"
+
+
 def test_a_module_on_the_meta_device_holds_no_version(repo):
     lamella.torch.push(net(1), repo, "m@main")
     module = Net(device="meta")
@@ -304,7 +316,7 @@ def test_a_module_whose_state_dict_gives_copies_is_refused(repo):
 
 def test_only_modules_and_optimizers_are_loaded_into(repo):
     lamella.torch.push(net(1), repo, "m@main")
-    with pytest.raises(InvalidInputError, match=r"lamella\.torch\.state"):
+    with pytest.raises(InvalidInputError, match=r"checkout\(revision, into=tensors\)"):
         lamella.torch.load(net(1).state_dict(), repo, "m@main")
 
 

@@ -14,7 +14,8 @@ distributed checkpoints, which take any URL that fsspec knows for a place to wri
 import errno
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
@@ -51,13 +52,13 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         """List a directory of a version, or, of a repository, its branches, tags and aliases."""
         path = self._strip_protocol(path).rstrip("/")
         place, revision, inner = self._parse(path)
+        files = self._version(path, place, revision).file_sizes if revision else {}
         if not revision:
             found = self._revisions(path, place)
         else:
-            files = self._version(path, place, revision).file_sizes
             found = {path: files[inner]} if inner in files else _children(path, inner, files)
         if not found:
-            raise _missing(path)
+            raise _missing(path, files)
         entries = [
             {"name": name, "size": size or 0, "type": "directory" if size is None else "file"}
             for name, size in found.items()
@@ -80,7 +81,7 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         version, inner = self._file(path)
         size = version.file_sizes.get(inner)
         if size is None:
-            raise _missing(path)
+            raise _missing(path, version.file_sizes)
         options.pop("autocommit", None)
         options["cache_type"] = "readahead"
         return LamellaFile(self, path, mode, block_size or BLOCK_NBYTES, size=size, version=version, inner=inner)
@@ -115,9 +116,11 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         return _as_os_error(path, lambda: self._repository(path, place).version(revision))
 
     def _repository(self, path: str, place: str) -> lamella.Repository:
-        if place not in self._open_repositories:
-            self._open_repositories[place] = _as_os_error(path, lambda: lamella.open(place))
-        return self._open_repositories[place]
+        # A path is meant from where the process is now, and this object outlives a change of directory.
+        known = place if "://" in place else os.path.abspath(place)
+        if known not in self._open_repositories:
+            self._open_repositories[known] = _as_os_error(path, lambda: lamella.open(place))
+        return self._open_repositories[known]
 
     # What would write. fsspec's other ways to do so lead to one of these.
 
@@ -180,8 +183,9 @@ def _as_os_error(path: str, function: Callable[[], Result]) -> Result:
         raise FileNotFoundError(errno.ENOENT, error.message, f"lamella://{path}") from error
 
 
-def _missing(path: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "there is nothing of that name in the version", f"lamella://{path}")
+def _missing(path: str, files: Iterable[str]) -> FileNotFoundError:
+    there = ", ".join(islice(files, 5)) or "nothing yet"
+    return FileNotFoundError(errno.ENOENT, f"there is nothing of that name, but {there}", f"lamella://{path}")
 
 
 def _refuse(path: str) -> NoReturn:

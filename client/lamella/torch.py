@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import escape
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -120,6 +120,7 @@ def load(
     exclude: Patterns = None,
     strict: bool = True,
     have: str | None = None,
+    verify: Literal["blob", "chunk"] = "blob",
     device: "torch.device | str | None" = None,
 ) -> IncompatibleKeys:
     """Fill a module's parameters and buffers with those of a version, in place; or an optimizer's state.
@@ -139,7 +140,10 @@ def load(
     strict
         Whether names must agree; otherwise those that do are loaded.
     have
-        A revision that the module holds: only what changed since is read, and is checked against what is there.
+        A revision that the module holds: only what changed since is read, and checked against what is there. That
+        the rest is as it was is taken on trust.
+    verify
+        ``"chunk"`` computes the id of every cell again, of those too that ``have`` says are there.
     device
         Where tensors that are on the meta device shall be; the CPU by default. They become new parameters of the same
         class and ``requires_grad``, so an optimizer must be made afterwards.
@@ -167,13 +171,15 @@ def load(
         state_dict=version.state_dict())``.
     """
     if isinstance(target, torch.optim.Optimizer):
-        if not (include is None and exclude is None and strict and have is None and device is None):
+        if not (
+            include is None and exclude is None and strict and have is None and device is None and verify == "blob"
+        ):
             raise InvalidInputError("an optimizer is loaded whole: give a revision only", kind="bad_option")
         return _load_optimizer(target, repo, revision)
     if not isinstance(target, torch.nn.Module):
         raise InvalidInputError(
-            f"a {type(target).__name__} is no module and no optimizer: give its load_state_dict what "
-            "lamella.torch.state returns",
+            f"a {type(target).__name__} is neither module nor optimizer: write load(module, repo, revision), or for "
+            "tensors repo.checkout(revision, into=tensors)",
             kind="bad_source",
         )
     version = repo.version(revision)
@@ -181,7 +187,7 @@ def load(
     keys = filling.compare()
     if strict and (keys.missing or keys.unexpected):
         raise _names_differ(keys)
-    filling.fill(repo, have=have, device=device)
+    filling.fill(repo, have=have, verify=verify, device=device)
     return keys
 
 
@@ -261,7 +267,14 @@ class _ModuleFilling:
         surplus = self._stored - self._tensors.keys() - self._extra.keys()
         return IncompatibleKeys(sorted(missing), sorted(name for name in surplus if not name.startswith(within)))
 
-    def fill(self, repo: Repository, *, have: str | None, device: "torch.device | str | None") -> None:
+    def fill(
+        self,
+        repo: Repository,
+        *,
+        have: str | None,
+        verify: Literal["blob", "chunk"],
+        device: "torch.device | str | None",
+    ) -> None:
         """Fill what both sides have, then replace what was on the meta device."""
         wanted = {name: tensor for name, tensor in self._tensors.items() if name in self._stored}
         fresh: dict[int, torch.Tensor] = {}
@@ -274,7 +287,7 @@ class _ModuleFilling:
             )
         into = {name: fresh.get(id(tensor), tensor) for name, tensor in wanted.items()}
         include = None if len(into) == len(self._version) else [escape(name) for name in into]
-        repo.checkout(self._version.id, into=into, have=have, include=include)
+        repo.checkout(self._version.id, into=into, have=have, include=include, verify=verify)
         for part in self._module.modules():
             for name, tensor in list(_named_tensors(part, recurse=False)):
                 if id(tensor) in fresh:

@@ -15,7 +15,7 @@ from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance, measure
-from lamella_engine.errors import InvalidInputError, RepositoryNotFoundError
+from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
 from lamella_engine.maintenance import Verification
@@ -152,7 +152,10 @@ class Repository:
         attached = _attachments(files)
         with open_checkpoint(source) as checkpoint:
             if not checkpoint.structure and not checkpoint.attachments and not attached:
-                raise InvalidInputError("there is nothing to push: the source has no tensors", kind="empty_source")
+                raise InvalidInputError(
+                    "there is nothing to push: the source has neither tensors nor files: check what was given",
+                    kind="empty_source",
+                )
             check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
             base = None if parent is None else self._store.resolve(parent)
             push = self._begin(model, branch, base)
@@ -278,10 +281,11 @@ class Repository:
                 "framework is 'numpy' or 'torch', format is 'files' or 'zarr', verify is 'blob' or 'chunk'",
                 kind="bad_option",
             )
-        if (into is not None and out is not None) or (into is None and have is not None):
+        if into is not None and out is not None:
+            raise InvalidInputError("give out for files or into for memory, not both", kind="bad_option")
+        if into is None and have is not None:
             raise InvalidInputError(
-                "tensors go into files (out) or into memory (into), and have says what that memory holds",
-                kind="bad_option",
+                "have says what the memory of into holds: give into, or leave have out", kind="bad_option"
             )
         checkout = Checkout(
             self._store,
@@ -448,7 +452,14 @@ def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYT
     """
     objects = open_objects(_place_of(url), create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-    return Repository(PackedStore.create(objects, executor, index_path=_index_path(objects)), executor)
+    try:
+        return Repository(PackedStore.create(objects, executor, index_path=_index_path(objects)), executor)
+    except AlreadyExistsError:
+        raise AlreadyExistsError(
+            f"{url} is a repository already: use it as it is, or choose another place",
+            kind="repository_exists",
+            url=str(url),
+        ) from None
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:

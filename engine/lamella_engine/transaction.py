@@ -56,6 +56,9 @@ class Transaction:
                 return
             with self._spool.checkpoint() as checkpoint:
                 if not checkpoint.structure:
-                    raise InvalidInputError("there is nothing to record: the group has no arrays", kind="empty_source")
+                    raise InvalidInputError(
+                        "there is nothing to record: the group has no arrays: create some in the block",
+                        kind="empty_source",
+                    )
                 recorded = push_checkpoint(self._push, checkpoint, self._executor, self._notes)
             self._version = Version(recorded, self._reader)

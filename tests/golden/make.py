@@ -157,7 +157,12 @@ def small() -> Golden:
     golden.repo.branch("net@gone", "net@v1")
     golden.repo.delete_ref("net@gone")
     golden.push_file(safetensors(), "file@main", message="a file")
-    pipeline = {"unet/x.safetensors": safetensors(), "vae/x.safetensors": safetensors(), "index.json": b"{}\n", "e": b""}
+    pipeline = {
+        "unet/x.safetensors": safetensors(),
+        "vae/x.safetensors": safetensors(),
+        "index.json": b"{}\n",
+        "e": b"",
+    }
     golden.push_directory(pipeline, "pipeline@main", message="the same names in two files")
     golden.repo.branch("net@main", "net@v5")
     golden.push({"x": noise(99, 30)}, "other@main", recipe=None)

@@ -128,8 +128,11 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.Exit as done:
         return done.exit_code
     except typer.TyperException as error:
-        where = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
-        said = error.format_message().replace("Value error, ", "")
+        where = getattr(getattr(error, "ctx", None), "command_path", None)
+        if where is None:
+            verb = next((argument for argument in arguments if argument in getattr(command, "commands", ())), "")
+            where = f"{PROGRAM} {verb}".rstrip()
+        said = error.format_message().replace("Value error, ", "").replace("Input should be", "it must be")
         said = f"{said[:1].lower()}{said[1:]}".rstrip(".")
         advice = f" See {where} --help" if said.endswith("?") else f": see {where} --help"
         raise InvalidInputError(said + advice, kind="usage") from None

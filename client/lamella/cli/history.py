@@ -1,5 +1,6 @@
 """What is in a repository: log, show, diff, distance."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -66,6 +67,8 @@ def diff(
     """List the tensors that differ between two versions, the largest first. Reads none of them."""
     with open_repository(context) as repo:
         if b is None:
+            if not repo.version(a).parents:
+                raise lamella.VersionNotFoundError(f"{a} has no parent to compare it with: name two revisions")
             a, b = f"{a}~1", a
         # By id: a branch may move meanwhile.
         left, right = repo.version(a), repo.version(b)
@@ -82,6 +85,9 @@ def diff(
     ]
     answer({"a": a, "b": b, "tensors": tensors}, partial(text.diff, by=by, most=most), as_json=as_json)
 
+
+_ID = re.compile(r"[0-9a-f]{8,64}(~.*)?")
+"""What names a version without its model."""
 
 _CHANGES = ("added", "removed", "reshaped", "changed", "same")
 
@@ -126,7 +132,7 @@ class _Refs:
 
 def _heads(repo: lamella.Repository, revision: str) -> list[str]:
     """Return a revision, or the revisions at all refs of a model; its latest version if it has none."""
-    if "@" in revision or revision not in repo.models():
+    if "@" in revision or (revision not in repo.models() and _ID.fullmatch(revision)):
         return [revision]
     return [f"{revision}@{ref.name}" for ref in repo.refs(revision)] or [f"{revision}@latest"]
 

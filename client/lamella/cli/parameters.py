@@ -12,7 +12,7 @@ Include = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be given several times.")
 ]
 
-REVISION_HELP = "model@branch, model@v12, model@latest, model@best:metric or an id; each with ~N."
+REVISION_HELP = "model@branch, model@v12, model@latest, model@best:metric (the greatest) or an id; each with ~N."
 Revision = Annotated[str, typer.Argument(metavar="REV", autocompletion=completion.revisions, help=REVISION_HELP)]
 Revisions = Annotated[list[str], typer.Argument(metavar="REV", autocompletion=completion.revisions, help=REVISION_HELP)]
 

@@ -149,7 +149,7 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise lamella.NotFoundError(f"there is no file {path}: check --recipe", kind="file_not_found") from None
     except (ValueError, RecursionError) as error:
-        raise lamella.InvalidInputError(f"{path} is no JSON: {error}: mend it", kind="bad_json") from None
+        raise lamella.InvalidInputError(f"{path} is no JSON ({error}): mend it", kind="bad_json") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

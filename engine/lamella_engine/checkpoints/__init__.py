@@ -3,7 +3,9 @@
     tensors       arrays and torch tensors in memory
     safetensors   the file format: its one parser, files to read, layouts to write
     directories   safetensors files with everything that stands beside them
-    zarr_groups   Zarr v3 hierarchies
+    zarr_groups   Zarr v3 hierarchies, re-gridded: those of directories (zarr_directories, which looks through them
+                  first; zarr_metadata, its one parser and codecs with bounds), and the one that a transaction fills
+                  (zarr_spool)
     sources       files to read: with pread, and noticed when they change
     files         writing files whole or not at all
 
@@ -119,7 +121,8 @@ def open_checkpoint(source: object) -> Checkpoint:
     if isinstance(source, str | os.PathLike):
         return DirectoryCheckpoint(source) if os.path.isdir(source) else SafetensorsCheckpoint(source)
     raise InvalidInputError(
-        f"cannot read tensors from a {type(source).__name__}: give a mapping of names to tensors, or a path",
+        f"cannot read tensors from a {type(source).__name__}: give a mapping of names to tensors, as state_dict() is, "
+        "or a path; lamella.torch.push takes modules",
         kind="bad_source",
     )
 

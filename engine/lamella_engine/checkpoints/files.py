@@ -302,7 +302,7 @@ def _sync_directory(directory: Path) -> None:
 
 def _exists(path: Path) -> AlreadyExistsError:
     return AlreadyExistsError(
-        f"{path} exists with other content: choose another name, or allow overwriting", path=str(path)
+        f"{path} exists with other content: choose another place, or allow it with overwrite", path=str(path)
     )
 
 

@@ -193,8 +193,8 @@ def _header_nbytes(prefix: bytes, source: str) -> int:
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_NBYTES:
         raise InvalidInputError(
-            f"{source} is no safetensors file: its first 8 bytes announce a header of more than {MAX_HEADER_NBYTES} "
-            "bytes, the most that the format allows",
+            f"{source} is no safetensors file, its first bytes announce too long a header: push such a file, or a "
+            "directory, which may hold files of any kind",
             kind="header_too_long",
         )
     return length

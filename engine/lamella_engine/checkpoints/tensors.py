@@ -155,7 +155,8 @@ def _spec_of(name: str, value: object) -> TensorSpec:
     except InvalidInputError as error:
         raise _refused(name, error) from None
     raise InvalidInputError(
-        f"{name[:80]!r} is a {type(value).__name__}: give one flat mapping of names to torch tensors or NumPy arrays",
+        f"{name[:80]!r} is a {type(value).__name__}: give one flat mapping of names to torch tensors or NumPy "
+        "arrays; lamella.torch.push takes nested ones",
         kind="not_a_tensor",
         tensor=name,
     )

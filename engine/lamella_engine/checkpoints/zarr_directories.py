@@ -21,8 +21,8 @@ from lamella_engine.errors import InvalidInputError, LimitError, NotFoundError, 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
-MAX_METADATA_NBYTES = 64 << 20
-"""Longest ``zarr.json``: with consolidated metadata, some 50,000 arrays."""
+MAX_METADATA_NBYTES = 128 << 20
+"""Most bytes of all ``zarr.json`` together: some 50,000 arrays, and the same consolidated."""
 
 MAX_FILES = 1 << 20
 """Most files of a hierarchy: a model of 100 GB in zarr's usual 128 KiB chunks has that many."""
@@ -70,6 +70,7 @@ class ZarrDirectory:
         self._files: dict[str, SourceFile] = {}
         self._folders: dict[str, tuple[int, int, int]] = {}
         self._documents: dict[str, dict[str, Any]] = {}
+        self._metadata_nbytes = 0
         self._read("", 0)
         self._check_consolidated()
         self._documents.clear()
@@ -128,10 +129,12 @@ class ZarrDirectory:
                 if not hidden:
                     self._check_depth(entry.path, depth)
                     self._read(child, depth + 1)
-            elif not name.startswith("."):
-                raise _stray(entry.path)
-            else:
-                _check_regular(entry)
+                continue
+            _check_regular(entry)
+            if not name.startswith("."):
+                raise InvalidInputError(
+                    f"{entry.path} is no part of a Zarr group: remove it", kind="stray_file", path=entry.path
+                )
 
     def _read_array(
         self, node: str, document: dict[str, Any], entries: "dict[str, os.DirEntry[str]]", depth: int
@@ -162,10 +165,10 @@ class ZarrDirectory:
                     self._check_depth(entry.path, depth)
                     below = self._entries(f"{node}/{prefix}{name}")
                     yield from self._chunks(node, f"{prefix}{name}/", below, depth + 1)
-            elif not name.startswith("."):
+                continue
+            _check_regular(entry)
+            if not name.startswith("."):
                 yield prefix + name, entry
-            else:
-                _check_regular(entry)
 
     def _entries(self, folder: str) -> "dict[str, os.DirEntry[str]]":
         path = self._place(folder)
@@ -194,9 +197,11 @@ class ZarrDirectory:
     # -- metadata ------------------------------------------------------------------------------------------------------
 
     def _document(self, node: str, file: SourceFile) -> dict[str, Any]:
-        if file.nbytes > MAX_METADATA_NBYTES:
+        self._metadata_nbytes += file.nbytes
+        if self._metadata_nbytes > MAX_METADATA_NBYTES:
             raise LimitError(
-                f"{file.path} has {file.nbytes} bytes, more than {MAX_METADATA_NBYTES}", kind="metadata_too_long"
+                f"{self.root} has more than {MAX_METADATA_NBYTES} bytes of metadata with {file.path}: push less of it",
+                kind="metadata_too_long",
             )
         with _opened_again(file) as same:
             text = same.read(0, same.nbytes)
@@ -330,16 +335,16 @@ def _folder_state(path: str) -> tuple[int, int, int]:
 
 
 def _check_regular(entry: "os.DirEntry[str]") -> None:
-    if not entry.is_file():  # follows symbolic links
+    try:
+        regular = entry.is_file()  # follows symbolic links
+    except OSError:  # a link that leads to itself
+        regular = False
+    if not regular:
         raise InvalidInputError(
-            f"{entry.path} is neither a directory nor a regular file, nor a link to one: remove it",
+            f"{entry.path} is neither a directory, nor a regular file or a link to one: remove it",
             kind="not_a_file",
             path=entry.path,
         )
-
-
-def _stray(path: str) -> InvalidInputError:
-    return InvalidInputError(f"{path} is no part of a Zarr group: remove it", kind="stray_file", path=path)
 
 
 def _at(path: str, error: InvalidInputError | LimitError) -> InvalidInputError | LimitError:

@@ -1,8 +1,8 @@
 """Metadata of Zarr v3 arrays that others wrote: one strict parser, and codecs that cannot be made to burst.
 
-What may stand there is a list, not what some registry happens to hold: parsing runs no foreign code. Every array becomes
-one of unsigned integers as wide as its elements (complex ones stay), so that fill values and byte orders are matters of
-bits, and of codecs that check how much they would decode before they do.
+What may stand there is a list, not what some registry happens to hold: parsing runs no foreign code. Every array
+becomes one of unsigned integers as wide as its elements (complex ones stay), so that fill values and byte orders are
+matters of bits, and of codecs that check how much they would decode before they do.
 
 Importing this module imports zarr, so modules that are loaded with ``lamella`` import it on use only.
 """
@@ -16,12 +16,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import zstandard
+from numcodecs import blosc  # type: ignore[import-untyped]
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, Codec
 from zarr.abc.store import ByteGetter, ByteRequest, RangeByteRequest
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
@@ -42,8 +42,8 @@ MAX_RANK = 32
 """Most axes of an array: as many as a safetensors file may have."""
 
 MAX_CHUNKS = 1 << 20
-"""Most chunks of one array, those inside of shards counted: zarr keeps something for each, some 100 GB of an array in its
-usual 128 KiB chunks."""
+"""Most chunks of one array, those inside of shards counted, for zarr keeps something for each: 128 GiB of an array in
+its usual chunks of 128 KiB."""
 
 MAX_BAND_NBYTES = 2 << 30
 """Most bytes that have to be decoded at once, because chunks cannot be decoded in part."""
@@ -79,7 +79,7 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredArray:
     """An array as its metadata describes it."""
 
@@ -87,6 +87,8 @@ class StoredArray:
     shape: tuple[int, ...]
     metadata: ArrayV3Metadata
     """As zarr is to read it: of unsigned integers, with codecs that are bounded."""
+    key: "re.Pattern[str]"
+    """What the keys of chunks look like, relative to the array; a group for each axis."""
     counts: tuple[int, ...]
     """Number of stored chunks (or shards) on each axis."""
     max_encoded_nbytes: int
@@ -103,18 +105,9 @@ class StoredArray:
         """Bytes of one element."""
         return self.dtype.bits // 8
 
-    @cached_property
-    def _key(self) -> "re.Pattern[str]":
-        separator = re.escape(self.metadata.chunk_key_encoding.separator)  # type: ignore[attr-defined]
-        number = "(0|[1-9][0-9]{0,18})"
-        numbers = separator.join([number] * len(self.shape))
-        if self.metadata.chunk_key_encoding.name == "v2":  # type: ignore[attr-defined]
-            return re.compile(numbers or "0")
-        return re.compile(f"c{separator}{numbers}" if numbers else "c")
-
     def has_chunk(self, key: str) -> bool:
         """Whether ``key``, relative to the array, is that of a chunk of its grid."""
-        found = self._key.fullmatch(key)
+        found = self.key.fullmatch(key)
         return found is not None and all(int(at) < n for at, n in zip(found.groups(), self.counts, strict=True))
 
     def bands(self) -> Grid:
@@ -131,8 +124,8 @@ class StoredArray:
             row = self._row_nbytes(axis)
         if row > MAX_BAND_NBYTES:
             raise LimitError(
-                f"{row} bytes have to be decoded at once, more than {MAX_BAND_NBYTES}: write the array with chunks that "
-                "are shorter on the first axis",
+                f"{row} bytes have to be decoded at once, more than {MAX_BAND_NBYTES}: write the array with chunks "
+                "that are shorter on the first axis",
                 kind="chunk_too_large",
             )
         return Grid(self.shape, self.itemsize, axis, min(self.shape[axis], chunk[axis] * max(1, _BAND_NBYTES // row)))
@@ -161,11 +154,10 @@ def stored_array(document: object, fill: bytes | None = None) -> StoredArray:
         Too many chunks (``too_many_chunks``), or too large ones (``chunk_too_large``).
     """
     fields = _fields(document)
-    name = fields.get("data_type")
-    dtype = _dtype(name)
+    dtype = _dtype(fields.get("data_type"))
     shape = _naturals(fields.get("shape"), "shape", "bad_shape")
-    if len(shape) > MAX_RANK or prod(max(1, n) for n in shape) * dtype.bits // 8 > _MAX_ARRAY_NBYTES:
-        raise InvalidInputError("it has more axes or bytes than an array can have", kind="bad_shape")
+    if prod(max(1, n) for n in shape) * dtype.bits // 8 > _MAX_ARRAY_NBYTES:
+        raise InvalidInputError("it has more bytes than an array can have", kind="bad_shape")
     grid_name, grid = _named(fields.get("chunk_grid"), "chunk_grid")
     if grid_name != "regular":
         raise InvalidInputError(
@@ -184,17 +176,18 @@ def stored_array(document: object, fill: bytes | None = None) -> StoredArray:
             f"it has {prod(counts) * inner_count} chunks, more than {MAX_CHUNKS}: write it with larger ones",
             kind="too_many_chunks",
         )
+    key_encoding, key = _keys(fields.get("chunk_key_encoding"), len(shape))
     bits = fill_from_json(dtype, fields.get("fill_value")) if fill is None else fill
     lanes, carrier = _CARRIERS[dtype.name if dtype.name.startswith("complex") else dtype.bits]
     attributes = fields.get("attributes", {})
     if not isinstance(attributes, Mapping):
         raise InvalidInputError("its attributes are no object", kind="bad_metadata")
-    with _refusing("bad_metadata"):
+    with refusing("bad_metadata"):
         metadata = ArrayV3Metadata(
             shape=shape,
             data_type=lanes,
             chunk_grid={"name": "regular", "configuration": {"chunk_shape": chunk}},
-            chunk_key_encoding=_key_encoding(fields.get("chunk_key_encoding")),
+            chunk_key_encoding=key_encoding,
             fill_value=np.frombuffer(bits, carrier)[0],
             codecs=codecs,
             attributes=dict(attributes),
@@ -208,7 +201,7 @@ def stored_array(document: object, fill: bytes | None = None) -> StoredArray:
             kind="chunk_too_large",
         )
     most = 2 * prod(chunk) * itemsize + _INDEX_ENTRY_NBYTES * inner_count + _SLACK_NBYTES
-    return StoredArray(dtype, shape, metadata, counts, most, attributes)
+    return StoredArray(dtype, shape, metadata, key, counts, most, attributes)
 
 
 _CARRIERS: "dict[str | int, tuple[Any, str]]" = {
@@ -248,9 +241,10 @@ def _dtype(name: object) -> Dtype:
 
 
 def _naturals(value: object, what: str, kind: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise InvalidInputError(f"its {what} is no list of natural numbers", kind=kind)
-    return tuple(value)
+    short = isinstance(value, list | tuple) and len(value) <= MAX_RANK
+    if not short or not all(type(n) is int and 0 <= n <= _MAX_ARRAY_NBYTES for n in cast("tuple[int, ...]", value)):
+        raise InvalidInputError(f"its {what} is no list of at most {MAX_RANK} natural numbers", kind=kind)
+    return tuple(cast("tuple[int, ...]", value))
 
 
 def _named(value: object, what: str, kind: str = "bad_metadata") -> tuple[str, Mapping[str, Any]]:
@@ -264,7 +258,8 @@ def _named(value: object, what: str, kind: str = "bad_metadata") -> tuple[str, M
     raise InvalidInputError(f"its {what} has no name, or is no object", kind=kind)
 
 
-def _key_encoding(value: object) -> "dict[str, Any]":
+def _keys(value: object, rank: int) -> "tuple[Any, re.Pattern[str]]":
+    """Return how the keys of chunks are encoded, for zarr, and what they look like."""
     name, configuration = _named(value, "chunk_key_encoding")
     usual = {"default": "/", "v2": "."}
     separator = configuration.get("separator", usual.get(name))
@@ -274,11 +269,15 @@ def _key_encoding(value: object) -> "dict[str, Any]":
             "with the default encoding",
             kind="unknown_key_encoding",
         )
-    return {"name": name, "configuration": {"separator": separator}}
+    numbers = re.escape(separator).join(["(0|[1-9][0-9]{0,18})"] * rank)
+    if name == "default":
+        numbers = f"c{re.escape(separator)}{numbers}" if rank else "c"
+    pattern = re.compile(numbers or "0")
+    return {"name": name, "configuration": {"separator": separator}}, pattern
 
 
 @contextmanager
-def _refusing(kind: str) -> Iterator[None]:
+def refusing(kind: str) -> Iterator[None]:
     """Make an InvalidInputError of what zarr raises when it is given nonsense; nothing else may run inside."""
     try:
         yield
@@ -312,17 +311,17 @@ def _codecs(
         if make is _BoundedSharding:
             codec, inner_count = _sharding(configuration, chunk, depth)
         else:
-            with _refusing("bad_codec"):
+            with refusing("bad_codec"):
                 codec = make.from_dict({"name": name, "configuration": dict(configuration)})
         if isinstance(codec, TransposeCodec):
             if sorted(codec.order) != list(range(len(chunk))):
                 raise InvalidInputError(f"it is transposed by {codec.order}, which is no order", kind="bad_codec")
             chunk = tuple(chunk[axis] for axis in codec.order)
         codecs.append(codec)
-    kinds = [
+    steps = [
         0 if isinstance(codec, ArrayArrayCodec) else 1 if isinstance(codec, ArrayBytesCodec) else 2 for codec in codecs
     ]
-    if kinds.count(1) != 1 or kinds != sorted(kinds):
+    if steps.count(1) != 1 or steps != sorted(steps):
         raise InvalidInputError("its codecs do not lead from an array to bytes", kind="bad_codec")
     return tuple(codecs), inner_count
 
@@ -334,7 +333,7 @@ def _sharding(configuration: Mapping[str, Any], chunk: tuple[int, ...], depth: i
     count = prod(chunk) // prod(inner)
     codecs, deeper = _codecs(configuration.get("codecs"), inner, depth=depth + 1)
     index, _ = _codecs(configuration.get("index_codecs"), (*chunk, 2), index=True)
-    with _refusing("bad_codec"):
+    with refusing("bad_codec"):
         codec = _BoundedSharding(
             chunk_shape=inner,
             codecs=codecs,
@@ -350,7 +349,12 @@ def _bad_chunk(problem: str) -> InvalidInputError:
 
 def _most_nbytes(spec: "ArraySpec") -> int:
     """Return the most bytes that a compressor may give for a chunk; further codecs may have added to it."""
-    return 2 * prod(spec.shape) * cast("Any", spec.dtype).item_size + _SLACK_NBYTES
+    return 2 * _nbytes(spec) + _SLACK_NBYTES
+
+
+def _nbytes(spec: "ArraySpec") -> int:
+    """Return the bytes of a chunk that is not encoded."""
+    return prod(spec.shape) * spec.dtype.to_native_dtype().itemsize
 
 
 class _Bounded:
@@ -374,7 +378,7 @@ class _Bounded:
 class _BoundedZstd(_Bounded, ZstdCodec):
     def _decompress(self, chunk_bytes: "Buffer", chunk_spec: "ArraySpec", most: int) -> "Buffer":
         try:
-            source = chunk_bytes.as_numpy_array()
+            source = chunk_bytes.as_numpy_array().data
             with zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True) as reader:
                 data = reader.read(most + 1)
         except zstandard.ZstdError as error:
@@ -403,9 +407,10 @@ class _BoundedBlosc(_Bounded, BloscCodec):
         if len(header) < _BLOSC_HEADER_NBYTES or encoded != len(chunk_bytes) or decoded > most or block > most:
             raise _bad_chunk("is no blosc buffer, or one that decodes to more than its array has room for")
         try:
-            return super()._decode_sync(chunk_bytes, chunk_spec)
+            data = blosc.decompress(chunk_bytes.as_numpy_array())
         except RuntimeError as error:
             raise _bad_chunk(f"is no blosc buffer ({error})") from error
+        return chunk_spec.prototype.buffer.from_bytes(data)
 
 
 @dataclass(frozen=True)
@@ -426,8 +431,8 @@ class _BoundedSharding(ShardingCodec):
     def resolve_metadata(self, chunk_spec: "ArraySpec") -> "ArraySpec":
         """Describe an encoded shard, for the compressors that may follow."""
         count = prod(self._get_chunks_per_shard(chunk_spec))
-        nbytes = prod(chunk_spec.shape) * cast("Any", chunk_spec.dtype).item_size + _INDEX_ENTRY_NBYTES * count
-        return replace(chunk_spec, shape=(nbytes,), dtype=cast("Any", UInt8()))
+        nbytes = _nbytes(chunk_spec) + _INDEX_ENTRY_NBYTES * count
+        return replace(chunk_spec, shape=(nbytes,), dtype=_CARRIERS[8][0])
 
     async def _decode_partial_single(
         self, byte_getter: ByteGetter, selection: "SelectorTuple", shard_spec: "ArraySpec"
@@ -443,6 +448,7 @@ class _BoundedSharding(ShardingCodec):
         return index
 
 
+# Place and length of a chunk that a shard does not hold.
 _ABSENT = (1 << 64) - 1
 
 _ALLOWED: "dict[str, type[Codec]]" = {

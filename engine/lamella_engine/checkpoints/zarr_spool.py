@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 import zarr
 from zarr.storage import LocalStore
 
+from lamella_engine.checkpoints.zarr_directories import ZarrDirectory
 from lamella_engine.checkpoints.zarr_groups import ZarrCheckpoint
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.zarr_arrays import register_dtypes
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from zarr.core.buffer import Buffer
 
 
 class _WriteEmptyChunks:
@@ -53,20 +52,20 @@ _write_empty_chunks = _WriteEmptyChunks()
 
 
 class _SpoolStore(LocalStore):
-    """A directory that notes which keys were deleted one by one, and that takes nothing any more once it is closed."""
+    """A directory that notes which keys zarr deleted, and that takes nothing any more once its time is over."""
 
     def __init__(self, root: "Path | str", *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
-        self.dropped: set[str] = set()
-
-    async def set(self, key: str, value: "Buffer") -> None:
-        self.dropped.discard(key)
-        await super().set(key, value)
+        self.deleted: set[str] = set()
+        """Keys that were deleted one by one: chunks that zarr did not want to keep."""
 
     async def delete(self, key: str) -> None:
-        self._check_writable()
-        self.dropped.add(key)
+        self.deleted.add(key)
         await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        self.deleted = {key for key in self.deleted if not key.startswith(f"{prefix.rstrip('/')}/")}
+        await super().delete_dir(prefix)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -116,14 +115,15 @@ class Spool:
         ------
         InvalidInputError
             A chunk was written and dropped by zarr because it equalled the fill value, which must have been asked for
-            (``dropped_chunk``); or a kind of :class:`~lamella_engine.checkpoints.zarr_groups.ZarrCheckpoint`.
+            (``dropped_chunk``; inside of a shard it goes unnoticed); or a kind of
+            :class:`~lamella_engine.checkpoints.zarr_groups.ZarrCheckpoint`.
         """
-        checkpoint = ZarrCheckpoint(self._root)
-        for key in sorted(self._store.dropped):
-            if checkpoint.lacks_chunk(key):
+        directory = ZarrDirectory(self._root)
+        for key in sorted(self._store.deleted):
+            if directory.lacks_chunk(key):
                 raise InvalidInputError(
-                    f"zarr did not keep the chunk {key[:80]!r}, for its values equal the fill value, though its bits may "
-                    "not: write the array without the option write_empty_chunks=False",
+                    f"zarr did not keep the chunk {key[:80]!r}, for its values equal the fill value, though its bits "
+                    "may not: write the array without the option write_empty_chunks=False",
                     kind="dropped_chunk",
                 )
-        return checkpoint
+        return ZarrCheckpoint(directory)

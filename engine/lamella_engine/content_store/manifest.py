@@ -152,7 +152,7 @@ class Manifest:
             at = self._page(number).position_of.get(name)
             if at is not None:
                 return number, at
-        raise TensorNotFoundError(f"there is no tensor {name!r} in this version", tensor=name)
+        raise TensorNotFoundError(f"there is no tensor {name[:80]!r} in this version: show lists them", tensor=name)
 
     def _parse_page(self, number: int) -> _Page:
         page = self.description.pages[number]

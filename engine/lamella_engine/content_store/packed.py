@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class PackedStore:
             parents = self.reader.open(id).recorded.parents
             if not parents:
                 raise VersionNotFoundError(
-                    f"{revision} goes back past the first version: see log for how many there are", revision=revision
+                    f"{revision} goes back past the first version: log shows how many there are", revision=revision
                 )
             row = state.version(parents[0].model, parents[0].number)
             if row is None or row.id != parents[0].id:
@@ -118,7 +119,8 @@ class PackedStore:
             ref = state.ref(model, revision.ref)
             if ref is None:
                 raise RefNotFoundError(
-                    f"there is no {model}@{revision.ref}: see the refs of {model}, or name a version by its number",
+                    _no_model(state, model)
+                    or f"there is no {model}@{revision.ref}: log {model} shows its refs, and {model}@v1 is a number",
                     model=model,
                     ref=revision.ref,
                 )
@@ -130,9 +132,12 @@ class PackedStore:
                 f"{model}@{revision.ref} stands at v{number}, which is not there", kind="missing_version"
             )
         if added is None:
-            what = f"{model} has no versions" if revision.latest else f"there is no {model}@v{number}"
-            what += ": check the name of the model" if number == 0 or not state.last_number(model) else ""
-            raise VersionNotFoundError(what, model=model, number=number)
+            last = state.last_number(model)
+            raise VersionNotFoundError(
+                _no_model(state, model) or f"there is no {model}@v{number}: its versions are v1 to v{last}",
+                model=model,
+                number=number,
+            )
         return added
 
     def _best(self, state: State, model: str, metric: str) -> VersionAdded:
@@ -196,8 +201,8 @@ class PackedStore:
             )
         if parent is not None and at is not None and parent != at.id:
             raise ConflictError(
-                f"{model}@{branch} is at {at.id[:12]}, not at the parent given ({parent[:12]}): look at it, then push "
-                "again",
+                f"{model}@{branch} is at v{at.number} ({at.id[:12]}), not at the parent given ({parent[:12]}): look at "
+                "it, then push again",
                 expected=parent,
                 actual=at.id,
             )
@@ -244,6 +249,18 @@ class PackedStore:
         self.log.commit(new_push_id(), make)
 
 
+def _no_model(state: State, model: str) -> str:
+    """Return what to say if there is no such model; nothing if there is."""
+    if state.last_number(model):
+        return ""
+    models = state.models()
+    near = get_close_matches(model, models, n=1)
+    advice = (
+        f"did you mean {near[0]}?" if near else f"there are {', '.join(models[:5])}" if models else "push one first"
+    )
+    return f"there is no model {model}: {advice}"
+
+
 def _ref_change(state: State, update: RefUpdate) -> RefChange | None:
     """Return what an update changes now, or None if the ref stands as it should already."""
     at = state.ref(update.model, update.name)
@@ -258,6 +275,9 @@ def _ref_change(state: State, update: RefUpdate) -> RefChange | None:
         if at is not None and at.number == update.number:
             return None
         if at is not None and at.kind == "tag":
-            raise AlreadyExistsError(f"the tag {name} stands at v{at.number}, and tags never move", kind="tag_exists")
+            raise AlreadyExistsError(
+                f"the tag {name} stands at v{at.number}, and tags never move: choose another name, or delete it first",
+                kind="tag_exists",
+            )
     kind = update.kind if at is None else at.kind
     return RefChange(update.model, update.name, kind, None if at is None else at.number, update.number)

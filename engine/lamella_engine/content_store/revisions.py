@@ -44,7 +44,7 @@ def parse_revision(text: str) -> Revision:
     if not at:
         if _is_id(body):
             return Revision(None, id_prefix=body, ancestors=ancestors)
-        raise _bad(text, "write model@branch, model@v12 or at least 8 digits of an id")
+        raise _bad(text, "write model@branch, model@v12, or at least 8 hex digits of an id")
     check_name(model, what="model")
     if _is_id(name):
         return Revision(model, id_prefix=name, ancestors=ancestors)
