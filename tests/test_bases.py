@@ -262,7 +262,7 @@ def test_readers_and_pushes_follow_a_replaced_pack():
         version = pusher.push({"w": following, "frozen": X * 2}, "m@main")
         assert bits(pusher.checkout("m@main")) == bits({"w": following, "frozen": X * 2})
         (added,) = packs_of(pusher) - before
-        assert chunk_id((X * 2).tobytes()) not in store_of(pusher).packs.index(added).by_chunk
+        assert chunk_id((X * 2).tobytes()) not in store_of(pusher).packs.index(added).chunks
         closure = {pack.name for pack in store_of(pusher).reader.open(version.id).locator.packs}
         assert closure <= packs_of(pusher)
         assert new in closure

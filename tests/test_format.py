@@ -807,7 +807,8 @@ def test_an_index_comes_back(drawn):
     data = encode_pack_index(rows)
     index = read_index(data)
     assert list(index.rows) == rows
-    assert index.by_chunk == {row.chunk: row for row in rows}
+    assert [index.find(row.chunk) for row in rows] == rows
+    assert list(index.chunks) == [row.chunk for row in rows]
     assert index.blobs_nbytes == (rows[-1].stop if rows else 0)
     footer = encode_footer(data)
     assert decode_footer(footer, pack=PACK, pack_nbytes=index.blobs_nbytes + len(data) + len(footer)) == len(data)

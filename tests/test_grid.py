@@ -127,8 +127,9 @@ def test_a_cell_is_one_run_of_bytes_and_cells_tile_the_tensor_without_a_hole(sha
     tensor = np.random.default_rng(0).integers(0, 256, (*shape, itemsize), np.uint8)
     whole = tensor.tobytes()
     at = 0
-    for region in cells.regions():
+    for number, region in enumerate(cells.regions()):
         assert region.start == at
+        assert region.nbytes == cells.cell_nbytes(number)
         assert whole[region.start : region.stop] == tensor[region.slices].tobytes()
         assert 0 < region.nbytes <= min(limit[0] * itemsize, limit[1])
         at = region.stop

@@ -64,6 +64,15 @@ class Grid:
         """Bytes of one step on the cut axis."""
         return prod(self.shape[self.axis + 1 :]) * self.itemsize
 
+    def cell_nbytes(self, index: int) -> int:
+        """Return how long cell ``index`` is: ``region(index).nbytes``, found faster."""
+        if not self.shape:
+            return self.itemsize
+        last = -(-self.shape[self.axis] // self.length) - 1
+        if index % (last + 1) < last:
+            return self.length * self.tail_nbytes
+        return (self.shape[self.axis] - last * self.length) * self.tail_nbytes
+
     def region(self, index: int) -> Region:
         """Return the place of cell ``index`` (C order over the grid). Raises IndexError outside the grid."""
         if not 0 <= index < self.cell_count:

@@ -108,7 +108,7 @@ class Manifest:
         count = page.first_cells[at + 1] - first
         grid = spec.grid
         for index in range(count):
-            yield self._row(number, Cell(name, index), first + index, grid.region(index).nbytes)
+            yield self._row(number, Cell(name, index), first + index, grid.cell_nbytes(index))
 
     def all_rows(self) -> Iterator[Row]:
         """Yield the row of every cell in order."""
@@ -195,4 +195,4 @@ def _lengths(page: _Page, first: int) -> Iterator[int]:
         grid = page.specs[at].grid
         skip = max(first - page.first_cells[at], 0)
         for index in range(skip, grid.cell_count):
-            yield grid.region(index).nbytes
+            yield grid.cell_nbytes(index)

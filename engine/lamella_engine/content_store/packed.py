@@ -229,7 +229,7 @@ class PackedStore:
             if state.pack(name) is None:
                 continue
             try:
-                self._index.add(name, self.packs.index(name).by_chunk)
+                self._index.add(name, self.packs.index(name).chunks)
             except CorruptionError as error:  # whoever needs that pack will be told
                 logger.warning("a pack cannot be used for deduplication: %s", error)
 

@@ -131,7 +131,7 @@ class Packs:
 
         Raises CorruptionError if there is no such copy.
         """
-        copies = [StoredBlob(pack, row) for pack in packs if (row := self.index(pack).by_chunk.get(chunk)) is not None]
+        copies = [StoredBlob(pack, row) for pack in packs if (row := self.index(pack).find(chunk)) is not None]
         allowed = [copy for copy in copies if below is None or copy.row.depth < below]
         if not allowed:
             why = "is missing" if not copies else "has only copies that are no shallower than the delta"

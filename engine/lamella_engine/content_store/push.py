@@ -139,7 +139,7 @@ class PackedPush:
             # The index is derived and may be wrong, so the pack itself is asked; if that is damaged, the chunk is
             # stored once more.
             try:
-                if self._pack_is_live(pack) and (row := self._store.packs.index(pack).by_chunk.get(chunk)) is not None:
+                if self._pack_is_live(pack) and (row := self._store.packs.index(pack).find(chunk)) is not None:
                     copy = StoredBlob(pack, row)
                     if self._is_live(copy):
                         return copy
@@ -273,7 +273,7 @@ class PackedPush:
         """Tell the chunk index of this push's packs. It is derived, so nothing that happens here can fail the push."""
         try:
             for name in self._writer.written:
-                self._store.index.add(name, self._store.packs.index(name).by_chunk)
+                self._store.index.add(name, self._store.packs.index(name).chunks)
         except LamellaError as error:
             logger.warning("a pack is not known to the chunk index yet: %s", error)
 

@@ -7,8 +7,10 @@ blob's digest, so any range that is read can be checked up to the log.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
@@ -26,6 +28,21 @@ MAX_INDEX_NBYTES = 1 << 28
 
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, format, zero, base packs, rows, bytes of blobs
 _ROW = struct.Struct("<32s32s16sQIIHBBB3s")  # see BlobRow; the last three bytes are zero
+_ROW_DTYPE = np.dtype(
+    [
+        ("chunk", "u1", 32),
+        ("base", "u1", 32),
+        ("digest", "u1", 16),
+        ("start", "<u8"),
+        ("encoded_nbytes", "<u4"),
+        ("decoded_nbytes", "<u4"),
+        ("base_pack", "<u2"),
+        ("encoding", "u1"),
+        ("width", "u1"),
+        ("depth", "u1"),
+        ("reserved", "u1", 3),
+    ]
+)
 _FOOTER = struct.Struct("<I4s")  # bytes of the index, magic
 FOOTER_NBYTES = _FOOTER.size
 
@@ -65,13 +82,43 @@ class BlobRow:
         return self.start + self.encoded_nbytes
 
 
-@dataclass(frozen=True, slots=True)
 class PackIndex:
-    """A parsed index: its rows in the order of their blobs, found by chunk."""
+    """A parsed index: its rows in the order of their blobs, found by chunk.
 
-    rows: Sequence[BlobRow]
-    by_chunk: dict[ChunkId, BlobRow]
-    blobs_nbytes: int
+    Rows are made when they are asked for: a reader wants some of the thousands.
+    """
+
+    def __init__(
+        self, rows: bytes, places: Mapping[ChunkId, int], base_packs: Sequence[str], blobs_nbytes: int
+    ) -> None:
+        self._rows = rows
+        self._places = places
+        self._base_packs = base_packs
+        self.blobs_nbytes = blobs_nbytes
+
+    @property
+    def chunks(self) -> Collection[ChunkId]:
+        """The chunks of all rows, in order."""
+        return self._places.keys()
+
+    @property
+    def rows(self) -> Sequence[BlobRow]:
+        """Every row, made anew."""
+        return [self._row(place) for place in range(len(self._places))]
+
+    def find(self, chunk: ChunkId) -> BlobRow | None:
+        """Return the row of a chunk, or None if the pack has none."""
+        place = self._places.get(chunk)
+        return None if place is None else self._row(place)
+
+    def _row(self, place: int) -> BlobRow:
+        chunk, base, blob, start, encoded, decoded, base_pack, encoding, width, depth, _ = _ROW.unpack_from(
+            self._rows, place * _ROW.size
+        )
+        if base_pack == _NO_BASE:
+            return BlobRow(ChunkId(chunk), start, encoded, decoded, encoding, width, depth, None, None, blob)
+        of_base = "" if base_pack == _THIS_PACK else self._base_packs[base_pack]
+        return BlobRow(ChunkId(chunk), start, encoded, decoded, encoding, width, depth, ChunkId(base), of_base, blob)
 
 
 def encode_pack_index(rows: Iterable[BlobRow]) -> bytes:
@@ -154,37 +201,36 @@ def decode_pack_index(data: Buffer, *, pack: str) -> PackIndex:
         at += 2 + length
     if at + row_count * _ROW.size != len(data) or base_packs != sorted(set(base_packs)):
         raise _corrupt(pack, "its index is inconsistent")
-    rows: list[BlobRow] = []
-    by_chunk: dict[ChunkId, BlobRow] = {}
-    expected_start = 0
-    for fields in _ROW.iter_unpack(data[at:]):
-        chunk, base, blob, start, encoded, decoded, base_pack, encoding, width, depth, reserved = fields
-        full = base_pack == _NO_BASE
-        if (
-            start != expected_start
-            or encoded > MAX_ENCODED_NBYTES
-            or not 0 < decoded <= MAX_CELL_NBYTES
-            or width not in (1, 2, 4, 8)
-            or decoded % width
-            or depth > MAX_DEPTH
-            or full != (depth == 0)
-            or full != (base == bytes(DIGEST_NBYTES))
-            or not (full or base_pack == _THIS_PACK or base_pack < base_count)
-            or reserved != _RESERVED
-            or chunk in by_chunk
-        ):
-            raise _corrupt(pack, f"row {len(rows)} of its index breaks a rule")
-        name_of_base = None if full else "" if base_pack == _THIS_PACK else base_packs[base_pack]
-        row = BlobRow(
-            ChunkId(chunk), start, encoded, decoded, encoding, width, depth,
-            None if full else ChunkId(base), name_of_base, blob,
-        )  # fmt: skip
-        rows.append(row)
-        by_chunk[row.chunk] = row
-        expected_start = row.stop
-    if expected_start != blobs_nbytes:
+    rows = data[at:]
+    table = np.frombuffer(rows, _ROW_DTYPE)
+    full = table["base_pack"] == _NO_BASE
+    starts = np.zeros(len(table) + 1, np.uint64)
+    np.cumsum(table["encoded_nbytes"], out=starts[1:])
+    width = table["width"]
+    known_width = (width == 1) | (width == 2) | (width == 4) | (width == 8)
+    good = (
+        (table["start"] == starts[:-1])
+        & (table["encoded_nbytes"] <= MAX_ENCODED_NBYTES)
+        & (table["decoded_nbytes"] > 0)
+        & (table["decoded_nbytes"] <= MAX_CELL_NBYTES)
+        & known_width
+        & (table["decoded_nbytes"] % np.where(known_width, width, 1) == 0)
+        & (table["depth"] <= MAX_DEPTH)
+        & (full == (table["depth"] == 0))
+        & (full == ~table["base"].any(axis=1))
+        & (full | (table["base_pack"] == _THIS_PACK) | (table["base_pack"] < base_count))
+        & ~table["reserved"].any(axis=1)
+    )
+    if not good.all():
+        raise _corrupt(pack, f"row {int(np.argmin(good))} of its index breaks a rule")
+    places = {
+        ChunkId(rows[start : start + DIGEST_NBYTES]): at for at, start in enumerate(range(0, len(rows), _ROW.size))
+    }
+    if len(places) != row_count:
+        raise _corrupt(pack, "its index has a chunk twice")
+    if starts[-1] != blobs_nbytes:
         raise _corrupt(pack, "its blobs do not fill it")
-    return PackIndex(rows, by_chunk, blobs_nbytes)
+    return PackIndex(rows, places, base_packs, blobs_nbytes)
 
 
 def _corrupt(pack: str, why: str) -> CorruptionError:
