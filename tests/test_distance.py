@@ -164,6 +164,26 @@ def test_equal_chunks_are_left_out_and_change_nothing(threads):
     reader.close()
 
 
+@pytest.mark.parametrize(("a", "b"), [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 3)])
+def test_what_two_versions_stand_on_is_read_once(a, b):
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    arrays = {1: noise(0, 300, 400)}
+    for step in (2, 3):
+        arrays[step] = (arrays[step - 1].view(np.uint32) + np.uint32(step)).view(np.float32)
+    for array in arrays.values():
+        repo.push({"w": array, "tiny": array[0, :3]}, "m@main")
+    counting = CountingObjects(objects)
+    reader = open_again(counting)
+    cost = reader.cost(f"m@v{max(a, b)}")
+    assert cost.max_depth == max(a, b) - 1
+    reader.cost(f"m@v{min(a, b)}")  # from here on the pages of both are known
+    counting.reset()
+    distance = reader.distance(f"m@v{a}", f"m@v{b}")
+    assert counting.read_nbytes < (cost.read_nbytes if a != b else 0) + 1_000
+    check(distance, [(arrays[a], arrays[b]), (arrays[a][0, :3], arrays[b][0, :3])])
+
+
 def test_the_distance_to_itself_is_zero_and_reads_no_weights():
     objects = MemoryObjects()
     new_repository(objects).push({"w": noise(0, 100_000), "nan": np.full(100, np.nan)}, "m@main")

@@ -173,19 +173,24 @@ class Reader:
     ) -> Iterator[Result]:
         """Yield ``function(cell, bytes in a, bytes in b)`` for each cell, in order.
 
-        The bytes are valid during the call only.
+        The bytes are valid during the call only. Where the chain of the newer version's chunk goes through the older
+        one's, which is decoded anyway, only what follows it is read.
         """
         ours, theirs = tee(cells)
+        older, newer = sorted((a, b), key=lambda version: self.store.version(version).number)
 
         def decode(pair: tuple[Reading, Reading]) -> Result:
-            decoded = []
-            for memory, reading in zip((_pair.left, _pair.right), pair, strict=True):
-                out = memory.data[: reading.chain[-1].decoded_nbytes]
-                decode_chain(reading.chain, out, check=self.check)
-                decoded.append(out)
-            return function(pair[0].cell, *decoded)
+            first, second = pair
+            left = _pair.left.data[: first.chain[-1].decoded_nbytes]
+            decode_chain(first.chain, left, check=self.check)
+            right = left
+            if second.chain:
+                right = _pair.right.data[: second.chain[-1].decoded_nbytes]
+                base = None if second.chain[0].base is None else left
+                decode_chain(second.chain, right, base=base, check=self.check)
+            return function(first.cell, left, right) if older == a else function(first.cell, right, left)
 
-        pairs = zip(self.read(a, ours), self.read(b, theirs), strict=True)
+        pairs = zip(self.read(older, ours), self.read(newer, theirs, have=older), strict=True)
         return map_batched(self.executor, decode, pairs, nbytes=lambda pair: pair[0].chain[-1].decoded_nbytes)
 
     def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:
