@@ -204,14 +204,17 @@ class LocalObjects:
 
     def _write_and_link(self, path: Path, parts: Sequence[Buffer]) -> bool:
         """Put durable bytes under a name that may be taken; return whether this call took it. Leaves nothing else."""
-        temp = path.with_name(f".tmp-{secrets.token_hex(8)}")
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        temp = str(path.with_name(f".tmp-{secrets.token_hex(8)}"))
+        fd = -1
+        # A signal's exception can come after any call: so the file is made inside, and goes by the very first one.
         try:
             try:
+                fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
                 _write_all(fd, parts)
                 self._fsync(fd)
             finally:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
             # Unlike rename, link never replaces: it is the one step that two writers cannot both do.
             try:
                 os.link(temp, path)
@@ -219,8 +222,10 @@ class LocalObjects:
                 return False
             return True
         finally:
-            with suppress(OSError):  # what is left is no object, and hides no failure
-                temp.unlink()
+            try:  # noqa: SIM105 (making the context manager would be a call before)
+                os.unlink(temp)
+            except OSError:  # what is left is no object, and hides no failure
+                pass
 
     def _fsync(self, fd: int) -> None:
         try:
