@@ -727,7 +727,7 @@ GOOD_PATHS = [
 BAD_PATHS = [
     "", ".", "..", "/", "/abs", "../x", "a/..", "a/../../b", "a//b", "a/", "./a", "a/./b", "a\\b", "C:\\x", "\\\\?\\x",
     "a\0b", "a\nb", "\x1b[2J", "a\x07", "a\x7f", "a\x85b", "\u202etxt.exe", "a\u2028b", "\ud800", "x" * 256, "é" * 128,
-    "x/" * 2048 + "x",
+    "x/" * 2048 + "x", ".git/hooks/post-checkout", "a/.GIT", ".lamella-00.part",
 ]  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from support import bits, new_repository, noise, open_again
 
 import lamella
+from lamella_engine import pushing
 from lamella_engine.checkpoints import directories
 from lamella_engine.errors import InvalidInputError, LamellaError, LimitError
 from lamella_engine.executor import ThreadExecutor
@@ -238,6 +242,85 @@ def test_reading_the_middle_of_a_file_reads_its_chunks_only(tmp_path):
     got = version.file("model.safetensors", start=head + (1 << 22), stop=head + (1 << 22) + 4096)
     assert got == tensors["b"].tobytes()[:4096]
     assert objects.read_nbytes < 5 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_long_reads_of_a_file_are_right_while_other_threads_decode(threads, tmp_path):
+    data = np.random.default_rng(0).bytes(70 << 20)
+    tensors = {"w": np.frombuffer(data, np.float32)}
+    objects = MemoryObjects()
+    new_repository(objects, ThreadExecutor(threads=threads)).push(tensors, "m@main", files={"opaque.bin": data})
+    version = open_again(objects, ThreadExecutor(threads=threads)).version("m@main")
+    assert version.file("opaque.bin") == data
+    assert version.file("opaque.bin", start=1_000_001, stop=41_000_003) == data[1_000_001:41_000_003]
+    assert version.file("model.safetensors") == safetensors.numpy.save(tensors)
+
+
+def test_a_link_inside_of_out_is_not_written_through(repo, sharded, tmp_path):
+    repo.push(sharded, "m@main")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(lamella.AlreadyExistsError):
+        repo.checkout("m@main", tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "elsewhere") == {}
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    repo.checkout("m@main", tmp_path / "link")  # the directory that was named may be one
+    assert contents(tmp_path / "elsewhere") == contents(sharded)
+
+
+def test_more_shards_than_files_can_be_open_is_said_as_it_is(repo, tmp_path):
+    for n in range(30):
+        safetensors.numpy.save_file({f"{n}": np.arange(3)}, tmp_path / f"{n}.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limits[1]))
+    try:
+        with pytest.raises(lamella.StorageError, match="Too many open files"):
+            repo.push(tmp_path, "m@main")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    repo.push(tmp_path, "m@main")
+
+
+def described(change):
+    """Return a repository with a version whose attachments were ``change``d as its description was written."""
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    real = pushing.Description
+
+    def description(**fields):
+        return real(**{**fields, "attachments": change(fields["attachments"])})
+
+    with patch.object(pushing, "Description", description):
+        repo.push(TENSORS, "m@main", files={"a": noise(9, 3_000_000).tobytes()})
+    return open_again(objects)
+
+
+@pytest.mark.parametrize("by", [3, -3])
+def test_attachments_of_other_lengths_than_are_listed_are_damage(by, tmp_path):
+    def shifted(attachments):
+        (item,) = attachments
+        (first, one), (second, two), *rest = item.chunks
+        return (replace(item, chunks=((first, one - by), (second, two + by), *rest)),)
+
+    repo = described(shifted)
+    assert {problem.kind for problem in repo.verify().problems} == {"bad_length"}
+    with pytest.raises(lamella.CorruptionError):
+        repo.version("m@main").file("a")
+    with pytest.raises(lamella.CorruptionError):
+        repo.checkout("m@main", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_header_longer_than_any_is_not_read():
+    def endless(attachments):
+        (item,) = attachments
+        return (replace(item, path="b.safetensors", role="safetensors_header", chunks=item.chunks[:1] * 30),)
+
+    repo = described(endless)
+    with pytest.raises(lamella.CorruptionError, match="longer than any"):
+        _ = repo.version("m@main").file_sizes
+    assert {problem.kind for problem in repo.verify().problems} == {"bad_attachment"}
 
 
 def refused(repo, folder: Path) -> str:

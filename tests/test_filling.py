@@ -1,5 +1,6 @@
 """Filling memory that is there: every kind of it, in place, from nothing or from another version, or not at all."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -73,6 +74,33 @@ def memory_of(tensors):
 
 def fresh_memory(tensors=FIRST):
     return {name: noise_like(array) for name, array in tensors.items()}
+
+
+def test_a_matrix_is_filled_as_the_array_that_it_is(repo):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        into = {"trained": fresh_memory()["trained"].view(np.matrix)}
+        repo.checkout("m@v3", into=into, include="trained")
+    assert into["trained"].tobytes() == THIRD["trained"].tobytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "zarr"},
+        {"framework": "torch", "out": "x"},
+        {"framework": "torch", "into": {}},
+        {"out": "x", "into": {}},
+        {"have": "m@v1"},
+        {"format": "tar", "out": "x"},
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(repo, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError) as caught:
+        repo.checkout("m@v3", **options)
+    assert caught.value.kind == "bad_option"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_version_fills_arrays_in_place(repo):

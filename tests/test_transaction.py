@@ -102,6 +102,15 @@ def test_a_branch_that_moves_meanwhile_is_a_conflict(repo):
     assert repo.version("m@main").number == 2
 
 
+def test_an_array_may_shrink_and_grow_again(repo):
+    with repo.transaction("m@main") as group:
+        array = group.create_array("a", shape=(10,), chunks=(2,), dtype="float32")
+        array[:] = 1
+        array.resize((4,))
+        array.resize((10,))
+    assert repo.version("m@main")["a"][:].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
 def test_an_empty_group_is_refused(repo):
     with pytest.raises(lamella.InvalidInputError) as caught, repo.transaction("m@main"):
         pass

@@ -454,6 +454,14 @@ def test_a_billion_chunks_are_refused(root):
     refused(root, "too_many_chunks", LimitError)
 
 
+def test_many_arrays_of_many_chunks_are_refused(root):
+    edit(root / "a/zarr.json", shape=[10**6], data_type="int8", chunk_grid=grid(1), fill_value=0, codecs=["bytes"])
+    shutil.rmtree(root / "a/c")
+    for name in "xy":
+        shutil.copytree(root / "a", root / name)
+    refused(root, "too_many_chunks", LimitError)
+
+
 def test_a_billion_chunks_in_shards_are_refused(root):
     (shards,) = nested(1)
     shards["configuration"]["chunk_shape"] = [1]

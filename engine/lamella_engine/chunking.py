@@ -14,6 +14,9 @@ from math import prod
 MAX_CELL_ELEMENTS = 1 << 20
 MAX_CELL_NBYTES = 4 << 20
 
+POOLED_NBYTES = 1 << 16
+"""Cells from this length on are worth memory that is used again; shorter ones are cheap to have anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Region:

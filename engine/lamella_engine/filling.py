@@ -277,7 +277,7 @@ def _memory(spec: TensorSpec, value: Any) -> _Memory:
             _check_like(
                 spec, spec.dtype if opaque else dtype_of_numpy(value.dtype), spec.shape if opaque else value.shape
             )
-            return _memory_of_array(value)
+            return _memory_of_array(value.view(np.ndarray))  # a matrix, say, would keep its own rules of shape
     except InvalidInputError as error:
         raise InvalidInputError(
             f"tensor {spec.name[:80]!r}: {error}", kind=error.kind, tensor=spec.name, **error.context
@@ -307,7 +307,10 @@ def _memory_of_torch(spec: TensorSpec, tensor: "torch.Tensor") -> _Memory:
     if not shares_memory(tensor):
         return _TensorMemory(tensor, extent)
     axes = 1 if spec.dtype.opaque else tensor.dim()
-    return _ArrayMemory(_plain(array_of(tensor, (slice(None),) * axes)), extent)
+    array = array_of(tensor, (slice(None),) * axes)
+    if not array.flags.writeable:  # before torch 2.9, and with NumPy 2.0, what torch lends is to be read only
+        return _TensorMemory(tensor, extent)
+    return _ArrayMemory(_plain(array), extent)
 
 
 def _memory_of_array(array: Array) -> _Memory:
@@ -405,6 +408,4 @@ def _untied(
 
 def _contents(manifest: Manifest, spec: TensorSpec) -> list[bytes] | None:
     """Return what stands in a tensor's rows, or None if the version has no such tensor."""
-    if not manifest.has(spec.name) or manifest.spec(spec.name) != spec:
-        return None
-    return [row.content for row in manifest.rows(spec.name)]
+    return [row.content for row in manifest.rows(spec.name)] if manifest.holds(spec) else None

@@ -171,8 +171,8 @@ class _Checker:
                 continue
             parameters.update(row.chunk)
             self._check_closure(self._store.reader.copy_of_row(version, row), named, state)
-        for place, (chunk, _) in enumerate(version.recorded.description.manifest_chunks):
-            self._check_closure(self._store.reader.copy(chunk, version.pack_of_manifest(place)), named, state)
+        for place in range(len(version.recorded.description.manifest_chunks)):
+            self._check_closure(self._store.reader.copy_of_manifest(version, place), named, state)
         VersionFiles(Reader(self._store, self._store.executor), added.id).check()
         if parameters.digest().hex() != version.recorded.description.parameters_id:
             raise CorruptionError("the cells are not those that the parameters id is the digest of", kind="bad_digest")

@@ -14,7 +14,7 @@ from typing import Any
 
 from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
-from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
 from lamella_engine.errors import InvalidInputError
@@ -30,9 +30,6 @@ from lamella_engine.format.manifest import (
 )
 from lamella_engine.format.version import AttachmentPages, Description
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress
-
-POOLED_NBYTES = 1 << 16
-"""Cells from this length on are read into memory that is used again; shorter ones are cheap to have anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import ContentStore, Reading
@@ -152,17 +152,19 @@ class Reader:
         free: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
 
         def decode(reading: Reading) -> tuple[Cell, memoryview, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+            nbytes = reading.chain[-1].decoded_nbytes
             try:
-                memory = free.pop()
+                memory = free.pop() if nbytes >= POOLED_NBYTES else np.empty(nbytes, np.uint8)
             except IndexError:
                 memory = np.empty(MAX_CELL_NBYTES, np.uint8)
-            out = memory.data[: reading.chain[-1].decoded_nbytes]
+            out = memory.data[:nbytes]
             decode_chain(reading.chain, out, check=self.check)
             return reading.cell, out, memory
 
         for cell, out, memory in self._decoded(decode, self.read(version, cells)):
             yield cell, out
-            free.append(memory)
+            if out.nbytes >= POOLED_NBYTES:
+                free.append(memory)
 
     def map_pairs(
         self,

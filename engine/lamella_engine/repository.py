@@ -185,6 +185,10 @@ class Repository:
         whatever their chunks and codecs; after an exception nothing is recorded. Arrays wait in a temporary directory
         until then (TMPDIR says where). Attributes and dimension names are not kept.
 
+        Every bit of what is written is kept, with two exceptions that Zarr makes: a fill value of NaN stands for the
+        canonical one, and an array of shards that is told not to write empty chunks drops those that equal its fill
+        value, -0.0 among them.
+
         Raises
         ------
         ConflictError
@@ -279,6 +283,11 @@ class Repository:
         if framework not in ("numpy", "torch") or verify not in ("blob", "chunk") or format not in ("files", "zarr"):
             raise InvalidInputError(
                 "framework is 'numpy' or 'torch', format is 'files' or 'zarr', verify is 'blob' or 'chunk'",
+                kind="bad_option",
+            )
+        if (out is None and format != "files") or (framework == "torch" and (out is not None or into is not None)):
+            raise InvalidInputError(
+                "format says what is written to out, and framework what is returned without out and into",
                 kind="bad_option",
             )
         if into is not None and out is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 
-from lamella_engine.checkpoints import NewFile, SafetensorsLayout, check_attachment_paths
+from lamella_engine.checkpoints import MAX_FILE_HEADER_NBYTES, NewFile, SafetensorsLayout, check_attachment_paths
 from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError
 from lamella_engine.format.version import AttachmentPages
 from lamella_engine.model import Attachment, Buffer, Cell, TensorSpec, VersionId
@@ -120,11 +120,16 @@ class VersionFiles:
             if item.role == "file":
                 found[item.path] = VersionFile(item.path, item.nbytes, b"", (_Part(0, item.nbytes, (place, lengths)),))
             else:
-                found[item.path] = self._weights(item, self._manifest.attachment(item.path), covered)
+                found[item.path] = self._weights(item, self._header(item, place), covered)
         missing = self._manifest.description.tensor_count - len(covered)
         if missing and not self._loose:
             raise CorruptionError(f"{missing} tensors are in none of the version's files", kind="bad_attachment")
         return found
+
+    def _header(self, item: AttachmentPages, place: int) -> bytes:
+        if item.nbytes > MAX_FILE_HEADER_NBYTES:  # before it is in memory
+            raise CorruptionError(f"the header of {item.path!r} is longer than any can be", kind="bad_attachment")
+        return b"".join(self._manifest.chunk(place + at) for at in range(len(item.chunks)))
 
     def _weights(self, item: AttachmentPages, header: bytes, covered: set[str]) -> VersionFile:
         """Return a safetensors file; enter its tensors into those that are covered."""
@@ -152,7 +157,10 @@ class VersionFiles:
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return bytes of a file; raises NotFoundError (``file_not_found``)."""
-        return b"".join(self.parts(self[path], start, stop))
+        found = bytearray()
+        for part in self.parts(self[path], start, stop):  # one by one: each is valid until the next only
+            found += part
+        return bytes(found)
 
     def new_files(self, files: Iterable[VersionFile]) -> Iterator[NewFile]:
         """Yield files as they can be written."""
@@ -166,9 +174,8 @@ class VersionFiles:
         start, stop, _ = slice(start, stop).indices(file.nbytes)
         if start < min(stop, len(file.head)):
             yield memoryview(file.head)[start:stop]
-        starts = [part.start for part in file.parts]
-        first = max(bisect_right(starts, start) - 1, 0)
-        last = bisect_right(starts, stop - 1)
+        first = max(bisect_right(file.parts, start, key=_start) - 1, 0)
+        last = bisect_right(file.parts, stop - 1, key=_start)
         begins: deque[int] = deque()
 
         def cells() -> Iterator[Cell]:
@@ -210,6 +217,10 @@ def canonical_file(specs: Sequence[TensorSpec]) -> VersionFile:
     Raises InvalidInputError for tensors that safetensors files cannot hold (``unknown_dtype``).
     """
     return _weights_file(CANONICAL_FILE, SafetensorsLayout.canonical(specs), "")
+
+
+def _start(part: _Part) -> int:
+    return part.start
 
 
 def _weights_file(path: str, layout: SafetensorsLayout, prefix: str) -> VersionFile:

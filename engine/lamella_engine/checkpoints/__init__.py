@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeGuard
 
 from lamella_engine.checkpoints.directories import DirectoryCheckpoint
 from lamella_engine.checkpoints.files import NewFile, check_attachment_paths, write_files
-from lamella_engine.checkpoints.safetensors import PlacedTensor, SafetensorsCheckpoint, SafetensorsLayout
+from lamella_engine.checkpoints.safetensors import (
+    MAX_FILE_HEADER_NBYTES,
+    PlacedTensor,
+    SafetensorsCheckpoint,
+    SafetensorsLayout,
+)
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint, to_numpy
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     import zarr
 
 __all__ = [
+    "MAX_FILE_HEADER_NBYTES",
     "Checkpoint",
     "DirectoryCheckpoint",
     "MemoryCheckpoint",

@@ -22,7 +22,7 @@ from lamella_engine.checkpoints.files import DRAFT_PREFIX, check_attachment_path
 from lamella_engine.checkpoints.safetensors import MAX_HEADER_NBYTES, SafetensorsCheckpoint
 from lamella_engine.checkpoints.sources import SourceFile
 from lamella_engine.chunking import Region
-from lamella_engine.errors import InvalidInputError, LimitError, NotFoundError, StorageError, TensorNotFoundError
+from lamella_engine.errors import InvalidInputError, LimitError, StorageError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 
 MAX_FILES = 100_000
@@ -67,7 +67,7 @@ class DirectoryCheckpoint:
             files = [self._opaque(name) for name in names if not name.endswith(".safetensors")]
             self._check_indexes(names)
             self._close = opened.pop_all().close
-        self._others: dict[str, SourceFile] = dict(files)
+        self._others = [file for _, file in files]
         self.structure: tuple[TensorSpec, ...] = tuple(
             sorted((spec for file in self._weights for spec in file.structure), key=lambda spec: spec.name)
         )
@@ -87,9 +87,8 @@ class DirectoryCheckpoint:
         """See :meth:`Checkpoint.check_unchanged`: each file must be what it was; files that came are no part of it."""
         for weights in self._weights:
             weights.check_unchanged()
-        for name, file in self._others.items():
-            with self._again(name, file):
-                pass
+        for file in self._others:
+            file.opened_again().close()
 
     def close(self) -> None:
         """Let go of the files. Doing it twice is harmless."""
@@ -126,25 +125,10 @@ class DirectoryCheckpoint:
 
     def _attachment(self, name: str, file: SourceFile) -> Attachment:
         def read(start: int, stop: int) -> bytes:
-            with self._again(name, file) as same:
+            with file.opened_again() as same:
                 return same.read(start, stop)
 
         return Attachment(name, "file", file.nbytes, read)
-
-    def _again(self, name: str, file: SourceFile) -> SourceFile:
-        """Open a file once more; raise InvalidInputError (``source_changed``) if it is another by now."""
-        try:
-            found = SourceFile(os.path.join(self._root, name))
-        except (NotFoundError, InvalidInputError):
-            found = None
-        if found is None or not found.is_same_as(file):
-            if found is not None:
-                found.close()
-            raise InvalidInputError(
-                f"{file.path} changed while it was read: push again when its writer has finished",
-                kind="source_changed",
-            )
-        return found
 
     def _check_indexes(self, names: list[str]) -> None:
         """Refuse an index whose shards are not all there: half of a download is no model."""

@@ -45,13 +45,15 @@ def check_attachment_path(path: str) -> str:
     """Return ``path`` if a checkout may create it below its target, else raise InvalidInputError (``bad_path``).
 
     Good is a relative path of ordinary parts joined by ``/``: nothing empty, no ``.`` or ``..``, no backslash, NUL or
-    control character, and short enough for a Linux file system.
+    control character, no ``.git`` and no draft of a checkout, and short enough for a Linux file system.
     """
     parts = path.split("/")
     good = (
         not _FORBIDDEN.search(path)
         and len(path.encode()) <= _MAX_PATH_NBYTES
         and all(part not in ("", ".", "..") and len(part.encode()) <= _MAX_PART_NBYTES for part in parts)
+        # What git and this module would take for their own.
+        and not any(part.lower() == ".git" or part.startswith(DRAFT_PREFIX) for part in parts)
     )
     if not good:
         raise InvalidInputError(
@@ -175,6 +177,7 @@ class _Writing:
         path = self._directory / file.path
         self._targets[file.path] = path
         self._make(path.parent)
+        self._check_below(path.parent)
         try:
             mode = os.lstat(path).st_mode
         except FileNotFoundError:
@@ -232,6 +235,15 @@ class _Writing:
                 raise PermissionDeniedError(f"{path} may not be made: give another directory") from None
             except OSError as error:
                 raise StorageError(f"{path} cannot be made: {error.strerror}", kind="write_failed") from None
+
+    def _check_below(self, folder: Path) -> None:
+        """Raise AlreadyExistsError if a directory below the one that was named is a link to somewhere else."""
+        while folder != self._directory:
+            if folder.is_symlink():
+                raise AlreadyExistsError(
+                    f"{folder} is a link to another directory: remove it, or choose another place", kind="not_a_file"
+                )
+            folder = folder.parent
 
     def _draft(self, path: Path, file: NewFile) -> None:
         draft = path.with_name(f"{DRAFT_PREFIX}{secrets.token_hex(8)}.part")

@@ -40,6 +40,10 @@ MAX_RANK = 32
 _MAX_TENSOR_NBYTES = (1 << 63) - 1
 
 _PREFIX_NBYTES = 8
+
+MAX_FILE_HEADER_NBYTES = _PREFIX_NBYTES + MAX_HEADER_NBYTES
+"""Longest beginning of a file: the length of the header, and the header."""
+
 _METADATA = "__metadata__"
 
 # The reference writer lays tensors out by dtype in this order, then by name: larger elements first, and its own order

@@ -1,11 +1,15 @@
 """Files that are read for a push: with pread, so that one cut short is an error and not a signal, and unchanged."""
 
+import errno
 import os
 import stat
 from types import TracebackType
 from typing import Self
 
 from lamella_engine.errors import InvalidInputError, NotFoundError, StorageError
+
+# What opening can fail of that is no fault of the file: too many are open, in this process or in all.
+_OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
 class SourceFile:
@@ -48,7 +52,7 @@ class SourceFile:
             except OSError as error:
                 raise StorageError(f"cannot read {self.path}: {error.strerror}", kind="read_failed") from error
             if not count:
-                raise self._changed()
+                raise source_changed(self.path)
             done += count
 
     def check_unchanged(self) -> None:
@@ -58,11 +62,18 @@ class SourceFile:
         except OSError:
             same = False
         if not same:
-            raise self._changed()
+            raise source_changed(self.path)
 
-    def is_same_as(self, other: "SourceFile") -> bool:
-        """Whether both are one file that did not change between the openings."""
-        return self._opened == other._opened
+    def opened_again(self) -> "SourceFile":
+        """Open the file once more; raise InvalidInputError (``source_changed``) if it is another by now."""
+        try:
+            found = SourceFile(self.path)
+        except (NotFoundError, InvalidInputError):
+            raise source_changed(self.path) from None
+        if found._opened != self._opened:
+            found.close()
+            raise source_changed(self.path)
+        return found
 
     def close(self) -> None:
         """Let go of the file. Doing it twice is harmless."""
@@ -83,10 +94,12 @@ class SourceFile:
             raise InvalidInputError(f"{self.path} was closed: open it again", kind="closed")
         return self._descriptor
 
-    def _changed(self) -> InvalidInputError:
-        return InvalidInputError(
-            f"{self.path} changed while it was read: push again when its writer has finished", kind="source_changed"
-        )
+
+def source_changed(path: str) -> InvalidInputError:
+    """Return the error for a source that is another than it was."""
+    return InvalidInputError(
+        f"{path} changed while it was read: push again when its writer has finished", kind="source_changed"
+    )
 
 
 def _open_regular(path: str) -> int:
@@ -96,6 +109,8 @@ def _open_regular(path: str) -> int:
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}: check the path", kind="file_not_found", path=path) from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in _OF_THE_SYSTEM:
+            raise StorageError(f"cannot open {path}: {error}: try again with less", kind="read_failed") from error
         raise InvalidInputError(f"cannot open {path!r}: {error}", kind="unreadable", path=path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -14,9 +14,9 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
-from lamella_engine.checkpoints.sources import SourceFile
-from lamella_engine.checkpoints.zarr_metadata import StoredArray, stored_array
-from lamella_engine.errors import InvalidInputError, LimitError, NotFoundError, StorageError
+from lamella_engine.checkpoints.sources import SourceFile, source_changed
+from lamella_engine.checkpoints.zarr_metadata import MAX_CHUNKS, StoredArray, stored_array
+from lamella_engine.errors import InvalidInputError, LimitError, StorageError
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -57,8 +57,8 @@ class ZarrDirectory:
         grid, or too long for it), ``bad_metadata``, ``duplicate_key``, ``stale_metadata`` (consolidated metadata that
         differs), or one of :func:`~lamella_engine.checkpoints.zarr_metadata.stored_array`.
     LimitError
-        Too much of it (``too_many_files``, ``too_deep``, ``metadata_too_long``), or ``too_little_stored`` for the sizes
-        that it claims.
+        Too much of it (``too_many_files``, ``too_many_chunks``, ``too_deep``, ``metadata_too_long``), or
+        ``too_little_stored`` for the sizes that it claims.
     StorageError
         It cannot be read.
     """
@@ -74,6 +74,12 @@ class ZarrDirectory:
         self._read("", 0)
         self._check_consolidated()
         self._documents.clear()
+        chunks = sum(array.chunk_count for array in self.arrays.values())
+        if chunks > MAX_CHUNKS:
+            raise LimitError(
+                f"{self.root} has {chunks} chunks, more than {MAX_CHUNKS}: write larger ones, or push less of it",
+                kind="too_many_chunks",
+            )
         decoded = sum(array.nbytes for array in self.arrays.values())
         stored = sum(file.nbytes for file in self._files.values())
         if decoded > MAX_UNSTORED_NBYTES + MAX_RATIO * stored:
@@ -92,10 +98,10 @@ class ZarrDirectory:
     def check_unchanged(self) -> None:
         """Raise InvalidInputError (``source_changed``) unless files and directories are what they were."""
         for file in self._files.values():
-            _opened_again(file).close()
+            file.opened_again().close()
         for folder, before in self._folders.items():
             if _folder_state(self._place(folder)) != before:
-                raise _changed(self._place(folder))
+                raise source_changed(self._place(folder))
 
     # -- looking through -----------------------------------------------------------------------------------------------
 
@@ -203,7 +209,7 @@ class ZarrDirectory:
                 f"{self.root} has more than {MAX_METADATA_NBYTES} bytes of metadata with {file.path}: push less of it",
                 kind="metadata_too_long",
             )
-        with _opened_again(file) as same:
+        with file.opened_again() as same:
             text = same.read(0, same.nbytes)
         try:
             document = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
@@ -287,7 +293,7 @@ class _FileStore(LocalStore):
         known = self._files.get(key)
         if known is None:
             return None
-        with _opened_again(known) as file:
+        with known.opened_again() as file:
             match byte_range:
                 case RangeByteRequest(start, end):
                     start, end = min(start, file.nbytes), min(end, file.nbytes)
@@ -305,24 +311,6 @@ class _FileStore(LocalStore):
         self, key: str, prototype: "BufferPrototype | None" = None, byte_range: ByteRequest | None = None
     ) -> "Buffer | None":
         return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
-
-
-def _opened_again(file: SourceFile) -> SourceFile:
-    """Open a file once more; raise InvalidInputError (``source_changed``) if it is another by now."""
-    try:
-        found = SourceFile(file.path)
-    except (NotFoundError, InvalidInputError):
-        raise _changed(file.path) from None
-    if not found.is_same_as(file):
-        found.close()
-        raise _changed(file.path)
-    return found
-
-
-def _changed(path: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"{path} changed while it was read: push again when its writer has finished", kind="source_changed"
-    )
 
 
 def _folder_state(path: str) -> tuple[int, int, int]:

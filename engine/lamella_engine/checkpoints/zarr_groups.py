@@ -233,22 +233,21 @@ class _Bands:
     def get(self, name: str, number: int, nbytes: int, decode: Callable[[], memoryview]) -> memoryview:
         """Return a band of ``nbytes`` bytes, decoding it if nobody does."""
         key = name, number
-        with self._lock:
-            found = self._kept.get(key)
-            if found is None:
-                future: Future[memoryview] = Future()
-                self._kept[key] = nbytes, future
-                self._forget()
-            else:
+        future: Future[memoryview] = Future()
+        try:  # from before anybody can see the future: whatever comes, a signal too, whoever waits for it is told
+            with self._lock:
+                _, mine = self._kept.setdefault(key, (nbytes, future))
                 self._kept.move_to_end(key)
-        if found is not None:
-            return found[1].result()
-        try:
+                self._forget()
+            if mine is not future:
+                return mine.result()
             future.set_result(decode())
         except BaseException as error:
             with self._lock:
-                self._kept.pop(key, None)
-            future.set_exception(error)
+                if self._kept.get(key) == (nbytes, future):
+                    del self._kept[key]
+            if not future.done():
+                future.set_exception(error)
             raise
         return future.result()
 

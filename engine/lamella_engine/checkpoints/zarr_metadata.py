@@ -51,6 +51,9 @@ MAX_BAND_NBYTES = 2 << 30
 # What is decoded at a time where chunks allow it: enough of them to keep zarr's threads busy.
 _BAND_NBYTES = 64 << 20
 
+# How many chunks, if one row of them has fewer. zarr takes some 2.5 KB for each that it decodes at a time.
+_BAND_CHUNKS = 4096
+
 # What an encoding may add to the bytes of a chunk: headers of frames and blocks.
 _SLACK_NBYTES = 1 << 20
 
@@ -105,6 +108,11 @@ class StoredArray:
         """Bytes of one element."""
         return self.dtype.bits // 8
 
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of the grid, those inside of shards counted."""
+        return prod(-(-length // step) for length, step in zip(self.shape, self.metadata.chunks, strict=True))
+
     def has_chunk(self, key: str) -> bool:
         """Whether ``key``, relative to the array, is that of a chunk of its grid."""
         found = self.key.fullmatch(key)
@@ -128,7 +136,9 @@ class StoredArray:
                 "that are shorter on the first axis",
                 kind="chunk_too_large",
             )
-        return Grid(self.shape, self.itemsize, axis, min(self.shape[axis], chunk[axis] * max(1, _BAND_NBYTES // row)))
+        across = prod(-(-self.shape[other] // chunk[other]) for other in range(axis + 1, len(chunk)))
+        rows = max(1, min(_BAND_NBYTES // row, _BAND_CHUNKS // across))
+        return Grid(self.shape, self.itemsize, axis, min(self.shape[axis], chunk[axis] * rows))
 
     def _row_nbytes(self, axis: int) -> int:
         """Bytes of one row of chunks: as long as a chunk on ``axis``, whole on the axes after it."""

@@ -3,8 +3,9 @@
 Importing this module imports zarr, so modules that are loaded with ``lamella`` import it on use only.
 """
 
+import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from tempfile import TemporaryDirectory
 from threading import Lock
 from types import TracebackType
@@ -15,11 +16,14 @@ from zarr.storage import LocalStore
 
 from lamella_engine.checkpoints.zarr_directories import ZarrDirectory
 from lamella_engine.checkpoints.zarr_groups import ZarrCheckpoint
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.checkpoints.zarr_metadata import stored_array
+from lamella_engine.errors import InvalidInputError, LimitError
 from lamella_engine.zarr_arrays import register_dtypes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from zarr.core.buffer import Buffer
 
 
 class _WriteEmptyChunks:
@@ -62,6 +66,18 @@ class _SpoolStore(LocalStore):
     async def delete(self, key: str) -> None:
         self.deleted.add(key)
         await super().delete(key)
+
+    async def set(self, key: str, value: "Buffer") -> None:
+        await super().set(key, value)
+        if key.endswith("/zarr.json"):  # an array that was cut drops what lies outside of it, and may grow again
+            self._forget_outside(key.removesuffix("/zarr.json"), value.to_bytes())
+
+    def _forget_outside(self, node: str, metadata: bytes) -> None:
+        deleted = {key for key in self.deleted if key.startswith(f"{node}/")}
+        if deleted:
+            with suppress(InvalidInputError, LimitError):  # then the commit refuses it
+                array = stored_array(json.loads(metadata))
+                self.deleted -= {key for key in deleted if not array.has_chunk(key.removeprefix(f"{node}/"))}
 
     async def delete_dir(self, prefix: str) -> None:
         self.deleted = {key for key in self.deleted if not key.startswith(f"{prefix.rstrip('/')}/")}

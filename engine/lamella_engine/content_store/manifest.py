@@ -137,14 +137,13 @@ class Manifest:
         """Place of the first attachment's first part in ``Description.manifest_chunks``."""
         return self._chunk_places[-1]
 
-    def attachment(self, path: str) -> bytes:
-        """Return the bytes of an attachment. Raises KeyError if there is none of that path."""
-        place = self.first_attachment_place
-        for attachment in self.description.attachments:
-            if attachment.path == path:
-                return b"".join(self._load(place + at) for at in range(len(attachment.chunks)))
-            place += len(attachment.chunks)
-        raise KeyError(path)
+    def chunk(self, place: int) -> bytes:
+        """Return the bytes of one of ``Description.manifest_chunks``; raises CorruptionError."""
+        return self._load(place)
+
+    def holds(self, spec: TensorSpec) -> bool:
+        """Whether there is a tensor of this name, dtype and shape."""
+        return self.has(spec.name) and self.spec(spec.name) == spec
 
     def _find(self, name: str) -> tuple[int, int]:
         number = bisect_right(self._first_names, name) - 1

@@ -274,8 +274,7 @@ class PackedReader:
 
     def _locate(self, version: OpenVersion, cell: Cell, held: OpenVersion | None = None) -> _Located:
         if cell.tensor is None:
-            chunk, _ = version.recorded.description.manifest_chunks[cell.number]
-            return _Located(cell, None, self.chain(self.copy(chunk, version.pack_of_manifest(cell.number))))
+            return _Located(cell, None, self.chain(self.copy_of_manifest(version, cell.number)))
         row = version.manifest.row(cell.tensor, cell.number)
         have = None if held is None else _content_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
         if have == row.content:
@@ -289,16 +288,22 @@ class PackedReader:
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
         """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
         assert row.chunk is not None
-        blob = self.copy(row.chunk, version.pack_of_cell(row.position))
-        if blob.row.decoded_nbytes != row.nbytes:
-            raise CorruptionError(
-                f"a chunk of {blob.row.decoded_nbytes} bytes stands where {row.nbytes} belong", kind="bad_length"
-            )
-        return blob
+        return _as_long_as(row.nbytes, self.copy(row.chunk, version.pack_of_cell(row.position)))
+
+    def copy_of_manifest(self, version: OpenVersion, place: int) -> StoredBlob:
+        """Return the copy of a manifest chunk; raises CorruptionError if it is of another length than is listed."""
+        chunk, nbytes = version.recorded.description.manifest_chunks[place]
+        return _as_long_as(nbytes, self.copy(chunk, version.pack_of_manifest(place)))
+
+
+def _as_long_as(nbytes: int, blob: StoredBlob) -> StoredBlob:
+    if blob.row.decoded_nbytes != nbytes:
+        raise CorruptionError(
+            f"a chunk of {blob.row.decoded_nbytes} bytes stands where {nbytes} belong", kind="bad_length"
+        )
+    return blob
 
 
 def _content_of(manifest: Manifest, spec: TensorSpec, number: int) -> bytes | None:
     """Return what stands in the row of a cell, or None if the version has no such tensor."""
-    if not manifest.has(spec.name) or manifest.spec(spec.name) != spec:
-        return None
-    return manifest.row(spec.name, number).content
+    return manifest.row(spec.name, number).content if manifest.holds(spec) else None
