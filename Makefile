@@ -12,7 +12,9 @@ CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test lint bench clean
+.PHONY: install demo test lint bench clean
+
+install: .venv/built  ## Everything into .venv; then: source .venv/bin/activate
 
 demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./demo-repository.
 	rm -rf demo-repository

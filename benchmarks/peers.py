@@ -34,7 +34,6 @@ ROUNDS = 3
 """Enough that one disturbed round does not move the median."""
 
 PATIENCE = 60.0
-"""Seconds. A contender that takes longer than this in one round is asked no more: noise matters little to it."""
 """Seconds. A contender that took longer than this in one round is not asked again; so much noise does not matter."""
 
 _FIRST = "cp"

@@ -297,7 +297,7 @@ def main() -> None:
     console.print("Fine-tuning all-MiniLM-L6-v2: about a minute, or none if an earlier run did it.")
     family = corpora.minilm_family(report=console.print)
     demonstrate(family, str(repository), console)
-    console.print(f"Look around: lamella -C {repository} log {MODELS['float32']}@main")
+    console.print(f"Look around: .venv/bin/lamella -C {repository} log {MODELS['float32']} --graph")
 
 
 if __name__ == "__main__":

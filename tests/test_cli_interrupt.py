@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from itertools import count
 
 import numpy as np
@@ -28,7 +29,11 @@ TIDYING_UP = ("unlink", "rmdir")
 """What removes them; only the second signal comes here, and later ones."""
 
 
-SIGNALS = ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"))
+SIGNALS = (
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 143, "terminated"),
+    (signal.SIGHUP, 129, "hung up"),
+)
 """Signal, exit code, what is said; sweeps take them in turn."""
 
 
@@ -54,8 +59,13 @@ def call(monkeypatch, capsys):
     def call(*arguments):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new process has them
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         monkeypatch.setattr(sys, "argv", ["lamella", *map(str, arguments)])
         code = main()
+        # A thread of the probe that was being started is in nobody's list; a process waits for it before it ends.
+        for thread in threading.enumerate():
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -119,7 +129,7 @@ def test_an_interrupted_push_leaves_a_sound_repository_to_push_to_again(weights,
     tensors = {"w": noise(1, 50_000)}
     save_file(tensors, tmp_path / "next.safetensors")
     for n in count():
-        number, code, said = SIGNALS[n % 2]
+        number, code, said = SIGNALS[n % 3]
         repository = shutil.copytree(weights[0], tmp_path / f"weights-{n}")
         push = ("-C", repository, "push", tmp_path / "next.safetensors", "bert@file")
         done = interrupted(number, n, *push)
@@ -141,7 +151,7 @@ def test_an_interrupted_checkout_leaves_all_files_or_none(branch, weights, tmp_p
     whole = files_in(source) if source.is_dir() else {source.name: source.read_bytes()}
     nothing = 0
     for n in count():
-        number, code, said = SIGNALS[n % 2]
+        number, code, said = SIGNALS[n % 3]
         out = tmp_path / f"out-{n}"
         done = interrupted(number, n, "-C", repository, "checkout", f"bert@{branch}", out)
         if done is None:
@@ -156,7 +166,7 @@ def test_an_interrupted_checkout_leaves_all_files_or_none(branch, weights, tmp_p
 
 def test_an_interrupted_init_can_be_done_again(tmp_path, interrupted, call):
     for n in count():
-        number, code, said = SIGNALS[n % 2]
+        number, code, said = SIGNALS[n % 3]
         place = tmp_path / f"new-{n}"
         done = interrupted(number, n, "init", place)
         if done is None:

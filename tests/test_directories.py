@@ -14,7 +14,7 @@ import safetensors.torch
 from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
-from support import bits, new_repository, noise, open_again
+from support import bits, names_of, new_repository, noise, open_again, store_of
 
 import lamella
 from lamella_engine import pushing
@@ -321,6 +321,49 @@ def test_a_header_longer_than_any_is_not_read():
     with pytest.raises(lamella.CorruptionError, match="longer than any"):
         _ = repo.version("m@main").file_sizes
     assert {problem.kind for problem in repo.verify().problems} == {"bad_attachment"}
+
+
+def test_a_checkout_does_not_write_among_the_objects_of_a_repository(sharded, tmp_path):
+    with lamella.init(tmp_path / "weights") as repo:
+        repo.push(sharded, "m@main")
+        before = contents(tmp_path / "weights")
+        for place in ("", "log", "packs/deeper", "index"):
+            for options in ({}, {"overwrite": True}, {"include": "*"}, {"format": "zarr"}):
+                with pytest.raises(InvalidInputError) as caught:
+                    repo.checkout("m@main", tmp_path / "weights" / place, **options)
+                assert caught.value.kind == "nested_repository"
+        with pytest.raises(InvalidInputError):
+            repo.checkout("m@main", "")
+        assert contents(tmp_path / "weights") == before
+        repo.checkout("m@main", tmp_path / "weights" / "out")
+        assert contents(tmp_path / "weights" / "out") == contents(sharded)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_push_that_fails_takes_its_packs_with_it(repo, error):
+    def fail(progress):
+        if progress.done_nbytes > progress.total_nbytes * 0.9:
+            raise error
+
+    tensors = {name: noise(n, 5_000_000) for n, name in enumerate("abcdefgh")}  # more than a pack
+    with pytest.raises(error):
+        repo.push(tensors, "m@main", progress=fail)
+    assert names_of(store_of(repo).objects).keys() == {"log/" + "0" * 20}
+    repo.push(tensors, "m@main")
+    assert repo.stats().packs > 1
+    assert repo.verify(deep=True).ok
+
+
+def test_a_push_that_meets_a_conflict_takes_its_packs_with_it(repo):
+    repo.push(TENSORS, "m@main")
+
+    def overtake(progress):
+        if progress.done_nbytes == progress.total_nbytes and repo.version("m@main").number == 1:
+            repo.push({"w": noise(5, 100)}, "m@main")
+
+    with pytest.raises(lamella.ConflictError):
+        repo.push({"w": noise(6, 100)}, "m@main", progress=overtake)
+    assert len(list(store_of(repo).objects.list("packs/"))) == repo.stats().packs == 2
 
 
 def refused(repo, folder: Path) -> str:

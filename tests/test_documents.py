@@ -108,7 +108,7 @@ class Session:
         self.code = done.returncode
         return done.stdout
 
-    def execute(self, code: str, place: str) -> str:
+    def execute(self, code: str, place: str, *, shown: bool) -> str:
         """Run Python as at its prompt; return what it prints, values of expressions and an exception included."""
         printed = io.StringIO()
         with (
@@ -120,6 +120,8 @@ class Session:
                 for node in ast.parse(code).body:
                     exec(compile(ast.Interactive([node]), place, "single"), self.namespace)
             except lamella.LamellaError as error:
+                if not shown:  # a block without output that fails is a document that lies
+                    raise
                 printed.writelines(traceback.format_exception_only(error))
         return printed.getvalue()
 
@@ -153,9 +155,9 @@ def played(text: str) -> Iterator[tuple[int, int, list[str]]]:
                 yield block.start + start + 1, block.start + stop, _lines(printed)
         elif block.language == "python":
             # Padded, so that an error says at which line of the document it happened.
-            printed = session.execute("\n" * block.start + "\n".join(block.lines), "<document>")
             end = block.start + len(block.lines)
             shown = following is not None and following.language == "text" and following.start == end + 3
+            printed = session.execute("\n" * block.start + "\n".join(block.lines), "<document>", shown=shown)
             if shown:
                 yield following.start, following.start + len(following.lines), _lines(printed)
 

@@ -180,6 +180,24 @@ def test_a_distributed_checkpoint_is_not_silently_written_through_it(weights):
     assert weights.stats().versions == versions
 
 
+def test_a_repository_that_is_made_anew_is_opened_anew(weights, tmp_path):
+    fs = LamellaFileSystem()
+    assert fs.cat_file("weights/org%2Fbert@main/config.json") == b'{"hidden": 30}'
+    (tmp_path / "weights").rename(tmp_path / "before")
+    with lamella.init("weights") as other:
+        other.push({"w": np.zeros(3)}, "org/bert@main", files={"config.json": b"{}"})
+    assert fs.cat_file("weights/org%2Fbert@main/config.json") == b"{}"
+
+
+def test_repositories_and_revisions_are_directories(weights):
+    fs = LamellaFileSystem()
+    for path in ("weights", "weights/plain@main"):
+        assert fs.isdir(path)
+        assert fs.info(path) == {"name": path, "size": 0, "type": "directory"}
+    assert not fs.exists("weights/plain@none")
+    assert not fs.exists("nowhere")
+
+
 def test_a_relative_repository_is_meant_from_the_directory_of_the_moment(weights, tmp_path, monkeypatch):
     fs = LamellaFileSystem()
     assert fs.cat_file("weights/org%2Fbert@main/config.json") == b'{"hidden": 30}'

@@ -397,6 +397,31 @@ def test_the_probe_names_the_promise_that_a_store_breaks(broken: type[MemoryObje
     assert list(MemoryObjects.list(objects, "probe/")) == []
 
 
+def test_an_object_too_long_to_be_got_whole_has_a_size(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamella_engine.objects.MAX_GET_NBYTES", 3)
+    objects.put_if_absent("packs/a", [b"12345"])
+    assert objects.size("packs/a") == 5
+    assert objects.get_range("packs/a", 1, 5) == b"2345"
+    with pytest.raises(CorruptionError):
+        objects.get("packs/a")
+
+
+def test_a_probe_that_cannot_start_all_its_threads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    def submit(pool: ThreadPoolExecutor, *call: object) -> object:
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(real(pool, *call))  # type: ignore[arg-type]
+        return started[-1]
+
+    real = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        probe(MemoryObjects())
+    assert len(started) == 2
+
+
 def test_the_probe_passes_on_the_failure_of_a_store_it_cannot_judge() -> None:
     with pytest.raises(StorageError) as caught:
         probe(FaultyObjects(MemoryObjects(), 0, Fault.ERROR_BEFORE))

@@ -12,7 +12,14 @@ from safetensors.torch import save
 
 from lamella_engine.checkpoints import SafetensorsLayout, open_checkpoint
 from lamella_engine.checkpoints.safetensors import MAX_ENTRIES
-from lamella_engine.errors import InvalidInputError, LimitError, NotFoundError, StorageError, TensorNotFoundError
+from lamella_engine.errors import (
+    InvalidInputError,
+    LimitError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+    TensorNotFoundError,
+)
 
 
 def file_of(header: object, data: bytes = b"", *, announced: int | None = None) -> bytes:
@@ -360,7 +367,8 @@ def test_a_file_that_may_not_be_read_is_refused(path, monkeypatch):
 
     path.write_bytes(GOOD)
     monkeypatch.setattr(os, "open", refuse)
-    assert refusal(path).kind == "unreadable"
+    with pytest.raises(PermissionDeniedError):
+        open_checkpoint(path)
 
 
 def test_a_missing_file_is_not_found(path):

@@ -256,6 +256,26 @@ def test_a_module_moves_between_versions_reading_only_what_changed():
     assert caught.value.kind == "not_held"
 
 
+@pytest.mark.parametrize("state", [{0: {"exp_avg": "x"}}, 1, {7: {"step": torch.ones(1)}}])
+def test_an_optimizer_that_cannot_take_a_state_keeps_its_own(repo, state):
+    module = net(1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    sum(weight.sum() for weight in module.parameters()).backward()
+    optimizer.step()
+    groups = optimizer.state_dict()["param_groups"] if isinstance(state, dict) and 0 in state else 2
+    lamella.torch.push({"state": state, "param_groups": groups}, repo, "m@main")
+    before = repr(optimizer.state_dict())
+    with pytest.raises(InvalidInputError):
+        lamella.torch.load(optimizer, repo, "m@main")
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_a_wrapped_module_is_told_to_be_unwrapped(repo):
+    lamella.torch.push(net(1), repo, "m@main")
+    with pytest.raises(InvalidInputError, match=r"module\.module"):
+        lamella.torch.load(nn.DataParallel(net(2)), repo, "m@main")
+
+
 def test_what_is_taken_on_trust_is_checked_if_asked(repo):
     module = net(1)
     first = lamella.torch.push(module, repo, "m@main")

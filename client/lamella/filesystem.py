@@ -46,7 +46,7 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
     def __init__(self, repo: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._repo = repo
-        self._open_repositories: dict[str, lamella.Repository] = {}
+        self._open_repositories: dict[tuple[str, tuple[int, int] | None], lamella.Repository] = {}
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """List a directory of a version, or, of a repository, its branches, tags and aliases."""
@@ -65,6 +65,19 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         ]
         return entries if detail else [entry["name"] for entry in entries]
 
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """Return name, size and type; a repository is a directory, and so is one of its revisions."""
+        path = self._strip_protocol(path).rstrip("/")
+        place, revision, inner = self._parse(path)
+        if inner:
+            found: dict[str, Any] = super().info(path, **options)
+            return found
+        if revision:
+            self._version(path, place, revision)
+        else:
+            self._repository(path, place)
+        return {"name": path, "size": 0, "type": "directory"}
+
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Return bytes of a file, from ``start`` to before ``end``; negative ones count from its end."""
         version, inner = self._file(path)
@@ -82,9 +95,10 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         size = version.file_sizes.get(inner)
         if size is None:
             raise _missing(path, version.file_sizes)
-        options.pop("autocommit", None)
-        options["cache_type"] = "readahead"
-        return LamellaFile(self, path, mode, block_size or BLOCK_NBYTES, size=size, version=version, inner=inner)
+        cache = {name: options[name] for name in ("cache_type", "cache_options") if options.get(name) is not None}
+        return LamellaFile(
+            self, path, mode, block_size or BLOCK_NBYTES, size=size, version=version, inner=inner, **cache
+        )
 
     def _revisions(self, path: str, place: str) -> dict[str, int | None]:
         repo = self._repository(path, place)
@@ -116,8 +130,9 @@ class LamellaFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         return _as_os_error(path, lambda: self._repository(path, place).version(revision))
 
     def _repository(self, path: str, place: str) -> lamella.Repository:
-        # A path is meant from where the process is now, and this object outlives a change of directory.
-        known = place if "://" in place else os.path.abspath(place)
+        # A path is meant from where the process is now, and as what stands there now: this object outlives a change of
+        # directory, and a repository that is made anew.
+        known = (place, None) if "://" in place else (os.path.abspath(place), _identity(place))
         if known not in self._open_repositories:
             self._open_repositories[known] = _as_os_error(path, lambda: lamella.open(place))
         return self._open_repositories[known]
@@ -162,6 +177,15 @@ class LamellaFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no 
 
     def _upload_chunk(self, final: bool = False) -> NoReturn:
         raise io.UnsupportedOperation("write")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a directory from another that takes its place."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _children(path: str, inner: str, files: dict[str, int]) -> dict[str, int | None]:

@@ -98,7 +98,9 @@ def push(
 
 
 def state(repo: Repository, revision: str) -> Any:
-    """Return the state that was pushed: equal in structure, types of keys and containers, and every bit of tensors.
+    """Return the state that was pushed: equal in structure, types of keys, and every bit of tensors.
+
+    Containers are dict, list and tuple; those made of them, such as a namedtuple, come back as what they are made of.
 
     A version that was pushed otherwise gives its tensors by name. Tensors come in the CPU's memory, each in its own.
 
@@ -197,14 +199,20 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, repo: Repository, revision
         raise InvalidInputError(
             f"{revision} is not the state of an optimizer: load it into a module", kind="structure_mismatch"
         )
+    before = optimizer.state_dict()
     try:
         optimizer.load_state_dict(found)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # whatever torch makes of a state that is none of its own
+        optimizer.load_state_dict(before)
         raise InvalidInputError(
             f"{revision} is of another optimizer: make one over the same parameters ({error})",
             kind="structure_mismatch",
         ) from None
     return IncompatibleKeys([], [])
+
+
+# What DataParallel and torch.compile put before every name.
+_WRAPPED = ("module.", "_orig_mod.")
 
 
 def _names_differ(keys: IncompatibleKeys) -> InvalidInputError:
@@ -213,8 +221,11 @@ def _names_differ(keys: IncompatibleKeys) -> InvalidInputError:
         parts.append(f"the version lacks {_few(keys.missing)} of the module")
     if keys.unexpected:
         parts.append(f"the module lacks {_few(keys.unexpected)} of the version")
+    advice = "load with strict=False, or select names with include and exclude"
+    if any(all(name.startswith(prefix) for name in keys.missing) for prefix in _WRAPPED if keys.missing):
+        advice = "load into the module that is wrapped (module.module, or module._orig_mod)"
     return InvalidInputError(
-        f"{', and '.join(parts)}: load with strict=False, or select names with include and exclude",
+        f"{', and '.join(parts)}: {advice}",
         kind="structure_mismatch",
         missing=len(keys.missing),
         unexpected=len(keys.unexpected),
@@ -223,7 +234,7 @@ def _names_differ(keys: IncompatibleKeys) -> InvalidInputError:
 
 def _few(names: list[str]) -> str:
     shown = ", ".join(repr(name[:80]) for name in names[:3])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 class _ModuleFilling:

@@ -17,7 +17,7 @@ from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.errors import ConflictError, InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
@@ -86,15 +86,22 @@ def push_checkpoint(
 
     Raises InvalidInputError if the checkpoint changes meanwhile, and whatever ``push`` raises.
     """
+    pushing = _Pushing(push, checkpoint, executor, files, progress)
     try:
-        return _Pushing(push, checkpoint, executor, files, progress).run(notes)
-    except InvalidInputError as error:
-        if error.kind != "wrong_blob":
-            raise
-        # Found when the store decoded what it was given: the bytes were others when they were hashed.
-        raise InvalidInputError(
-            "a tensor changed while it was pushed: push again when nothing writes to it", kind="source_changed"
-        ) from error
+        description = pushing.run(notes)
+    except BaseException as error:
+        push.abandon()
+        if isinstance(error, InvalidInputError) and error.kind == "wrong_blob":
+            # Found when the store decoded what it was given: the bytes were others when they were hashed.
+            raise InvalidInputError(
+                "a tensor changed while it was pushed: push again when nothing writes to it", kind="source_changed"
+            ) from error
+        raise
+    try:
+        return push.commit(description)
+    except (ConflictError, InvalidInputError):  # of others nobody knows what they left
+        push.abandon()
+        raise
 
 
 class _Pushing:
@@ -118,7 +125,8 @@ class _Pushing:
         self._done_nbytes = 0
         self._stored_nbytes = 0
 
-    def run(self, notes: Notes) -> Recorded:
+    def run(self, notes: Notes) -> Description:
+        """Store everything but the version; return what it is to be recorded as."""
         structure = self._checkpoint.structure
         cut = list(structure_pages(structure))
         structure_digest = structure_id(page for page, _ in cut)
@@ -149,24 +157,22 @@ class _Pushing:
             pages.append(StructurePage(chunk, len(page), specs[0].name, table.first_cell, cells))
         attachments = self._store_manifest(own)
         self._checkpoint.check_unchanged()
-        return self._push.commit(
-            Description(
-                model=self._push.model,
-                push=self._push.id,
-                structure_id=structure_digest,
-                parameters_id=self._parameters.digest().hex(),
-                tensor_count=len(structure),
-                cell_count=cell_count,
-                decoded_nbytes=self._decoded_nbytes,
-                pages=tuple(pages),
-                attachments=attachments,
-                parents=tuple(parent.id for parent in self._push.parents),
-                message=notes.message,
-                author=principal(),
-                created=now(),
-                metrics=notes.metrics,
-                recipe=notes.recipe,
-            )
+        return Description(
+            model=self._push.model,
+            push=self._push.id,
+            structure_id=structure_digest,
+            parameters_id=self._parameters.digest().hex(),
+            tensor_count=len(structure),
+            cell_count=cell_count,
+            decoded_nbytes=self._decoded_nbytes,
+            pages=tuple(pages),
+            attachments=attachments,
+            parents=tuple(parent.id for parent in self._push.parents),
+            message=notes.message,
+            author=principal(),
+            created=now(),
+            metrics=notes.metrics,
+            recipe=notes.recipe,
         )
 
     def _cells(self, places: Iterable[tuple[_Place, CellTable]]) -> Iterator[_Chunk]:

@@ -115,8 +115,8 @@ class Repository:
         ----------
         source
             A dict of torch tensors or NumPy arrays; the path of a ``.safetensors`` file, or of a directory with such
-            files and others beside them (config, tokenizer, index of shards), which then check out byte for byte; a
-            ``zarr.Group``, or the path of a Zarr v3 directory.
+            files and others beside them (config, tokenizer, index of shards), which then check out byte for byte
+            (hidden and empty directories are left out); a ``zarr.Group``, or the path of a Zarr v3 directory.
         target
             ``"model@branch"``. The branch is made if it is not there.
         message
@@ -305,6 +305,8 @@ class Repository:
             progress=progress,
         )
         if out is not None:
+            if not fspath(out):
+                raise InvalidInputError("out is empty: name a directory", kind="bad_path")
             return (checkout.to_zarr if format == "zarr" else checkout.to_files)(Path(out), overwrite=overwrite)
         if into is not None:
             return checkout.to_memory(into, have=None if have is None else self._store.resolve(have))
@@ -384,7 +386,7 @@ class Repository:
         at = self._store.version(self._store.resolve(revision))
         if at.model != model:
             raise InvalidInputError(
-                f"{revision} is a version of {at.model}, not of {model}: push it to {name} with that parent",
+                f"{revision} is a version of {at.model}, not of {model}: name one of {model}",
                 kind="another_model",
             )
         self._store.update_refs([RefUpdate(model, ref, kind, at.number)])

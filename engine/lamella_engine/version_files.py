@@ -204,7 +204,9 @@ def selected_files(specs: Sequence[TensorSpec]) -> list[VersionFile]:
     Raises InvalidInputError if nothing is selected (``empty_selection``), or as :func:`canonical_file` does.
     """
     if not specs:
-        raise InvalidInputError("no tensor is selected, so there is no file to write", kind="empty_selection")
+        raise InvalidInputError(
+            "no tensor is selected, so there is no file to write: see include and exclude", kind="empty_selection"
+        )
     weight_map = dict.fromkeys(sorted(spec.name for spec in specs), CANONICAL_FILE)
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
     data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,8 +5,9 @@ What a program can count on:
 * With ``--json`` a verb that succeeds writes one JSON document to stdout, and one that fails writes one to stderr, on
   one line, and nothing to stdout. ``schema.json`` says what is in them; ``lamella schema`` prints it.
 * The exit code is that of the error's class (:mod:`lamella_engine.errors`): 0 done, 2 usage, 3 not found, 4 conflict,
-  5 permission, 6 damage, 7 storage, 8 outcome unknown, 9 limit; 70 for a bug of lamella. 130, 143 and 141 are Ctrl-C,
-  SIGTERM and a reader of stdout that went away.
+  5 permission, 6 damage, 7 storage, 8 outcome unknown, 9 limit; 70 for a bug of lamella. 129, 130, 143 and 141 are a
+  terminal that went away, Ctrl-C, SIGTERM and a reader of stdout that went away. (In the first third of a second, while
+  Python imports, a signal ends the process as it ends any.)
 * Text for people has no such promise. What is not printable in it is escaped: a name cannot drive a terminal.
 
 Errors are one line, ``lamella: <message>``. A traceback is shown only where ``LAMELLA_DEBUG=1`` is set.
@@ -25,6 +26,7 @@ import io
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from itertools import takewhile
@@ -49,6 +51,17 @@ PROGRAM = "lamella"
 # What a shell reports of a process that a signal ended.
 _SIGNALLED = 128
 
+# Signals that end a command, and what is said then. The last comes where a terminal goes away.
+_SIGNALS: dict[int, str] = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "hung up",
+}
+
+# Whoever asks twice is no reason to stop tidying up half-way, which waits for a few chunks at most. Whoever asks again
+# after so many seconds means it.
+_TIDYING_UP_S = 10.0
+
 
 def main() -> int:
     """Run this process's command line; the script's entry point. Returns the exit code."""
@@ -67,7 +80,7 @@ def main() -> int:
     except BrokenPipeError:
         code = _SIGNALLED + signal.SIGPIPE
         terminal.discard(sys.stdout)
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except (KeyboardInterrupt, _Stopped) as stop:
         code = _report_stop(stop, as_json=_wants_json(sys.argv))
     except OSError as error:
         code = _report(_from_os(error), as_json=_wants_json(sys.argv))
@@ -98,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         return _invoke(arguments)
     except LamellaError as error:
         return _report(error, as_json=as_json)
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except (KeyboardInterrupt, _Stopped) as stop:
         return _report_stop(stop, as_json=as_json)
     except BrokenPipeError:
         raise
@@ -132,7 +145,8 @@ def _invoke(arguments: Sequence[str]) -> int:
         if where is None:
             verb = next((argument for argument in arguments if argument in getattr(command, "commands", ())), "")
             where = f"{PROGRAM} {verb}".rstrip()
-        said = error.format_message().replace("Value error, ", "").replace("Input should be", "it must be")
+        said = " ".join(error.format_message().split())  # typer lists choices over several lines
+        said = said.replace("Value error, ", "").replace("Input should be", "it must be")
         said = f"{said[:1].lower()}{said[1:]}".rstrip(".")
         advice = f" See {where} --help" if said.endswith("?") else f": see {where} --help"
         raise InvalidInputError(said + advice, kind="usage") from None
@@ -160,7 +174,8 @@ def _report(error: LamellaError, *, as_json: bool) -> int:
 
 
 def _report_stop(stop: BaseException, *, as_json: bool) -> int:
-    said, number = ("terminated", signal.SIGTERM) if isinstance(stop, _Terminated) else ("interrupted", signal.SIGINT)
+    number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+    said = _SIGNALS[number]
     _say(said, kind=said, as_json=as_json)
     return _SIGNALLED + number
 
@@ -175,20 +190,29 @@ def _say(message: str, *, kind: str, as_json: bool, context: dict[str, object] |
         terminal.warn([f"{PROGRAM}: {message}"])
 
 
-class _Terminated(BaseException):
-    """SIGTERM came. An exception, as Ctrl-C is, so that what is half-written is removed on the way out."""
+class _Stopped(BaseException):
+    """A signal came. An exception, as Ctrl-C is, so that what is half-written is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _listen() -> None:
-    """Let SIGINT and SIGTERM end the command, unless whoever started it has them ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let signals end the command, unless whoever started it has them ignored."""
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    # Whoever asks twice is no reason to stop tidying up half-way; that waits for a few chunks at most. (Not SIG_IGN:
-    # Python complains on stderr if it finds that in place of the handler of a signal that has just come.)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated
+    patience = time.monotonic() + _TIDYING_UP_S
+
+    def again(signum: int, frame: FrameType | None) -> None:
+        if time.monotonic() > patience:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    for number in _SIGNALS:
+        signal.signal(number, again)
+    raise KeyboardInterrupt if signum == signal.SIGINT else _Stopped(signum)

@@ -117,4 +117,5 @@ def _models(repo: lamella.Repository, incomplete: str) -> list[str]:
 
 
 def _repository(context: typer.Context) -> lamella.Repository:
-    return lamella.open(context.find_root().params["repository"])
+    # A shell that asks has expanded nothing yet.
+    return lamella.open(os.path.expanduser(os.path.expandvars(context.find_root().params["repository"])))

@@ -30,7 +30,11 @@ def init(
 def push(
     context: typer.Context,
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A .safetensors file, a directory, or a Zarr v3 directory.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A .safetensors file, a directory (hidden and empty ones in it are left out), or a Zarr v3 directory.",
+        ),
     ],
     target: Annotated[
         str,
@@ -148,6 +152,10 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     except FileNotFoundError:
         raise lamella.NotFoundError(f"there is no file {path}: check --recipe", kind="file_not_found") from None
+    except OSError as error:
+        raise lamella.InvalidInputError(
+            f"{path} cannot be read ({error.strerror}): check --recipe", kind="unreadable"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise lamella.InvalidInputError(f"{path} is no JSON ({error}): mend it", kind="bad_json") from None
 

@@ -120,6 +120,8 @@ def open_checkpoint(source: object) -> Checkpoint:
     """
     if isinstance(source, Mapping):
         return MemoryCheckpoint(source)
+    if source == "":
+        raise InvalidInputError("the source is empty: name a file or a directory", kind="bad_source")
     if _is_zarr(source):
         from lamella_engine.checkpoints.zarr_groups import ZarrCheckpoint  # on use: zarr takes 0.4 s to import
 

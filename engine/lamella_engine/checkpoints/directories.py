@@ -18,11 +18,17 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from lamella_engine.checkpoints.files import DRAFT_PREFIX, check_attachment_path
+from lamella_engine.checkpoints.files import DRAFT_PREFIX, check_attachment_path, is_repository
 from lamella_engine.checkpoints.safetensors import MAX_HEADER_NBYTES, SafetensorsCheckpoint
 from lamella_engine.checkpoints.sources import SourceFile
 from lamella_engine.chunking import Region
-from lamella_engine.errors import InvalidInputError, LimitError, StorageError, TensorNotFoundError
+from lamella_engine.errors import (
+    InvalidInputError,
+    LimitError,
+    PermissionDeniedError,
+    StorageError,
+    TensorNotFoundError,
+)
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 
 MAX_FILES = 100_000
@@ -31,9 +37,6 @@ hundreds."""
 
 MAX_DEPTH = 64
 """Most directories inside one another; the deepest that are known have five."""
-
-_GENESIS = os.path.join("log", "0" * 20)
-"""What a directory that is a lamella repository holds."""
 
 
 class DirectoryCheckpoint:
@@ -163,7 +166,7 @@ def _files_below(root: str) -> Iterator[str]:
     pending = [""]
     while pending:
         folder = pending.pop()
-        if os.path.lexists(os.path.join(root, folder, _GENESIS)):
+        if is_repository(os.path.join(root, folder)):
             raise InvalidInputError(
                 f"{os.path.join(root, folder)} is a lamella repository: keep it outside of what is pushed",
                 kind="nested_repository",
@@ -195,5 +198,7 @@ def _entries(path: str) -> "list[os.DirEntry[str]]":
     try:
         with os.scandir(path) as found:
             return list(found)
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{path} may not be listed: ask for access, or push less") from error
     except OSError as error:
         raise StorageError(f"cannot list {path}: {error.strerror}", kind="read_failed") from error

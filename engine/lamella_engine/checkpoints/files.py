@@ -64,6 +64,15 @@ def check_attachment_path(path: str) -> str:
     return path
 
 
+REPOSITORY_PARTS = frozenset(("", "fold", "index", "log", "meta", "packs", "probe", "sessions"))
+"""A repository's directory itself, and what is in it: nothing else may be written there."""
+
+
+def is_repository(directory: "str | os.PathLike[str]") -> bool:
+    """Whether a directory is a lamella repository: files of a model have no place in it, nor it in a model."""
+    return os.path.lexists(os.path.join(directory, "log", "0" * 20))
+
+
 def check_attachment_paths(paths: Sequence[str]) -> None:
     """Raise InvalidInputError unless a checkout can create all of ``paths`` below one directory.
 
@@ -121,7 +130,8 @@ def write_files(directory: Path, files: Iterable[NewFile], *, overwrite: bool) -
         Something else stands at a target, or ``overwrite`` is off and its content differs; or a directory to be made is
         a file.
     InvalidInputError
-        ``parts`` has more or fewer bytes than ``nbytes`` (``wrong_length``), or the path holds a NUL (``bad_path``).
+        ``parts`` has more or fewer bytes than ``nbytes`` (``wrong_length``), the path holds a NUL (``bad_path``), or
+        the directory is a repository, or one of its own (``nested_repository``).
     PermissionDeniedError
         A directory may not be made.
     StorageError
@@ -129,6 +139,13 @@ def write_files(directory: Path, files: Iterable[NewFile], *, overwrite: bool) -
     """
     if "\0" in str(directory):
         raise InvalidInputError(f"{str(directory)[:80]!r} cannot be the name of a directory", kind="bad_path")
+    place = directory.absolute()
+    for above, part in zip((place, *place.parents), ("", *reversed(place.parts)), strict=False):
+        if is_repository(above) and part in REPOSITORY_PARTS:
+            raise InvalidInputError(
+                f"{directory} is where a lamella repository keeps its objects: choose another place",
+                kind="nested_repository",
+            )
     with _Writing(directory, overwrite=overwrite) as writing:
         for file in files:
             writing.add(file)
@@ -233,6 +250,11 @@ class _Writing:
                 ) from None
             except PermissionError:
                 raise PermissionDeniedError(f"{path} may not be made: give another directory") from None
+            except FileNotFoundError:
+                raise NotFoundError(
+                    "the working directory was deleted: change to one that exists, or give absolute paths",
+                    kind="no_working_directory",
+                ) from None
             except OSError as error:
                 raise StorageError(f"{path} cannot be made: {error.strerror}", kind="write_failed") from None
 
@@ -318,7 +340,11 @@ def _exists(path: Path) -> AlreadyExistsError:
     )
 
 
-def _failed(path: Path, error: OSError) -> NotFoundError | StorageError:
+def _failed(path: Path, error: OSError) -> NotFoundError | PermissionDeniedError | StorageError:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionDeniedError(
+            f"{path} may not be written ({error.strerror}): choose another place", path=str(path)
+        )
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return NotFoundError(f"there is no directory {path.parent}: make it first", kind="directory_not_found")
     kind = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "write_failed"

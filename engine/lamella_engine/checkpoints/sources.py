@@ -6,7 +6,7 @@ import stat
 from types import TracebackType
 from typing import Self
 
-from lamella_engine.errors import InvalidInputError, NotFoundError, StorageError
+from lamella_engine.errors import InvalidInputError, NotFoundError, PermissionDeniedError, StorageError
 
 # What opening can fail of that is no fault of the file: too many are open, in this process or in all.
 _OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -108,6 +108,8 @@ def _open_regular(path: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}: check the path", kind="file_not_found", path=path) from None
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{path} may not be read: ask for access, or leave it out", path=path) from error
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in _OF_THE_SYSTEM:
             raise StorageError(f"cannot open {path}: {error}: try again with less", kind="read_failed") from error

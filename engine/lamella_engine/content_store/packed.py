@@ -120,7 +120,7 @@ class PackedStore:
             if ref is None:
                 raise RefNotFoundError(
                     _no_model(state, model)
-                    or f"there is no {model}@{revision.ref}: log {model} shows its refs, and {model}@v1 is a number",
+                    or f"there is no {model}@{revision.ref}: log {model} shows its refs; a number is {model}@v1",
                     model=model,
                     ref=revision.ref,
                 )

@@ -258,7 +258,7 @@ class PackWriter:
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
         self._close_pack()
-        self._wait()
+        self.wait()
 
     def _close_pack(self) -> None:
         """Start writing the pack that is being filled, if it holds anything. Waits for the one before."""
@@ -268,13 +268,14 @@ class PackWriter:
         name = str(PackName(self._push, len(self.written), digest(Context.PACK_INDEX, index)))
         parts = [*self._parts, index, encode_footer(index)]
         ref = PackRef(name, self._nbytes + len(index) + FOOTER_NBYTES, len(index))
-        self._wait()
+        self.wait()
         self.written[name] = ref
         self._closed(name, (row.chunk for row in self._rows))
         self._writing = self._executor.submit(lambda: self._objects.put_if_absent(name, parts))
         self._parts, self._rows, self._nbytes, self._base_packs = [], [], 0, set()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the packs that are full are durable; raises what writing one raised."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None

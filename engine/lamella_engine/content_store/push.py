@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -214,6 +215,14 @@ class PackedPush:
         self._store.objects.put_if_absent(session_name(self.id, self._beats), [b""])
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
+
+    def abandon(self) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
+        with suppress(LamellaError):
+            self._writer.wait()
+        for name in self._writer.written:
+            with suppress(LamellaError):
+                self._store.objects.delete(name)
 
     # -- commit -------------------------------------------------------------------------------------------------------
 

@@ -157,6 +157,12 @@ class Push(Protocol):
         harmless.
         """
 
+    def abandon(self) -> None:
+        """Give up: remove what was written, as far as it can be, and raise nothing.
+
+        Not after a :meth:`commit` whose outcome is unknown.
+        """
+
     def commit(self, description: Description) -> Recorded:
         """Record the version and move its branch, if that still stands where this push found it.
 

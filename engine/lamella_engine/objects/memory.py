@@ -65,7 +65,7 @@ class MemoryObjects:
 
     def size(self, name: str) -> int:
         """Count the stored bytes."""
-        return len(self.get(name))
+        return len(self._data(name))
 
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         """List what was there at the moment of the call."""

@@ -67,7 +67,11 @@ def _try_racing_writers(objects: Objects, name: str) -> None:
         return _create(objects, name, bid)
 
     with ThreadPoolExecutor(_RACERS) as threads:
-        won = list(threads.map(race, bids))
+        try:
+            won = list(threads.map(race, bids))
+        except BaseException:  # a signal, or no thread to be had: those who wait for the others would wait for ever
+            start.abort()
+            raise
     winners = [bid for bid, has_won in zip(bids, won, strict=True) if has_won]
     _require(
         len(winners) == 1,
