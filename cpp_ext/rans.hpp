@@ -23,6 +23,9 @@ inline constexpr unsigned classes = 8;
 inline constexpr unsigned equal_class = 0;
 inline constexpr unsigned drift_class = 7;
 
+// What the encoder takes a block for before it has compared it with the others.
+inline constexpr unsigned ordinary_kind = 1;
+
 inline constexpr unsigned contexts = 32;
 inline constexpr unsigned max_tables = 16;
 inline constexpr unsigned max_streams = 32;
@@ -84,7 +87,7 @@ struct Symbols {
     std::uint8_t* symbols;    // of every lane, and
     std::uint8_t* contexts;   // their contexts, padded to whole blocks; undefined in equal blocks
     std::uint8_t* residuals;  // lanes of the chunk's width
-    std::uint8_t* kinds;      // of every block: equal_class, drift_class, or 1 for any other
+    std::uint8_t* kinds;      // of every block: equal_class, drift_class or ordinary_kind
 };
 
 // What is being written: words from their end downwards, because rANS decodes in the opposite order; raw bits upwards.
@@ -96,8 +99,8 @@ struct Sink {
 
 // The loops over lanes; both variants have the same.
 struct Loops {
-    // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if it has no
-    // residual from its offsets beyond +-64.
+    // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if
+    // three quarters of its symbols are direct then, and the sum of all is smaller.
     void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
                       const Symbols& to) noexcept;
 

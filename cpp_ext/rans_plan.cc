@@ -249,7 +249,7 @@ void classify(Plan& plan) {
     uint64_t sums[contexts] = {};
     uint32_t counts[contexts] = {};
     for (size_t k = 0; k < plan.blocks; k += 4) {
-        if (plan.lanes.kinds[k] != 1) continue;
+        if (plan.lanes.kinds[k] != ordinary_kind) continue;
         for (size_t i = k * block_lanes; i < k * block_lanes + plan.lanes_of(k); ++i) {
             sums[plan.lanes.contexts[i]] += plan.lanes.symbols[i];
             ++counts[plan.lanes.contexts[i]];
@@ -262,7 +262,7 @@ void classify(Plan& plan) {
     }
     int64_t sum = 0, squares = 0, count = 0;
     for (size_t k = 0; k < plan.blocks; ++k) {
-        if (plan.lanes.kinds[k] != 1) continue;
+        if (plan.lanes.kinds[k] != ordinary_kind) continue;
         const auto lanes = static_cast<int32_t>(plan.lanes_of(k));
         int32_t activity = 0;
         for (size_t i = k * block_lanes; i < k * block_lanes + plan.lanes_of(k); ++i) {
@@ -279,7 +279,7 @@ void classify(Plan& plan) {
     const int64_t deviation = std::max<int64_t>(1, square_root(static_cast<uint64_t>(std::max<int64_t>(0, variance))));
     for (size_t k = 0; k < plan.blocks; ++k) {
         plan.block_classes[k] = plan.lanes.kinds[k];
-        if (plan.lanes.kinds[k] != 1) continue;
+        if (plan.lanes.kinds[k] != ordinary_kind) continue;
         // Classes are 10/11 of a standard deviation wide; blocks at the mean are in the third of six.
         const int64_t tenths = (plan.activities[k] - mean) * 11 / deviation + 37;
         plan.block_classes[k] = static_cast<uint8_t>(

@@ -79,14 +79,22 @@ U offset_of(const Model& model, unsigned block_class, U base) {
 }
 
 template <class U>
+U residual_of(const Model& model, unsigned block_class, U x, U base) {
+    return zigzag(static_cast<U>(delta(x, base) - offset_of(model, block_class, base)));
+}
+
+template <class U>
 bool drifts(const Model& model, const uint8_t* src, const uint8_t* base, size_t count) {
     if (!model.drift) return false;
+    size_t drifting = 0, ordinary = 0, near = 0;
     for (size_t j = 0; j < count; ++j) {
-        const U b = load<U>(base + j * sizeof(U));
-        const U d = static_cast<U>(delta(load<U>(src + j * sizeof(U)), b) - offset_of(model, drift_class, b));
-        if (zigzag(d) >= 128) return false;
+        const U x = load<U>(src + j * sizeof(U)), b = load<U>(base + j * sizeof(U));
+        const unsigned symbol = symbol_of(residual_of(model, drift_class, x, b));
+        near += symbol < direct;
+        drifting += symbol;
+        ordinary += symbol_of(residual_of(model, ordinary_kind, x, b));
     }
-    return true;
+    return 4 * near >= 3 * count && drifting < ordinary;
 }
 
 template <class U>
@@ -97,11 +105,10 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         uint8_t& kind = to.kinds[at / block_lanes];
         kind = equal_class;
         if (std::memcmp(x, b, count * sizeof(U)) == 0) continue;
-        kind = drifts<U>(model, x, b, count) ? drift_class : 1;
+        kind = drifts<U>(model, x, b, count) ? drift_class : ordinary_kind;
         for (size_t j = 0; j < count; ++j) {
             const U reference = load<U>(b + j * sizeof(U));
-            const U d = delta(load<U>(x + j * sizeof(U)), reference);
-            const U z = zigzag(static_cast<U>(d - offset_of(model, kind, reference)));
+            const U z = residual_of(model, kind, load<U>(x + j * sizeof(U)), reference);
             store(to.residuals + (at + j) * sizeof(U), z);
             to.symbols[at + j] = static_cast<uint8_t>(symbol_of(z));
             to.contexts[at + j] = static_cast<uint8_t>(context_of(model, kind, reference));
