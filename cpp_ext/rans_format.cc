@@ -52,6 +52,9 @@ class BitReader {
         return static_cast<std::int64_t>((z >> 1) ^ (0 - (z & 1)));
     }
 
+    // Whether nothing but zeros is left of the last byte.
+    bool is_padded() const { return bit_ % 8 == 0 || from_[bit_ / 8] >> (bit_ % 8) == 0; }
+
     bool failed() const { return failed_; }
     size_t nbytes() const { return static_cast<size_t>((bit_ + 7) / 8); }
 
@@ -104,7 +107,8 @@ const char* read_table(BitReader& from, unsigned symbols, Frequencies& to) {
             continue;
         }
         const int length = static_cast<int>(expected.next()) + from.take_near();
-        if (from.failed() || length < 0 || length > static_cast<int>(longest_frequency)) return "frequency out of range";
+        if (from.failed() || length < 0 || length > static_cast<int>(longest_frequency))
+            return "frequency out of range";
         expected.saw(static_cast<unsigned>(length));
         if (length == 0) continue;
         const unsigned below = static_cast<unsigned>(length) - 1;
@@ -178,7 +182,8 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
         }
     }
     raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
-    return from.failed() ? "payload that ends within its header" : nullptr;
+    if (from.failed()) return "payload that ends within its header";
+    return from.is_padded() ? nullptr : "header that ends in the middle of a byte";
 }
 
 uint16_t load16(const uint8_t* p) {
@@ -317,7 +322,8 @@ void normalize(const uint32_t* counts, unsigned symbols, Table& table) noexcept 
         const std::int64_t wanted = share + (carry > most ? most : carry < -most ? -most : carry);
         auto f = static_cast<uint32_t>((wanted + unit / 2) / unit);
         const auto length = static_cast<unsigned>(std::bit_width(f));
-        if (length > kept_bits) f = (f + (1u << (length - kept_bits - 1))) >> (length - kept_bits) << (length - kept_bits);
+        if (length > kept_bits)
+            f = (f + (1u << (length - kept_bits - 1))) >> (length - kept_bits) << (length - kept_bits);
         if (f == 0) f = 1;
         carry += share - static_cast<std::int64_t>(f) * unit;
         to[s] = static_cast<uint16_t>(f);

@@ -335,8 +335,14 @@ void choose_tables(Plan& plan) {
         uint64_t total = 0, weighted = 0;
         for (unsigned s = 0; s < symbols; ++s) total += counts[s], weighted += uint64_t{s} * counts[s];
         if (total == 0) continue;
-        groups[count++] = {counts, static_cast<uint32_t>(256 * weighted / total), static_cast<uint16_t>(i), 0, 0, 0,
-                           cost_of(counts, nullptr, symbols), 0};
+        groups[count++] = {counts,
+                           static_cast<uint32_t>(256 * weighted / total),
+                           static_cast<uint16_t>(i),
+                           0,
+                           0,
+                           0,
+                           cost_of(counts, nullptr, symbols),
+                           0};
     }
     std::sort(groups, groups + count, [](const Group& a, const Group& b) {
         return a.mean != b.mean ? a.mean < b.mean : a.context < b.context;
@@ -451,8 +457,9 @@ uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
 }
 
 Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* base, size_t n, size_t width) {
-    Plan plan{loops, src, base, n, width, (n + block_lanes - 1) / block_lanes, symbol_stride(width), {}, {}, {}, {}, {},
-              {}, {}, {}, {}, {}};
+    Plan plan{
+        loops, src, base, n,  width, (n + block_lanes - 1) / block_lanes, symbol_stride(width), {}, {}, {}, {}, {},
+        {},    {},  {},   {}, {}};
     plan.model.width = static_cast<unsigned>(width);
     return plan;
 }
@@ -478,7 +485,8 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* base, size_
     Step class_steps[classes * classes];
     choose_class_tables(plan, class_steps);
 
-    const auto equal = static_cast<size_t>(std::count(plan.block_classes, plan.block_classes + plan.blocks, equal_class));
+    const auto equal =
+        static_cast<size_t>(std::count(plan.block_classes, plan.block_classes + plan.blocks, equal_class));
     plan.model.streams = streams_for((plan.blocks - equal) * block_lanes);
     Sink sink{plan.words_end, plan.raw, {}};
     std::fill(sink.states, sink.states + max_streams, low_state);
