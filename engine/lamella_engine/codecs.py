@@ -140,8 +140,8 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
     """Encode a chunk as the smallest of its candidates.
 
     Candidates are ``RAW``, ``CONSTANT`` and ``PLANES``; with a base also ``XOR_PLANES`` and, for floats,
-    ``RESIDUAL_PLANES`` and, from 128 lanes on, ``RESIDUAL_RANS``. Each plane is stored in its smallest form. Planes of a long chunk of
-    floats are only tried if those of a sample of it come near what the residual coder took.
+    ``RESIDUAL_PLANES`` and, from 128 lanes on, ``RESIDUAL_RANS``. Each plane is stored in its smallest form. Planes of
+    a long chunk of floats are only tried if those of a sample of it come near what the residual coder took.
 
     Parameters
     ----------
