@@ -104,6 +104,10 @@ struct Loops {
     void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
                       const Symbols& to) noexcept;
 
+    // How much livelier than expected each ordinary block is: the sum over its lanes of twice the symbol, less what is
+    // expected of the context. Blocks of other kinds are left out.
+    void (*measure)(const Symbols& of, const std::uint8_t* expected, std::size_t n, std::int32_t* activities) noexcept;
+
     // Code the lanes of all blocks that are not equal to their base: the words of `to` grow from the last lane to the
     // first, its raw bits from the first to the last. `steps` holds symbol_stride(width) of them a table.
     void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,

@@ -399,17 +399,327 @@ bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classe
     }
 }
 
+// Encoding.
+
+template <size_t W>
+Vector residual_of(Vector x, Vector base, Vector offset) {
+    using L = Lanes<W>;
+    const auto ordered = [](Vector v) {
+        return _mm256_xor_si256(v, _mm256_and_si256(L::negative(v), L::below_sign()));
+    };
+    const Vector sign = L::negative(base);
+    Vector d = L::subtract(ordered(x), ordered(base));
+    d = L::subtract(L::subtract(_mm256_xor_si256(d, sign), sign), offset);
+    return _mm256_xor_si256(L::add(d, d), L::negative(d));
+}
+
+// Symbols of eight residuals below 2^31: the exponent of a float is how many bits an integer has.
+Vector symbols_of(Vector z) {
+    // Without the bits that could make rounding carry up to the highest one.
+    const Vector kept = _mm256_andnot_si256(_mm256_srli_epi32(z, 8), z);
+    const Vector as_float = _mm256_castps_si256(_mm256_cvtepi32_ps(kept));
+    constexpr uint32_t of_direct = 2 * (127 + 5) - direct;  // of a float, the exponent and a bit of the mantissa
+    const Vector bucket = _mm256_sub_epi32(_mm256_srli_epi32(as_float, 22), all(of_direct));
+    return _mm256_blendv_epi8(bucket, z, _mm256_cmpgt_epi32(all(direct), z));
+}
+
+uint8_t symbol_of(uint32_t z) {
+    if (z < direct) return static_cast<uint8_t>(z);
+    const auto highest = static_cast<unsigned>(31 - __builtin_clz(z));
+    return static_cast<uint8_t>(direct + 2 * (highest - 5) + (z >> (highest - 1) & 1));
+}
+
+// Symbols of 32 residuals.
+Vector symbols_of_32(const uint8_t* z, Lanes<2>) {
+    const Vector first = load(z), second = load(z + 32);
+    const Vector above = _mm256_set1_epi16(static_cast<short>(~(direct - 1)));
+    if (_mm256_testz_si256(_mm256_or_si256(first, second), above)) {
+        return _mm256_permute4x64_epi64(_mm256_packus_epi16(first, second), 0xd8);
+    }
+    return pack(symbols_of(Lanes<2>::load_eight(z)), symbols_of(Lanes<2>::load_eight(z + 16)),
+                symbols_of(Lanes<2>::load_eight(z + 32)), symbols_of(Lanes<2>::load_eight(z + 48)));
+}
+
+Vector symbols_of_32(const uint8_t* z, Lanes<4>) {
+    const Vector a = load(z), b = load(z + 32), c = load(z + 64), d = load(z + 96);
+    if (mask_of(_mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d))) == 0) {
+        return pack(symbols_of(a), symbols_of(b), symbols_of(c), symbols_of(d));
+    }
+    uint8_t symbols[32];
+    for (size_t i = 0; i < 32; ++i) symbols[i] = symbol_of(load_scalar<uint32_t>(z + 4 * i));
+    return load(symbols);
+}
+
+uint64_t sum_of_bytes(Vector v) {
+    const Vector sums = _mm256_sad_epu8(v, _mm256_setzero_si256());
+    const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return static_cast<uint64_t>(_mm_cvtsi128_si64(halves)) + static_cast<uint64_t>(_mm_extract_epi64(halves, 1));
+}
+
+template <size_t W>
+bool is_equal(const uint8_t* a, const uint8_t* b) {
+    Vector difference = _mm256_setzero_si256();
+    for (size_t i = 0; i < block_lanes * W; i += 32) {
+        difference = _mm256_or_si256(difference, _mm256_xor_si256(load(a + i), load(b + i)));
+    }
+    return _mm256_testz_si256(difference, difference) != 0;
+}
+
+// Symbols of one block, and their sum.
+template <size_t W>
+uint64_t symbolize_block(const uint8_t* x, const uint8_t* base, const Offsets* offset_of, uint8_t* residuals,
+                         uint8_t* symbols) {
+    for (size_t i = 0; i < block_lanes * W; i += 32) {
+        const Vector lanes = load(base + i);
+        const Vector offset = offset_of == nullptr ? _mm256_setzero_si256() : (*offset_of)(lanes);
+        store(residuals + i, residual_of<W>(load(x + i), lanes, offset));
+    }
+    uint64_t sum = 0;
+    for (size_t i = 0; i < block_lanes; i += 32) {
+        const Vector found = symbols_of_32(residuals + i * W, Lanes<W>{});
+        store(symbols + i, found);
+        sum += sum_of_bytes(found);
+    }
+    return sum;
+}
+
+unsigned count_direct(const uint8_t* symbols) {
+    unsigned found = 0;
+    for (size_t i = 0; i < block_lanes; i += 32) {
+        found += count(_mm256_movemask_epi8(_mm256_cmpgt_epi8(_mm256_set1_epi8(direct), load(symbols + i))));
+    }
+    return found;
+}
+
+Symbols from_lane(const Symbols& all_lanes, size_t at, size_t width) {
+    return {all_lanes.symbols + at, all_lanes.contexts + at, all_lanes.residuals + at * width,
+            all_lanes.kinds + at / block_lanes};
+}
+
+template <size_t W>
+void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) {
+    const Offsets offset_of(model);
+    const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(model.shift));
+    size_t at = 0;
+    for (; at + block_lanes <= n; at += block_lanes) {
+        const uint8_t *x = src + at * W, *b = base + at * W;
+        const Symbols block = from_lane(to, at, W);
+        if (is_equal<W>(x, b)) {
+            *block.kinds = equal_class;
+            continue;
+        }
+        *block.kinds = ordinary_kind;
+        const uint64_t ordinary = symbolize_block<W>(x, b, nullptr, block.residuals, block.symbols);
+        if constexpr (W == 4) {
+            if (model.drift) {
+                alignas(32) uint8_t residuals[block_lanes * W], symbols[block_lanes];
+                const uint64_t drifting = symbolize_block<W>(x, b, &offset_of, residuals, symbols);
+                if (4 * count_direct(symbols) >= 3 * block_lanes && drifting < ordinary) {
+                    *block.kinds = drift_class;
+                    std::memcpy(block.residuals, residuals, sizeof residuals);
+                    std::memcpy(block.symbols, symbols, sizeof symbols);
+                    for (size_t i = 0; i < block_lanes; i += 32) store(block.contexts + i, drift_contexts(b + i * W));
+                    continue;
+                }
+            }
+        }
+        for (size_t i = 0; i < block_lanes; i += 32) {
+            store(block.contexts + i, Lanes<W>::contexts_of(b + i * W, shift, model.low));
+        }
+    }
+    if (at < n) scalar_loops.symbolize(model, src + at * W, base + at * W, n - at, from_lane(to, at, W));
+}
+
+void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t* activities) noexcept {
+    const Lookup expected_of(expected);
+    size_t k = 0;
+    for (; k < n / block_lanes; ++k) {
+        if (of.kinds[k] != ordinary_kind) continue;
+        Vector found = _mm256_setzero_si256(), wanted = found;
+        for (size_t i = k * block_lanes; i < (k + 1) * block_lanes; i += 32) {
+            const Vector zero = _mm256_setzero_si256();
+            found = _mm256_add_epi64(found, _mm256_sad_epu8(load(of.symbols + i), zero));
+            wanted = _mm256_add_epi64(wanted, _mm256_sad_epu8(expected_of(load(of.contexts + i)), zero));
+        }
+        const Vector sums = _mm256_sub_epi64(_mm256_add_epi64(found, found), wanted);
+        const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        activities[k] = static_cast<std::int32_t>(_mm_cvtsi128_si64(halves) + _mm_extract_epi64(halves, 1));
+    }
+    if (k * block_lanes < n) {
+        scalar_loops.measure(from_lane(of, k * block_lanes, 0), expected, n - k * block_lanes, activities + k);
+    }
+}
+
+// For each set of lanes that give a word away: those lanes, at the end of eight.
+struct Squeeze {
+    uint8_t lane_of[256][8];
+};
+constexpr Squeeze make_squeeze() {
+    Squeeze squeeze{};
+    for (unsigned set = 0; set < 256; ++set) {
+        unsigned free = 8;
+        for (unsigned lane = 8; lane-- > 0;) {
+            if ((set >> lane & 1) != 0) squeeze.lane_of[set][--free] = static_cast<uint8_t>(lane);
+        }
+    }
+    return squeeze;
+}
+constexpr Squeeze squeeze = make_squeeze();
+
+// Appends bits to bytes; up to seven of them wait. Writes eight bytes at a time.
+struct RawBits {
+    uint8_t* to;
+    uint64_t waiting = 0;
+    unsigned waiting_bits = 0;
+
+    void put(uint64_t value, unsigned bits) {  // at most 57
+        waiting |= value << waiting_bits;
+        waiting_bits += bits;
+        std::memcpy(to, &waiting, sizeof waiting);
+        to += waiting_bits / 8;
+        waiting >>= waiting_bits & 56;
+        waiting_bits &= 7;
+    }
+    void finish() {
+        if (waiting_bits != 0) *to++ = static_cast<uint8_t>(waiting);
+    }
+};
+
+template <size_t W>
+uint64_t raw_of(const uint8_t* residuals, unsigned bits) {
+    return (W == 2 ? load_scalar<uint16_t>(residuals) : load_scalar<uint32_t>(residuals)) & ((1u << bits) - 1);
+}
+
+template <size_t W>
+void write_raw(const uint8_t* block_classes, const Symbols& from, size_t n, RawBits& raw) {
+    for (size_t at = 0; at < n; at += block_lanes) {
+        if (block_classes[at / block_lanes] == equal_class) continue;
+        const size_t lanes = n - at < block_lanes ? n - at : block_lanes;
+        // Symbols after the last lane are undefined, but there: they are masked.
+        for (size_t i = at; i < at + lanes; i += 32) {
+            const Vector symbols = load(from.symbols + i);
+            auto set = static_cast<uint32_t>(
+                _mm256_movemask_epi8(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))));
+            if (at + lanes - i < 32) set &= (1u << (at + lanes - i)) - 1;
+            for (; set != 0; set &= set - 1) {
+                const size_t lane = i + static_cast<size_t>(__builtin_ctz(set));
+                const unsigned bits = 4 + (from.symbols[lane] - direct) / 2;
+                raw.put(raw_of<W>(from.residuals + lane * W, bits), bits);
+            }
+        }
+    }
+}
+
+// Codes one symbol with each of eight states.
+void code_eight(Vector& state, const uint8_t* symbols, uint64_t tables, const Step* steps, unsigned stride,
+                uint8_t*& words) {
+    const auto four = [&](unsigned i) {
+        const auto step_of = [&](unsigned lane) {
+            uint64_t step;
+            std::memcpy(&step, steps + (tables >> (8 * lane) & 0xff) * stride + symbols[lane], sizeof step);
+            return static_cast<long long>(step);
+        };
+        const __m128i low = _mm_insert_epi64(_mm_cvtsi64_si128(step_of(i)), step_of(i + 1), 1);
+        const __m128i high = _mm_insert_epi64(_mm_cvtsi64_si128(step_of(i + 4)), step_of(i + 5), 1);
+        return _mm256_castsi256_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+    };
+    const __m256 even = four(0), odd = four(2);
+    const Vector reciprocal = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88));
+    const Vector packed = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xdd));
+    const Vector frequency = _mm256_and_si256(packed, all(0xfff));
+    const Vector fits = _mm256_cmpgt_epi32(frequency, _mm256_srli_epi32(state, 31 - probability_bits));
+    const int giving = ~mask_of(fits) & 0xff;
+    const Vector order =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(squeeze.lane_of[giving])));
+    const Vector given = _mm256_and_si256(_mm256_permutevar8x32_epi32(state, order), all(0xffff));
+    const __m128i given16 = _mm_packus_epi32(_mm256_castsi256_si128(given), _mm256_extracti128_si256(given, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 16), given16);
+    words -= 2 * count(giving);
+    const Vector x = _mm256_blendv_epi8(_mm256_srli_epi32(state, 16), state, fits);
+    const Vector even_product = _mm256_srli_epi64(_mm256_mul_epu32(x, reciprocal), 32);
+    const Vector odd_product = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(reciprocal, 32));
+    const Vector quotient =
+        _mm256_srlv_epi32(_mm256_blend_epi32(even_product, odd_product, 0xaa), _mm256_srli_epi32(packed, 25));
+    const Vector bias = _mm256_and_si256(_mm256_srli_epi32(packed, 12), all(0x1fff));
+    state = _mm256_add_epi32(_mm256_add_epi32(x, bias),
+                             _mm256_mullo_epi32(quotient, _mm256_sub_epi32(all(scale), frequency)));
+}
+
+template <size_t W, size_t R>
+void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
+           Sink& to) {
+    RawBits raw{to.raw};
+    write_raw<W>(block_classes, from, n, raw);
+    raw.finish();
+    to.raw = raw.to;
+
+    constexpr unsigned stride = symbol_stride(W);
+    const size_t whole = n / block_lanes;
+    for (size_t i = n; i-- > whole * block_lanes;) {
+        if (block_classes[whole] == equal_class) break;
+        const unsigned table = model.table_of[block_classes[whole]][from.contexts[i]];
+        code(steps[table * stride + from.symbols[i]], to.states[i % model.streams], to.words);
+    }
+    Vector states[R];
+    for (size_t r = 0; r < R; ++r) states[r] = load(to.states + 8 * r);
+    uint8_t* words = to.words;
+    for (size_t k = whole; k-- > 0;) {
+        if (block_classes[k] == equal_class) continue;
+        const Lookup table_of(model.table_of[block_classes[k]]);
+        for (size_t i = (k + 1) * block_lanes; i > k * block_lanes;) {
+            i -= 32;
+            alignas(32) uint64_t tables[4];
+            _mm256_store_si256(reinterpret_cast<Vector*>(tables), table_of(load(from.contexts + i)));
+            code_eight(states[3 % R], from.symbols + i + 24, tables[3], steps, stride, words);
+            code_eight(states[2 % R], from.symbols + i + 16, tables[2], steps, stride, words);
+            code_eight(states[1 % R], from.symbols + i + 8, tables[1], steps, stride, words);
+            code_eight(states[0], from.symbols + i, tables[0], steps, stride, words);
+        }
+    }
+    to.words = words;
+    for (size_t r = 0; r < R; ++r) store(to.states + 8 * r, states[r]);
+}
+
+template <size_t W>
+void write_streams(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
+                   Sink& to) {
+    switch (model.streams) {
+        case 8:
+            return write<W, 1>(model, steps, block_classes, from, n, to);
+        case 16:
+            return write<W, 2>(model, steps, block_classes, from, n, to);
+        case 32:
+            return write<W, 4>(model, steps, block_classes, from, n, to);
+        default:
+            return scalar_loops.write(model, steps, block_classes, from, n, to);
+    }
+}
+
 void symbolize_any(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) noexcept {
-    scalar_loops.symbolize(model, src, base, n, to);
+    switch (model.width) {
+        case 2:
+            return symbolize<2>(model, src, base, n, to);
+        case 4:
+            return symbolize<4>(model, src, base, n, to);
+        default:
+            return scalar_loops.symbolize(model, src, base, n, to);
+    }
 }
 
 void write_any(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
                Sink& to) noexcept {
-    scalar_loops.write(model, steps, block_classes, from, n, to);
+    switch (model.width) {
+        case 2:
+            return write_streams<2>(model, steps, block_classes, from, n, to);
+        case 4:
+            return write_streams<4>(model, steps, block_classes, from, n, to);
+        default:
+            return scalar_loops.write(model, steps, block_classes, from, n, to);
+    }
 }
 
 }  // namespace
 
-const Loops avx2_loops = {symbolize_any, write_any, read_any};
+const Loops avx2_loops = {symbolize_any, measure, write_any, read_any};
 
 }  // namespace lamella::rans

@@ -255,20 +255,18 @@ void classify(Plan& plan) {
             ++counts[plan.lanes.contexts[i]];
         }
     }
-    int32_t expected[contexts];
+    uint8_t expected[contexts];
     for (unsigned c = 0; c < contexts; ++c) {
-        const int32_t nearest = c == 0 ? 0 : expected[c - 1];
-        expected[c] = counts[c] == 0 ? nearest : static_cast<int32_t>((2 * sums[c] + counts[c] / 2) / counts[c]);
+        const uint64_t mean = counts[c] == 0 ? 0 : (2 * sums[c] + counts[c] / 2) / counts[c];
+        expected[c] = counts[c] == 0 && c > 0 ? expected[c - 1] : static_cast<uint8_t>(std::min<uint64_t>(mean, 255));
     }
+    plan.loops.measure(plan.lanes, expected, plan.n, plan.activities);
     int64_t sum = 0, squares = 0, count = 0;
     for (size_t k = 0; k < plan.blocks; ++k) {
         if (plan.lanes.kinds[k] != ordinary_kind) continue;
         const auto lanes = static_cast<int32_t>(plan.lanes_of(k));
-        int32_t activity = 0;
-        for (size_t i = k * block_lanes; i < k * block_lanes + plan.lanes_of(k); ++i) {
-            activity += 2 * plan.lanes.symbols[i] - expected[plan.lanes.contexts[i]];
-        }
-        activity = activity * static_cast<int32_t>(block_lanes) / lanes;
+        // As if the last block were whole.
+        const int32_t activity = plan.activities[k] * static_cast<int32_t>(block_lanes) / lanes;
         plan.activities[k] = activity;
         sum += activity;
         squares += int64_t{activity} * activity;

@@ -116,6 +116,16 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
     }
 }
 
+void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t* activities) noexcept {
+    for (size_t k = 0; k * block_lanes < n; ++k) {
+        if (of.kinds[k] != ordinary_kind) continue;
+        activities[k] = 0;
+        for (size_t i = k * block_lanes; i < n && i < (k + 1) * block_lanes; ++i) {
+            activities[k] += 2 * of.symbols[i] - expected[of.contexts[i]];
+        }
+    }
+}
+
 template <class U>
 void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
            Sink& to) {
@@ -250,6 +260,6 @@ void code(const Step& step, uint32_t& state, uint8_t*& words) noexcept {
     state += (step.packed >> 12 & 0x1fff) + quotient * (scale - frequency);
 }
 
-const Loops scalar_loops = {symbolize_any, write_any, read_any};
+const Loops scalar_loops = {symbolize_any, measure, write_any, read_any};
 
 }  // namespace lamella::rans
