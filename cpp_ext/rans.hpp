@@ -108,6 +108,11 @@ struct Loops {
     // expected of the context. Blocks of other kinds are left out.
     void (*measure)(const Symbols& of, const std::uint8_t* expected, std::size_t n, std::int32_t* activities) noexcept;
 
+    // Count the symbols of all blocks that are not equal to their base. A symbol of a class and context has two
+    // counters, classes * contexts * symbol_stride(width) apart: which of them counts a lane is the variant's affair.
+    void (*count)(const Symbols& of, const std::uint8_t* block_classes, std::size_t n, std::size_t width,
+                  std::uint32_t* counters) noexcept;
+
     // Code the lanes of all blocks that are not equal to their base: the words of `to` grow from the last lane to the
     // first, its raw bits from the first to the last. `steps` holds symbol_stride(width) of them a table.
     void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,

@@ -1,5 +1,5 @@
-// The residual coder's loops over lanes with AVX2, for lanes of two and four bytes and at least 8 streams; what is left,
-// the last block if it is short included, goes through the scalar ones. See avx2.cc for the rules of such a file.
+// The residual coder's loops over lanes with AVX2, for lanes of two and four bytes and at least 8 streams; what is
+// left, the last block if it is short included, goes through the scalar ones. See avx2.cc for the rules of such a file.
 #include <immintrin.h>
 
 #include <cstring>
@@ -33,17 +33,20 @@ Vector all(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); 
 int mask_of(Vector v) { return _mm256_movemask_ps(_mm256_castsi256_ps(v)); }
 unsigned count(int mask) { return static_cast<unsigned>(_mm_popcnt_u32(static_cast<unsigned>(mask))); }
 
-// For each set of lanes that need a word: which of the next words each of them gets.
+// For each set of lanes that need a word: the shuffle that gives each of them the next one, and 0 to the others.
 struct Spread {
-    uint8_t word_of[256][8];
+    alignas(32) uint8_t of_set[256][32];
 };
 constexpr Spread make_spread() {
     Spread spread{};
     for (unsigned set = 0; set < 256; ++set) {
         uint8_t next = 0;
         for (unsigned lane = 0; lane < 8; ++lane) {
-            spread.word_of[set][lane] = next;
-            next = static_cast<uint8_t>(next + (set >> lane & 1));
+            const bool needs = (set >> lane & 1) != 0;
+            for (unsigned byte = 0; byte < 4; ++byte) {
+                spread.of_set[set][4 * lane + byte] = needs && byte < 2 ? static_cast<uint8_t>(next + byte) : 0x80;
+            }
+            if (needs) next = static_cast<uint8_t>(next + 2);
         }
     }
     return spread;
@@ -161,13 +164,14 @@ struct Offsets {
     }
 };
 
-// The four bytes at eight places. Loads and inserts: gathers are slower on the CPUs that this was measured on.
+// The four bytes at eight places, by single loads: gathers are slower on the CPUs that this was measured on, and so is
+// taking the places through memory.
 template <size_t scale_of_index>
-Vector gather(const uint8_t* from, Vector at) {
-    const __m128i first = _mm256_castsi256_si128(at), second = _mm256_extracti128_si256(at, 1);
-    const auto four = [from](__m128i at4) {
-        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(at4));
-        const auto b = static_cast<uint64_t>(_mm_extract_epi64(at4, 1));
+Vector gather(const uint8_t* from, Vector places) {
+    const __m128i first = _mm256_castsi256_si128(places), second = _mm256_extracti128_si256(places, 1);
+    const auto four = [from](__m128i of) {
+        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(of));
+        const auto b = static_cast<uint64_t>(_mm_extract_epi64(of, 1));
         const auto value = [from](uint64_t i) { return load_scalar<int>(from + i * scale_of_index); };
         __m128i v = _mm_cvtsi32_si128(value(a & 0xffffffff));
         v = _mm_insert_epi32(v, value(a >> 32), 1);
@@ -193,7 +197,10 @@ struct Window {
     uint8_t last_raw[2 * block_raw_nbytes];
 
     explicit Window(const Source& from)
-        : words(from.words), words_end(from.words_end), raw(from.raw), bits(8 * static_cast<uint64_t>(from.raw_nbytes)) {}
+        : words(from.words),
+          words_end(from.words_end),
+          raw(from.raw),
+          bits(8 * static_cast<uint64_t>(from.raw_nbytes)) {}
 
     void prepare_block() {
         const auto words_left = static_cast<size_t>(words_end - words);
@@ -227,21 +234,18 @@ struct Window {
 // Decodes one symbol with each of eight states; `tables` are the tables of their lanes.
 Vector step(Vector& state, Vector tables, const uint8_t* slots, const uint8_t*& words) {
     const Vector twelve = all(0xfff);
-    const Vector at = _mm256_or_si256(_mm256_slli_epi32(tables, probability_bits),
-                                      _mm256_and_si256(state, all(scale - 1)));
+    const Vector at =
+        _mm256_or_si256(_mm256_slli_epi32(tables, probability_bits), _mm256_and_si256(state, all(scale - 1)));
     const Vector slot = gather<sizeof(Slot)>(slots, at);
-    const Vector next = _mm256_add_epi32(
-        _mm256_mullo_epi32(_mm256_and_si256(slot, twelve), _mm256_srli_epi32(state, probability_bits)),
-        _mm256_and_si256(_mm256_srli_epi32(slot, 12), twelve));
+    const Vector next =
+        _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(slot, twelve), _mm256_srli_epi32(state, probability_bits)),
+                         _mm256_and_si256(_mm256_srli_epi32(slot, 12), twelve));
     const Vector needy = _mm256_cmpgt_epi32(all(low_state), next);
     const int set = mask_of(needy);
-    const Vector next_words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
-    const Vector order =
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(spread.word_of[set])));
+    const Vector eight_words = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    const Vector given = _mm256_shuffle_epi8(eight_words, load(spread.of_set[set]));
     words += 2 * count(set);
-    const Vector refilled =
-        _mm256_or_si256(_mm256_slli_epi32(next, 16), _mm256_permutevar8x32_epi32(next_words, order));
-    state = _mm256_blendv_epi8(next, refilled, needy);
+    state = _mm256_or_si256(_mm256_sllv_epi32(next, _mm256_and_si256(needy, all(16))), given);
     return _mm256_srli_epi32(slot, 24);
 }
 
@@ -309,7 +313,8 @@ void read_block(const Model& model, const uint8_t* slots, unsigned block_class, 
         symbols[2] = step(states[2 % R], _mm256_cvtepu8_epi32(high), slots, words);
         symbols[3] = step(states[3 % R], _mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)), slots, words);
         const Vector bytes = pack(symbols[0], symbols[1], symbols[2], symbols[3]);
-        escapes[g] = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(bytes, _mm256_set1_epi8(direct - 1))));
+        escapes[g] =
+            static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(bytes, _mm256_set1_epi8(direct - 1))));
         Lanes<W>::store_symbols(residuals + g * 32 * W, symbols);
     }
     from.words = words;
@@ -550,6 +555,52 @@ void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t*
     }
 }
 
+// Of 32 lanes, contexts * stride + symbol, 16 bits each; or tables in place of contexts.
+template <size_t W>
+void numbers_of(Vector of_contexts, Vector of_symbols, uint64_t (&to)[8]) {
+    constexpr int log_stride = W == 2 ? 6 : 7;
+    static_assert(1u << log_stride == symbol_stride(W) && contexts << log_stride <= 1u << 16);
+    const auto number = [](__m128i context, __m128i symbol) {
+        return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(context), log_stride),
+                               _mm256_cvtepu8_epi16(symbol));
+    };
+    _mm256_store_si256(reinterpret_cast<Vector*>(to),
+                       number(_mm256_castsi256_si128(of_contexts), _mm256_castsi256_si128(of_symbols)));
+    _mm256_store_si256(reinterpret_cast<Vector*>(to + 4),
+                       number(_mm256_extracti128_si256(of_contexts, 1), _mm256_extracti128_si256(of_symbols, 1)));
+}
+
+// Most lanes of a quiet block count on one counter, and would wait for one another: odd lanes have counters of their
+// own.
+template <size_t W>
+void count(const Symbols& of, const uint8_t* block_classes, size_t n, uint32_t* counters) {
+    constexpr size_t of_class = contexts * symbol_stride(W);
+    for (size_t k = 0; k < n / block_lanes; ++k) {
+        if (block_classes[k] == equal_class) continue;
+        uint32_t *even = counters + block_classes[k] * of_class, *odd = even + classes * of_class;
+        for (size_t i = k * block_lanes; i < (k + 1) * block_lanes; i += 32) {
+            alignas(32) uint64_t numbers[8];
+            numbers_of<W>(load(of.contexts + i), load(of.symbols + i), numbers);
+            for (const uint64_t four : numbers) {
+                ++even[four & 0xffff];
+                ++odd[four >> 16 & 0xffff];
+                ++even[four >> 32 & 0xffff];
+                ++odd[four >> 48];
+            }
+        }
+    }
+}
+
+void count_any(const Symbols& of, const uint8_t* block_classes, size_t n, size_t width, uint32_t* counters) noexcept {
+    size_t counted = 0;
+    if (width == 2 || width == 4) {
+        width == 2 ? count<2>(of, block_classes, n, counters) : count<4>(of, block_classes, n, counters);
+        counted = n / block_lanes * block_lanes;
+    }
+    scalar_loops.count(from_lane(of, counted, width), block_classes + counted / block_lanes, n - counted, width,
+                       counters);
+}
+
 // For each set of lanes that give a word away: those lanes, at the end of eight.
 struct Squeeze {
     uint8_t lane_of[256][8];
@@ -572,7 +623,7 @@ struct RawBits {
     uint64_t waiting = 0;
     unsigned waiting_bits = 0;
 
-    void put(uint64_t value, unsigned bits) {  // at most 57
+    void put(uint64_t value, unsigned bits) {  // at most 56
         waiting |= value << waiting_bits;
         waiting_bits += bits;
         std::memcpy(to, &waiting, sizeof waiting);
@@ -590,6 +641,36 @@ uint64_t raw_of(const uint8_t* residuals, unsigned bits) {
     return (W == 2 ? load_scalar<uint16_t>(residuals) : load_scalar<uint32_t>(residuals)) & ((1u << bits) - 1);
 }
 
+// The raw bits of 32 lanes, most of which have some, in pairs.
+template <size_t W>
+void put_all(const uint8_t* symbols, const uint8_t* residuals, RawBits& raw) {
+    for (size_t i = 0; i < 32; i += 8) {
+        const Vector of = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(symbols + i)));
+        const Vector has = _mm256_cmpgt_epi32(of, all(direct - 1));
+        const Vector beyond = _mm256_srli_epi32(_mm256_sub_epi32(of, all(direct)), 1);
+        const Vector lengths = _mm256_and_si256(has, _mm256_add_epi32(beyond, all(4)));
+        const Vector bits =
+            _mm256_andnot_si256(_mm256_sllv_epi32(all(~0u), lengths), Lanes<W>::load_eight(residuals + i * W));
+        const Vector even = _mm256_set1_epi64x(0xffffffff);
+        const Vector first_length = _mm256_and_si256(lengths, even);
+        const Vector pairs =
+            _mm256_or_si256(_mm256_and_si256(bits, even), _mm256_sllv_epi64(_mm256_srli_epi64(bits, 32), first_length));
+        alignas(32) uint64_t pair[4];
+        alignas(32) uint32_t length[8];
+        _mm256_store_si256(reinterpret_cast<Vector*>(pair), pairs);
+        _mm256_store_si256(reinterpret_cast<Vector*>(length), lengths);
+        for (size_t p = 0; p < 4; ++p) {
+            const unsigned both = length[2 * p] + length[2 * p + 1];
+            if (W == 4 && both > 56) {
+                raw.put(pair[p] & ((uint64_t{1} << length[2 * p]) - 1), length[2 * p]);
+                raw.put(pair[p] >> length[2 * p], length[2 * p + 1]);
+            } else {
+                raw.put(pair[p], both);
+            }
+        }
+    }
+}
+
 template <size_t W>
 void write_raw(const uint8_t* block_classes, const Symbols& from, size_t n, RawBits& raw) {
     for (size_t at = 0; at < n; at += block_lanes) {
@@ -598,9 +679,14 @@ void write_raw(const uint8_t* block_classes, const Symbols& from, size_t n, RawB
         // Symbols after the last lane are undefined, but there: they are masked.
         for (size_t i = at; i < at + lanes; i += 32) {
             const Vector symbols = load(from.symbols + i);
-            auto set = static_cast<uint32_t>(
-                _mm256_movemask_epi8(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))));
-            if (at + lanes - i < 32) set &= (1u << (at + lanes - i)) - 1;
+            auto set =
+                static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))));
+            if (at + lanes - i < 32) {
+                set &= (1u << (at + lanes - i)) - 1;
+            } else if (count(static_cast<int>(set)) > 8) {
+                put_all<W>(from.symbols + i, from.residuals + i * W, raw);
+                continue;
+            }
             for (; set != 0; set &= set - 1) {
                 const size_t lane = i + static_cast<size_t>(__builtin_ctz(set));
                 const unsigned bits = 4 + (from.symbols[lane] - direct) / 2;
@@ -610,18 +696,16 @@ void write_raw(const uint8_t* block_classes, const Symbols& from, size_t n, RawB
     }
 }
 
-// Codes one symbol with each of eight states.
-void code_eight(Vector& state, const uint8_t* symbols, uint64_t tables, const Step* steps, unsigned stride,
-                uint8_t*& words) {
-    const auto four = [&](unsigned i) {
-        const auto step_of = [&](unsigned lane) {
-            uint64_t step;
-            std::memcpy(&step, steps + (tables >> (8 * lane) & 0xff) * stride + symbols[lane], sizeof step);
-            return static_cast<long long>(step);
+// Codes one symbol with each of eight states; `at` are the numbers of their steps, 16 bits each, four and four.
+void code_eight(Vector& state, const uint64_t* at, const Step* steps, uint8_t*& words) {
+    const auto four = [&](unsigned lane) {
+        const auto step_of = [&](uint64_t i) {
+            return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(steps + (i & 0xffff)));
         };
-        const __m128i low = _mm_insert_epi64(_mm_cvtsi64_si128(step_of(i)), step_of(i + 1), 1);
-        const __m128i high = _mm_insert_epi64(_mm_cvtsi64_si128(step_of(i + 4)), step_of(i + 5), 1);
-        return _mm256_castsi256_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+        const uint64_t low = at[0] >> (16 * lane), high = at[1] >> (16 * lane);
+        return _mm256_castsi256_ps(
+            _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi64(step_of(low), step_of(low >> 16))),
+                                    _mm_unpacklo_epi64(step_of(high), step_of(high >> 16)), 1));
     };
     const __m256 even = four(0), odd = four(2);
     const Vector reciprocal = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88));
@@ -668,12 +752,13 @@ void write(const Model& model, const Step* steps, const uint8_t* block_classes, 
         const Lookup table_of(model.table_of[block_classes[k]]);
         for (size_t i = (k + 1) * block_lanes; i > k * block_lanes;) {
             i -= 32;
-            alignas(32) uint64_t tables[4];
-            _mm256_store_si256(reinterpret_cast<Vector*>(tables), table_of(load(from.contexts + i)));
-            code_eight(states[3 % R], from.symbols + i + 24, tables[3], steps, stride, words);
-            code_eight(states[2 % R], from.symbols + i + 16, tables[2], steps, stride, words);
-            code_eight(states[1 % R], from.symbols + i + 8, tables[1], steps, stride, words);
-            code_eight(states[0], from.symbols + i, tables[0], steps, stride, words);
+            const Vector tables = table_of(load(from.contexts + i)), symbols = load(from.symbols + i);
+            alignas(32) uint64_t at[8];
+            numbers_of<W>(tables, symbols, at);
+            code_eight(states[3 % R], at + 6, steps, words);
+            code_eight(states[2 % R], at + 4, steps, words);
+            code_eight(states[1 % R], at + 2, steps, words);
+            code_eight(states[0], at, steps, words);
         }
     }
     to.words = words;
@@ -720,6 +805,6 @@ void write_any(const Model& model, const Step* steps, const uint8_t* block_class
 
 }  // namespace
 
-const Loops avx2_loops = {symbolize_any, measure, write_any, read_any};
+const Loops avx2_loops = {symbolize_any, measure, count_any, write_any, read_any};
 
 }  // namespace lamella::rans

@@ -121,13 +121,13 @@ uint32_t lowest_context(const Plan& plan, unsigned shift) {
     uint32_t* seen = plan.counts;  // not in use yet, and larger
     const size_t values = size_t{1} << bits;
     std::memset(seen, 0, values * sizeof *seen);
-    const size_t step = std::max<size_t>(1, plan.n >> 14);
+    const size_t step = std::max<size_t>(1, plan.n >> 12);
     uint32_t total = 0;
     for (size_t i = 0; i < plan.n; i += step, ++total) {
         ++seen[lane_at(plan.base, i, plan.width) >> shift & (values - 1)];
     }
     size_t highest = values - 1;
-    for (uint32_t above = 0; highest > 0 && above + seen[highest] <= total / 16384; --highest) above += seen[highest];
+    for (uint32_t above = 0; highest > 0 && above + seen[highest] <= total / 4096; --highest) above += seen[highest];
     return highest < contexts ? 0 : static_cast<uint32_t>(highest) - (contexts - 2);
 }
 
@@ -286,15 +286,10 @@ void classify(Plan& plan) {
 }
 
 void count_symbols(Plan& plan) {
-    std::memset(plan.counts, 0, all_counts * plan.stride * sizeof *plan.counts);
-    for (size_t k = 0; k < plan.blocks; ++k) {
-        const unsigned block_class = plan.block_classes[k];
-        if (block_class == equal_class) continue;
-        uint32_t* counts = plan.counts_of(block_class, 0);
-        for (size_t i = k * block_lanes; i < k * block_lanes + plan.lanes_of(k); ++i) {
-            ++counts[plan.lanes.contexts[i] * plan.stride + plan.lanes.symbols[i]];
-        }
-    }
+    const size_t counters = all_counts * plan.stride;
+    std::memset(plan.counts, 0, 2 * counters * sizeof *plan.counts);
+    plan.loops.count(plan.lanes, plan.block_classes, plan.n, plan.width, plan.counts);
+    for (size_t i = 0; i < counters; ++i) plan.counts[i] += plan.counts[counters + i];
 }
 
 // Tables: contexts in the order of their mean symbols, and the neighbours that lose least by sharing a table merged
@@ -445,7 +440,7 @@ uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
     plan.lanes.kinds = arena.take<uint8_t>(plan.blocks);
     plan.block_classes = arena.take<uint8_t>(plan.blocks);
     plan.activities = arena.take<int32_t>(plan.blocks);
-    plan.counts = arena.take<uint32_t>(all_counts * plan.stride);
+    plan.counts = arena.take<uint32_t>(2 * all_counts * plan.stride);
     plan.steps = arena.take<Step>(max_tables * plan.stride);
     // A lane and a block each give at most one word of two bytes.
     const size_t words = 2 * (plan.n + plan.blocks) + slack;

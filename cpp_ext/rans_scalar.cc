@@ -126,6 +126,14 @@ void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t*
     }
 }
 
+void count(const Symbols& of, const uint8_t* block_classes, size_t n, size_t width, uint32_t* counters) noexcept {
+    for (size_t i = 0; i < n; ++i) {
+        const unsigned block_class = block_classes[i / block_lanes];
+        if (block_class == equal_class) continue;
+        ++counters[(block_class * contexts + of.contexts[i]) * symbol_stride(width) + of.symbols[i]];
+    }
+}
+
 template <class U>
 void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
            Sink& to) {
@@ -260,6 +268,6 @@ void code(const Step& step, uint32_t& state, uint8_t*& words) noexcept {
     state += (step.packed >> 12 & 0x1fff) + quotient * (scale - frequency);
 }
 
-const Loops scalar_loops = {symbolize_any, measure, write_any, read_any};
+const Loops scalar_loops = {symbolize_any, measure, count, write_any, read_any};
 
 }  // namespace lamella::rans
