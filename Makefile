@@ -9,10 +9,11 @@ TEST_TOOLS := dask fsspec hypothesis jsonschema pandas pytest pytest-xdist trans
 LINT_TOOLS := clang-format import-linter mypy ruff
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
+FUZZ := $(wildcard cpp_ext/fuzz/*.cc)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./demo-repository.
 	rm -rf demo-repository
@@ -28,10 +29,21 @@ lint: .venv/built  ## The static checks.
 	.venv/bin/mypy
 	.venv/bin/mypy -p benchmarks -p examples
 	.venv/bin/lint-imports
-	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	.venv/bin/clang-format --dry-run --Werror $(CPP) $(FUZZ)
 
 bench: .venv/built  ## Push and checkout against cp, safetensors and zstd.
 	.venv/bin/python -m benchmarks.push_checkout
+
+FUZZ_RUNS ?= 100000000
+
+fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
+	mkdir -p build/fuzz/found
+	$< -runs=$(FUZZ_RUNS) -max_len=4096 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
+
+build/fuzz/residual_coder: cpp_ext/fuzz/residual_coder.cc $(CPP)
+	mkdir -p build/fuzz
+	clang++ -std=c++20 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	    -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2 -o $@ $< $(wildcard cpp_ext/rans_*.cc)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository
