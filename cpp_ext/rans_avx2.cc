@@ -1,4 +1,4 @@
-// The residual coder's loops over lanes with AVX2, for lanes of two and four bytes and at least 8 streams; what is
+// The residual coder's loops over lanes with AVX2, for lanes of up to four bytes and at least 8 streams; what is
 // left, the last block if it is short included, goes through the scalar ones. See avx2.cc for the rules of such a file.
 #include <immintrin.h>
 
@@ -74,6 +74,32 @@ struct Lookup {
 // Lanes of W bytes, in registers of 32 / W.
 template <size_t W>
 struct Lanes;
+
+template <>
+struct Lanes<1> {
+    static Vector negative(Vector v) { return _mm256_cmpgt_epi8(_mm256_setzero_si256(), v); }
+    static Vector below_sign() { return _mm256_set1_epi8(0x7f); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_epi8(a, b); }
+    static Vector subtract(Vector a, Vector b) { return _mm256_sub_epi8(a, b); }
+    // There is no shift of bytes: shift pairs and drop what came from the neighbour.
+    static Vector half(Vector v) { return _mm256_and_si256(_mm256_srli_epi16(v, 1), below_sign()); }
+    static Vector one() { return _mm256_set1_epi8(1); }
+
+    static Vector contexts_of(const uint8_t* base, __m128i shift, uint32_t low) {
+        const Vector inside = _mm256_set1_epi8(static_cast<char>(0x7f >> _mm_cvtsi128_si32(shift)));
+        const Vector magnitude = _mm256_and_si256(_mm256_srl_epi16(load(base), shift), inside);
+        const Vector lows = _mm256_set1_epi8(static_cast<char>(low < 0xff ? low : 0xff));
+        return _mm256_min_epu8(_mm256_subs_epu8(magnitude, lows), _mm256_set1_epi8(contexts - 1));
+    }
+
+    static void store_symbols(uint8_t* to, const Vector (&s)[4]) { store(to, pack(s[0], s[1], s[2], s[3])); }
+    static Vector load_eight(const uint8_t* from) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    }
+    static void store_eight(uint8_t* to, Vector v) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(pack(v, v, v, v)));
+    }
+};
 
 template <>
 struct Lanes<2> {
@@ -395,6 +421,8 @@ bool read_streams(const Model& model, const Slot* slots, const uint8_t* block_cl
 bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
               size_t first, size_t n, uint8_t* out) noexcept {
     switch (model.width) {
+        case 1:
+            return read_streams<1>(model, slots, block_classes, from, base, first, n, out);
         case 2:
             return read_streams<2>(model, slots, block_classes, from, base, first, n, out);
         case 4:
@@ -435,6 +463,13 @@ uint8_t symbol_of(uint32_t z) {
 }
 
 // Symbols of 32 residuals.
+Vector symbols_of_32(const uint8_t* z, Lanes<1>) {
+    const Vector v = load(z);
+    if (_mm256_testz_si256(v, _mm256_set1_epi8(static_cast<char>(~(direct - 1))))) return v;
+    return pack(symbols_of(Lanes<1>::load_eight(z)), symbols_of(Lanes<1>::load_eight(z + 8)),
+                symbols_of(Lanes<1>::load_eight(z + 16)), symbols_of(Lanes<1>::load_eight(z + 24)));
+}
+
 Vector symbols_of_32(const uint8_t* z, Lanes<2>) {
     const Vector first = load(z), second = load(z + 32);
     const Vector above = _mm256_set1_epi16(static_cast<short>(~(direct - 1)));
@@ -558,7 +593,7 @@ void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t*
 // Of 32 lanes, contexts * stride + symbol, 16 bits each; or tables in place of contexts.
 template <size_t W>
 void numbers_of(Vector of_contexts, Vector of_symbols, uint64_t (&to)[8]) {
-    constexpr int log_stride = W == 2 ? 6 : 7;
+    constexpr int log_stride = W <= 2 ? 6 : 7;
     static_assert(1u << log_stride == symbol_stride(W) && contexts << log_stride <= 1u << 16);
     const auto number = [](__m128i context, __m128i symbol) {
         return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(context), log_stride),
@@ -593,8 +628,9 @@ void count(const Symbols& of, const uint8_t* block_classes, size_t n, uint32_t* 
 
 void count_any(const Symbols& of, const uint8_t* block_classes, size_t n, size_t width, uint32_t* counters) noexcept {
     size_t counted = 0;
-    if (width == 2 || width == 4) {
-        width == 2 ? count<2>(of, block_classes, n, counters) : count<4>(of, block_classes, n, counters);
+    if (width <= 4) {
+        // Counters of narrow lanes are laid out alike.
+        width <= 2 ? count<2>(of, block_classes, n, counters) : count<4>(of, block_classes, n, counters);
         counted = n / block_lanes * block_lanes;
     }
     scalar_loops.count(from_lane(of, counted, width), block_classes + counted / block_lanes, n - counted, width,
@@ -638,7 +674,9 @@ struct RawBits {
 
 template <size_t W>
 uint64_t raw_of(const uint8_t* residuals, unsigned bits) {
-    return (W == 2 ? load_scalar<uint16_t>(residuals) : load_scalar<uint32_t>(residuals)) & ((1u << bits) - 1);
+    uint32_t residual = 0;
+    std::memcpy(&residual, residuals, W);
+    return residual & ((1u << bits) - 1);
 }
 
 // The raw bits of 32 lanes, most of which have some, in pairs.
@@ -782,6 +820,8 @@ void write_streams(const Model& model, const Step* steps, const uint8_t* block_c
 
 void symbolize_any(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) noexcept {
     switch (model.width) {
+        case 1:
+            return symbolize<1>(model, src, base, n, to);
         case 2:
             return symbolize<2>(model, src, base, n, to);
         case 4:
@@ -794,6 +834,8 @@ void symbolize_any(const Model& model, const uint8_t* src, const uint8_t* base, 
 void write_any(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
                Sink& to) noexcept {
     switch (model.width) {
+        case 1:
+            return write_streams<1>(model, steps, block_classes, from, n, to);
         case 2:
             return write_streams<2>(model, steps, block_classes, from, n, to);
         case 4:

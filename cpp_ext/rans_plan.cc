@@ -245,10 +245,11 @@ void find_drift(Plan& plan) {
 constexpr unsigned first_activity = 1, last_activity = 6;
 
 void classify(Plan& plan) {
-    // Means of symbols by context, from every fourth block, in halves, as a byte.
+    // Means of symbols by context, from some blocks, in halves, as a byte.
+    const size_t step = std::max<size_t>(1, plan.blocks / 512);
     uint64_t sums[contexts] = {};
     uint32_t counts[contexts] = {};
-    for (size_t k = 0; k < plan.blocks; k += 4) {
+    for (size_t k = 0; k < plan.blocks; k += step) {
         if (plan.lanes.kinds[k] != ordinary_kind) continue;
         for (size_t i = k * block_lanes; i < k * block_lanes + plan.lanes_of(k); ++i) {
             sums[plan.lanes.contexts[i]] += plan.lanes.symbols[i];
