@@ -13,7 +13,7 @@ FUZZ := $(wildcard cpp_ext/fuzz/*.cc)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench fuzz replay clean
 
 demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./demo-repository.
 	rm -rf demo-repository
@@ -40,10 +40,18 @@ fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under
 	mkdir -p build/fuzz/found
 	$< -runs=$(FUZZ_RUNS) -max_len=4096 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
 
+SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
+
+replay: build/fuzz/replay  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
+	find cpp_ext/fuzz/corpus/residual_coder -type f -exec $< {} +
+
+build/fuzz/replay: $(FUZZ) $(CPP)
+	mkdir -p build/fuzz
+	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $(FUZZ) $(wildcard cpp_ext/rans_*.cc)
+
 build/fuzz/residual_coder: cpp_ext/fuzz/residual_coder.cc $(CPP)
 	mkdir -p build/fuzz
-	clang++ -std=c++20 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	    -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2 -o $@ $< $(wildcard cpp_ext/rans_*.cc)
+	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(wildcard cpp_ext/rans_*.cc)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository
