@@ -117,6 +117,11 @@ def pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         found[f"{dtype} noise"] = noise, base
         found[f"{dtype} noise for a base"] = base, noise
         found[f"{dtype} extremes"] = ~base, base
+    random = np.random.default_rng(11)
+    common, rare = random.integers(0, 8, 70_001), 3 << random.integers(3, 61, 70_001)
+    base = (weights(70_001, "float64") & np.uint64((1 << 52) - 1)) | np.uint64(1023 << 52)  # one context
+    steps = np.where(random.random(70_001) < 0.997, common, rare >> random.integers(0, 2, 70_001)).astype(np.uint64)
+    found["float64 many rare symbols"] = base + steps, base
     drifting = weights(300_000, "float32", seed=7)
     for steps in (3, 40, 120):
         found[f"float32 drift of {steps} steps"] = decayed(drifting, steps=steps), drifting

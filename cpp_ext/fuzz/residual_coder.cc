@@ -4,8 +4,9 @@
 //
 // Every variant must agree with the scalar one: on whether a payload is one, and on each byte that comes of it.
 //
-// An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a base of noise), two bytes that
-// say how many lanes, one byte that seeds the base; then the payload, or what is added to the base to make the chunk.
+// An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a base of noise, bits 4-5 many
+// lanes), two bytes that say how many lanes, one byte that seeds the base; then the payload, or what is added to the
+// base to make the chunk.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -84,7 +85,9 @@ void check_chunk(const Bytes& chunk, const Bytes& base, std::size_t width) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < 4) return 0;
     const std::size_t width = std::size_t{1} << (data[0] & 3);
-    const std::size_t n = 1 + (data[1] | data[2] << 8) % 1500;
+    // Enough lanes for each number of streams that an encoder chooses.
+    constexpr std::size_t times[] = {1, 8, 48, 180};
+    const std::size_t n = (1 + static_cast<std::size_t>(data[1] | data[2] << 8) % 1500) * times[data[0] >> 4 & 3];
     const Bytes base = make_base(n * width, width, data[3], (data[0] & 8) != 0);
     const Bytes rest(data + 4, data + size);
     if ((data[0] & 4) == 0) {
