@@ -38,7 +38,7 @@ FUZZ_RUNS ?= 100000000
 
 fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
 	mkdir -p build/fuzz/found
-	$< -runs=$(FUZZ_RUNS) -max_len=4096 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
+	$< -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
 
 SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
 
