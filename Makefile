@@ -9,10 +9,11 @@ TEST_TOOLS := dask fsspec hypothesis jsonschema pandas pytest pytest-xdist trans
 LINT_TOOLS := clang-format import-linter mypy ruff
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
+FUZZ := $(wildcard cpp_ext/fuzz/*.cc)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench fuzz replay clean
 
 install: .venv/built  ## Everything into .venv; then: source .venv/bin/activate
 
@@ -30,10 +31,29 @@ lint: .venv/built  ## The static checks.
 	.venv/bin/mypy
 	.venv/bin/mypy -p benchmarks -p examples
 	.venv/bin/lint-imports
-	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	.venv/bin/clang-format --dry-run --Werror $(CPP) $(FUZZ)
 
 bench: .venv/built  ## Push and checkout against cp, safetensors and zstd.
 	.venv/bin/python -m benchmarks.push_checkout
+
+FUZZ_RUNS ?= 100000000
+
+fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
+	mkdir -p build/fuzz/found
+	$< -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
+
+SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
+
+replay: build/fuzz/replay  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
+	find cpp_ext/fuzz/corpus/residual_coder -type f -exec $< {} +
+
+build/fuzz/replay: $(FUZZ) $(CPP)
+	mkdir -p build/fuzz
+	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $(FUZZ) $(wildcard cpp_ext/rans_*.cc)
+
+build/fuzz/residual_coder: cpp_ext/fuzz/residual_coder.cc $(CPP)
+	mkdir -p build/fuzz
+	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(wildcard cpp_ext/rans_*.cc)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "rans.hpp"
 
 namespace lamella {
 namespace {
@@ -465,7 +466,8 @@ Moments moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const d
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", split_planes, xor_split, residual_split, merge_planes, xor_merge, residual_merge, moments,
+    "avx2",    split_planes,   xor_split, residual_split,    merge_planes,
+    xor_merge, residual_merge, moments,   &rans::avx2_loops,
 };
 
 }  // namespace lamella

@@ -5,11 +5,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "kernels.hpp"
+#include "rans.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -95,6 +97,38 @@ void residual_merge(const std::vector<Bytes>& planes, Bytes base, Out out) {
     lamella::active().residual_merge(from.data, base.data(), from.n, from.width, out.data());
 }
 
+std::size_t lanes(std::size_t nbytes, std::size_t width) {
+    require_width(width);
+    require(nbytes % width == 0, "out must be whole lanes");
+    require(nbytes <= 4u << 20, "out must be at most 4 MiB");
+    return nbytes / width;
+}
+
+std::size_t coder_workspace(std::size_t nbytes, std::size_t width) {
+    const std::size_t n = lanes(nbytes, width);
+    return std::max(lamella::rans::encoder_workspace(n, width), lamella::rans::decoder_workspace(n));
+}
+
+std::size_t residual_encode(Bytes src, Bytes base, std::size_t width, Out workspace, Out out) {
+    const std::size_t n = lanes(src.size(), width);
+    require(src.size() == base.size(), "base must be as long as src");
+    require(n != 0, "src must not be empty");
+    require(workspace.size() >= lamella::rans::encoder_workspace(n, width), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::rans::encode(*lamella::active().coder, src.data(), base.data(), n, width, workspace.data(),
+                                 out.data(), out.size());
+}
+
+std::optional<const char*> residual_decode(Bytes payload, Bytes base, std::size_t width, Out workspace, Out out) {
+    const std::size_t n = lanes(out.size(), width);
+    require(base.size() == out.size(), "base must be as long as out");
+    require(n != 0, "out must not be empty");
+    require(workspace.size() >= lamella::rans::decoder_workspace(n), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::rans::decode(*lamella::active().coder, payload.data(), payload.size(), base.data(), n, width,
+                                 workspace.data(), out.data());
+}
+
 bool is_constant(Bytes src, std::size_t width) {
     require(width != 0 && src.size() % width == 0, "src must be whole lanes");
     nb::gil_scoped_release release;
@@ -154,6 +188,15 @@ NB_MODULE(_kernels, m) {
           "Inverse of xor_split.");
     m.def("residual_merge", residual_merge, "planes"_a.noconvert(), "base"_a.noconvert(), "out"_a.noconvert(),
           "Inverse of residual_split.");
+
+    m.def("coder_workspace", coder_workspace, "nbytes"_a, "width"_a,
+          "Bytes of workspace that residual_encode and residual_decode take for chunks of up to nbytes.");
+    m.def("residual_encode", residual_encode, "src"_a.noconvert(), "base"_a.noconvert(), "width"_a,
+          "workspace"_a.noconvert(), "out"_a.noconvert(),
+          "Write the RESIDUAL_RANS payload of src to the front of out; return its bytes, or 0 if out is too short.");
+    m.def("residual_decode", residual_decode, "payload"_a.noconvert(), "base"_a.noconvert(), "width"_a,
+          "workspace"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.");
 
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),

@@ -13,6 +13,10 @@
 
 namespace lamella {
 
+namespace rans {
+struct Loops;
+}
+
 // What a lane is to `moments`.
 enum class Kind : std::uint8_t {
     table8,  // any one-byte type: `table` gives the value of each of the 256 bytes
@@ -110,6 +114,9 @@ struct Kernels {
     // are rounded to float64.
     Moments (*moments)(const std::uint8_t* a, const std::uint8_t* b, std::size_t n, Kind kind,
                        const double* table) noexcept;
+
+    // The loops of the residual coder, which rans.hpp defines.
+    const rans::Loops* coder;
 };
 
 extern const Kernels scalar_kernels;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.hpp"
+#include "rans.hpp"
 
 static_assert(std::endian::native == std::endian::little, "chunks are little-endian and read in place");
 
@@ -228,7 +229,8 @@ Moments moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const d
 }  // namespace
 
 const Kernels scalar_kernels = {
-    "scalar", split_planes, xor_split, residual_split, merge_planes, xor_merge, residual_merge, moments,
+    "scalar",  split_planes,   xor_split, residual_split,      merge_planes,
+    xor_merge, residual_merge, moments,   &rans::scalar_loops,
 };
 
 }  // namespace lamella

@@ -59,7 +59,7 @@ def test_a_tuned_chunk_is_stored_as_residuals_in_less_than_xor_needs(dtype):
     width = dtype_named(dtype).lane
     residual = encode(chunk, width=width, floating=True, base=base)
     xor = encode(bytes(a ^ b for a, b in zip(chunk, base, strict=True)), width=width, floating=True)
-    assert residual.encoding is Encoding.RESIDUAL_PLANES
+    assert residual.encoding is Encoding.RESIDUAL_RANS
     assert len(residual.payload) < len(xor.payload)
     assert decoded(*residual, len(chunk), width=width, base=base) == chunk
 
@@ -278,7 +278,7 @@ def test_random_payloads_are_corruption(payload, encoding, width):
         decoded(encoding, payload, 800, width=width, base=bytes(800))
 
 
-@pytest.mark.parametrize("encoding", [5, 255, -1])
+@pytest.mark.parametrize("encoding", [6, 255, -1])
 def test_an_encoding_of_the_future_asks_for_an_upgrade(encoding):
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
         decoded(encoding, b"", 4, width=4)
@@ -309,6 +309,7 @@ def test_the_numbers_of_encodings_never_change():
         "PLANES": 2,
         "XOR_PLANES": 3,
         "RESIDUAL_PLANES": 4,
+        "RESIDUAL_RANS": 5,
     }
 
 

@@ -23,7 +23,7 @@ from lamella_engine.objects.memory import MemoryObjects
 
 GOLDEN = Path(__file__).parent / "golden"
 V0 = GOLDEN / "v0"
-REPOSITORIES = ("replaced", "small", "tiny")
+REPOSITORIES = ("replaced", "small", "tiny", "tuned")
 
 
 def golden(name: str) -> MemoryObjects:

@@ -65,6 +65,21 @@ def xor_merge(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,
 def residual_merge(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
     """Inverse of residual_split."""
 
+def coder_workspace(nbytes: int, width: int) -> int:
+    """
+    Bytes of workspace that residual_encode and residual_decode take for chunks of up to nbytes.
+    """
+
+def residual_encode(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> int:
+    """
+    Write the RESIDUAL_RANS payload of src to the front of out; return its bytes, or 0 if out is too short.
+    """
+
+def residual_decode(payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> str | None:
+    """
+    Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.
+    """
+
 def is_constant(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> bool:
     """Whether all lanes of src are equal."""
 

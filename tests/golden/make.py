@@ -208,7 +208,29 @@ def replaced() -> Golden:
     return golden
 
 
-REPOSITORIES: tuple[Callable[[], Golden], ...] = (tiny, small, replaced)
+def tuned() -> Golden:
+    """Residuals that are entropy-coded: floats of several widths, drift, rows without a change."""
+    golden = Golden()
+    dtypes = ("float8_e4m3fn", "bfloat16", "float16", "float32", "float64")
+    weights = {name: noise(seed, 20, 128).astype(name) for seed, name in enumerate(dtypes)}
+    weights["decayed"] = noise(9, 30, 100)
+    golden.push(weights, "net@main", message="first")
+    for step in (1, 2):
+        for seed, name in enumerate(dtypes):
+            lanes = weights[name].view(f"u{weights[name].itemsize}")
+            draws = np.random.PCG64(10 * step + seed).random_raw(lanes.size).reshape(lanes.shape)
+            spread = np.uint64(1 << lanes.itemsize)
+            steps = (draws % spread * (draws >> np.uint64(32)) % (spread + np.uint64(1))).astype(lanes.dtype)
+            steps[3:5] = 0
+            steps[8:] *= 5  # so that there are quiet rows and lively ones
+            weights[name] = (lanes + steps).view(weights[name].dtype)
+        lanes = weights["decayed"].view(np.uint32)
+        weights["decayed"] = (lanes - 40 - 20 * (lanes >> 22 & 1)).view(np.float32)
+        golden.push(weights, "net@main", message=f"step {step}")
+    return golden
+
+
+REPOSITORIES: tuple[Callable[[], Golden], ...] = (tiny, small, replaced, tuned)
 
 
 def make(out: Path) -> None:

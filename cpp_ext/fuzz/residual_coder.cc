@@ -1,0 +1,103 @@
+// Any bytes as a payload of the residual coder, or as a chunk to encode: what a sanitizer should watch.
+//
+//   make fuzz
+//
+// Every variant must agree with the scalar one: on whether a payload is one, and on each byte that comes of it.
+//
+// An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a base of noise, bits 4-5 many
+// lanes), two bytes that say how many lanes, one byte that seeds the base; then the payload, or what is added to the
+// base to make the chunk.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../rans.hpp"
+
+namespace {
+
+using lamella::rans::Loops;
+using Bytes = std::vector<std::uint8_t>;
+
+constexpr const Loops* variants[] = {
+    &lamella::rans::scalar_loops,
+#ifdef LAMELLA_HAVE_AVX2
+    &lamella::rans::avx2_loops,
+#endif
+};
+
+void require(bool holds) {
+    if (!holds) std::abort();
+}
+
+Bytes make_base(std::size_t nbytes, std::size_t width, std::uint32_t seed, bool noise) {
+    Bytes base(nbytes);
+    std::uint32_t x = seed * 2654435761u + 1;
+    for (std::size_t i = 0; i < nbytes; ++i) {
+        x ^= x << 13, x ^= x >> 17, x ^= x << 5;
+        base[i] = static_cast<std::uint8_t>(x >> 8);
+        // Exponents near that of 0.05, as weights have them.
+        if (!noise && i % width == width - 1) base[i] = static_cast<std::uint8_t>((base[i] & 0x80) | (0x3c + (x & 1)));
+    }
+    return base;
+}
+
+// Each in memory of exactly its size, so that a sanitizer sees the first byte beyond.
+const char* decode(const Loops& loops, const Bytes& payload, const Bytes& base, std::size_t width, Bytes& out) {
+    const std::size_t n = base.size() / width;
+    Bytes workspace(lamella::rans::decoder_workspace(n));
+    return lamella::rans::decode(loops, payload.data(), payload.size(), base.data(), n, width, workspace.data(),
+                                 out.data());
+}
+
+void check_payload(const Bytes& payload, const Bytes& base, std::size_t width) {
+    Bytes first;
+    bool refused = false;
+    for (const Loops* loops : variants) {
+        Bytes out(base.size());
+        const bool refuses = decode(*loops, payload, base, width, out) != nullptr;
+        if (loops == variants[0]) first = out, refused = refuses;
+        require(refuses == refused && (refused || out == first));
+    }
+}
+
+void check_chunk(const Bytes& chunk, const Bytes& base, std::size_t width) {
+    const std::size_t n = base.size() / width;
+    Bytes first;
+    for (const Loops* loops : variants) {
+        Bytes workspace(lamella::rans::encoder_workspace(n, width)), payload(2 * chunk.size() + 4096);
+        payload.resize(lamella::rans::encode(*loops, chunk.data(), base.data(), n, width, workspace.data(),
+                                             payload.data(), payload.size()));
+        if (loops == variants[0]) first = payload;
+        require(!payload.empty() && payload == first);
+        Bytes out(base.size());
+        require(decode(*loops, payload, base, width, out) == nullptr && out == chunk);
+        // With less room than it takes there is no payload, and nothing is written past the room.
+        Bytes small(payload.size() - 1);
+        require(lamella::rans::encode(*loops, chunk.data(), base.data(), n, width, workspace.data(), small.data(),
+                                      small.size()) == 0);
+    }
+    check_payload(first, base, width);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    if (size < 4) return 0;
+    const std::size_t width = std::size_t{1} << (data[0] & 3);
+    // Enough lanes for each number of streams that an encoder chooses.
+    constexpr std::size_t times[] = {1, 8, 48, 180};
+    const std::size_t n = (1 + static_cast<std::size_t>(data[1] | data[2] << 8) % 1500) * times[data[0] >> 4 & 3];
+    const Bytes base = make_base(n * width, width, data[3], (data[0] & 8) != 0);
+    const Bytes rest(data + 4, data + size);
+    if ((data[0] & 4) == 0) {
+        check_payload(rest, base, width);
+    } else {
+        Bytes chunk = base;
+        for (std::size_t i = 0; i < chunk.size() && !rest.empty(); ++i) {
+            chunk[i] = static_cast<std::uint8_t>(chunk[i] + rest[i % rest.size()]);
+        }
+        check_chunk(chunk, base, width);
+    }
+    return 0;
+}

@@ -1,0 +1,180 @@
+// The residual coder: a chunk as entropy-coded residuals against its base. FORMAT.md, "RESIDUAL_RANS", defines the
+// payload; this header holds what the parts of the coder share:
+//
+//   rans_format.cc   the payload's header, the tables, and reading a whole payload
+//   rans_plan.cc     what the encoder chooses, and writing a whole payload
+//   rans_scalar.cc   the loops over lanes, written to be read
+//   rans_avx2.cc     the same loops, bit for bit, with vectors
+//
+// Nothing allocates: what does not fit on a stack lies in a workspace that the caller passes. Functions of this header
+// are static, so that no object file takes another's copy of them (see CMakeLists.txt).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lamella::rans {
+
+inline constexpr std::size_t block_lanes = 128;
+
+// What a block is. Lanes of an equal block are their base's; lanes of a drifting one are coded against an offset that
+// depends on the base's mantissa; the classes between tell quiet blocks from lively ones.
+inline constexpr unsigned classes = 8;
+inline constexpr unsigned equal_class = 0;
+inline constexpr unsigned drift_class = 7;
+
+// What the encoder takes a block for before it has compared it with the others.
+inline constexpr unsigned ordinary_kind = 1;
+
+inline constexpr unsigned contexts = 32;
+inline constexpr unsigned max_tables = 16;
+inline constexpr unsigned max_streams = 32;
+
+// States stay in [low_state, 2^31); a probability is a frequency of 2^11, and each table's frequencies add up to that.
+inline constexpr unsigned probability_bits = 11;
+inline constexpr std::uint32_t scale = 1u << probability_bits;
+inline constexpr std::uint32_t low_state = 1u << 15;
+
+// Residuals below this are symbols themselves. Above it, a symbol says how long a residual is and what its second
+// highest bit is; the bits below that one are stored as they are.
+inline constexpr unsigned direct = 32;
+
+static constexpr unsigned symbol_count(std::size_t width) {
+    return direct + 2 * (8 * static_cast<unsigned>(width) - 5);
+}
+static constexpr unsigned raw_bits(unsigned symbol) { return symbol < direct ? 0 : 4 + (symbol - direct) / 2; }
+
+// Tables of all widths are laid out for as many symbols as a byte holds, or fewer where that is enough.
+static constexpr unsigned symbol_stride(std::size_t width) { return width <= 2 ? 64 : width == 4 ? 128 : 256; }
+
+// All that a payload's header says about how residuals are modelled.
+struct Model {
+    unsigned width;    // bytes of a lane
+    unsigned streams;  // interleaved states: 1, 2, 4, 8, 16 or 32
+    unsigned shift;    // context of a lane = its base's bits below the sign, >> shift, - low, within 0 .. 31
+    std::uint32_t low;
+    bool drift;  // whether `offsets` are used
+    std::int32_t offsets[contexts];
+    unsigned tables;
+    std::uint8_t table_of[classes][contexts];
+};
+
+// Where a drifting lane's context and offset are: the five bits above this one, the highest of a float32's mantissa.
+inline constexpr unsigned drift_shift = 18;
+
+// One of the 2^11 slots of a table to decode with: symbol << 24 | slot - first slot of the symbol << 12 | frequency.
+using Slot = std::uint32_t;
+
+// What is being read. All of it was checked to lie in the payload.
+struct Source {
+    const std::uint8_t* words;  // 16 bits each
+    const std::uint8_t* words_end;
+    const std::uint8_t* raw;
+    std::size_t raw_nbytes;
+    std::uint64_t bit;  // of raw, the next one
+    std::uint32_t states[max_streams];
+};
+
+// How a table codes one symbol: x becomes x + bias + x / frequency * (2^11 - frequency), where the quotient is
+// x * reciprocal >> 32 >> shift.
+struct Step {
+    std::uint32_t reciprocal;
+    std::uint32_t packed;  // shift << 25 | bias << 12 | frequency
+};
+
+// What the lanes of a chunk are to the encoder.
+struct Symbols {
+    std::uint8_t* symbols;    // of every lane, and
+    std::uint8_t* contexts;   // their contexts, padded to whole blocks; undefined in equal blocks
+    std::uint8_t* residuals;  // lanes of the chunk's width
+    std::uint8_t* kinds;      // of every block: equal_class, drift_class or ordinary_kind
+};
+
+// What is being written: words from their end downwards, because rANS decodes in the opposite order; raw bits upwards.
+struct Sink {
+    std::uint8_t* words;
+    std::uint8_t* raw;
+    std::uint32_t states[max_streams];
+};
+
+// The loops over lanes; both variants have the same.
+struct Loops {
+    // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if
+    // three quarters of its symbols are direct then, and the sum of all is smaller.
+    void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
+                      const Symbols& to) noexcept;
+
+    // How much livelier than expected each ordinary block is: the sum over its lanes of twice the symbol, less what is
+    // expected of the context. Blocks of other kinds are left out.
+    void (*measure)(const Symbols& of, const std::uint8_t* expected, std::size_t n, std::int32_t* activities) noexcept;
+
+    // Count the symbols of all blocks that are not equal to their base. A symbol of a class and context has two
+    // counters, classes * contexts * symbol_stride(width) apart: which of them counts a lane is the variant's affair.
+    void (*count)(const Symbols& of, const std::uint8_t* block_classes, std::size_t n, std::size_t width,
+                  std::uint32_t* counters) noexcept;
+
+    // Code the lanes of all blocks that are not equal to their base: the words of `to` grow from the last lane to the
+    // first, its raw bits from the first to the last. `steps` holds symbol_stride(width) of them a table.
+    void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,
+                  std::size_t n, Sink& to) noexcept;
+
+    // Lanes of n from block `first` on. False if the source ends before the lanes do.
+    bool (*read)(const Model& model, const Slot* slots, const std::uint8_t* block_classes, Source& from,
+                 const std::uint8_t* base, std::size_t first, std::size_t n, std::uint8_t* out) noexcept;
+};
+
+extern const Loops scalar_loops;
+#ifdef LAMELLA_HAVE_AVX2
+extern const Loops avx2_loops;
+#endif
+
+// Frequencies of symbols; those past the last symbol are 0.
+using Frequencies = std::uint16_t[256];
+
+// A table to code with. All frequencies are written but that of `peak`, which is what the others leave of 2^11.
+struct Table {
+    bool present;
+    unsigned peak;
+    Frequencies frequencies;
+};
+
+// Writes bits, the least significant of a byte first, and counts those that there is no room for.
+class BitWriter {
+  public:
+    BitWriter(std::uint8_t* to, std::size_t room) : to_(to), room_(8 * room) {}
+    void put(std::uint64_t value, unsigned bits);
+    void put_near(int difference);        // 1 bit for 0, |difference| + 2 for others
+    void put_signed(std::int64_t value);  // about 2 log2 |value| bits
+    std::size_t nbytes() const { return (bit_ + 7) / 8; }
+    bool fits() const { return bit_ <= room_; }
+
+  private:
+    std::uint8_t* to_;
+    std::size_t room_;
+    std::size_t bit_ = 0;
+};
+
+// A table for counts, such that it can be written and every symbol that occurs has a frequency.
+void normalize(const std::uint32_t* counts, unsigned symbols, Table& to) noexcept;
+void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept;
+
+// All of a payload that stands before its raw bits.
+void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
+                  std::size_t raw_nbytes);
+
+// Code one symbol: the words and one state of `to` change.
+void code(const Step& step, std::uint32_t& state, std::uint8_t*& words) noexcept;
+
+// Bytes of memory that reading or writing n lanes takes, whatever they hold.
+std::size_t decoder_workspace(std::size_t n) noexcept;
+std::size_t encoder_workspace(std::size_t n, std::size_t width) noexcept;
+
+// Decode a payload into n lanes of out. nullptr if it was one, else what is wrong with it: then out is undefined.
+const char* decode(const Loops& loops, const std::uint8_t* payload, std::size_t nbytes, const std::uint8_t* base,
+                   std::size_t n, std::size_t width, std::uint8_t* workspace, std::uint8_t* out) noexcept;
+
+// Encode n lanes, at least one; return the bytes of the payload, or 0 if it has more than `room`.
+std::size_t encode(const Loops& loops, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
+                   std::size_t width, std::uint8_t* workspace, std::uint8_t* out, std::size_t room) noexcept;
+
+}  // namespace lamella::rans
