@@ -8,12 +8,11 @@ namespace lamella::rans {
 namespace {
 
 using std::size_t;
-using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5, raw_nbytes_bits = 22;
+constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5;
 
 // A frequency is written as its length in bits and the highest of them: its error of at most 1/16 costs less than the
 // bits left out would.
@@ -113,11 +112,11 @@ const char* read_table(BitReader& from, unsigned symbols, Frequencies& to) {
         if (length == 0) continue;
         const unsigned below = static_cast<unsigned>(length) - 1;
         const unsigned kept = below < kept_bits - 1 ? below : kept_bits - 1;
-        to[s] = static_cast<uint16_t>((1u << kept | from.take(kept)) << (below - kept));
+        to[s] = static_cast<std::uint16_t>((1u << kept | from.take(kept)) << (below - kept));
         sum += to[s];
     }
     if (sum >= scale) return "table whose frequencies are more than all";
-    to[peak] = static_cast<uint16_t>(scale - sum);
+    to[peak] = static_cast<std::uint16_t>(scale - sum);
     return nullptr;
 }
 
@@ -146,7 +145,7 @@ const char* read_class_tables(BitReader& from, Slot* slots, unsigned& used) {
     return nullptr;
 }
 
-const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* slots, size_t& raw_nbytes) {
+const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* slots) {
     model.shift = static_cast<unsigned>(from.take(shift_bits));
     model.low = static_cast<uint32_t>(from.take(low_bits));
     if (model.shift >= 8 * model.width) return "context outside of its lane";
@@ -181,29 +180,17 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
             model.table_of[c][i] = static_cast<uint8_t>(table);
         }
     }
-    raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
     if (from.failed()) return "payload that ends within its header";
     return from.is_padded() ? nullptr : "header that ends in the middle of a byte";
-}
-
-uint16_t load16(const uint8_t* p) {
-    uint16_t value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
 }
 
 bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t blocks, uint8_t* to) {
     unsigned before = equal_class;
     for (size_t k = 0; k < blocks; ++k) {
-        uint32_t& state = from.states[k % streams];
-        const Slot slot = slots[before << probability_bits | (state & (scale - 1))];
-        state = (slot & 0xfff) * (state >> probability_bits) + (slot >> 12 & 0xfff);
-        if (state < low_state) {
-            if (from.words == from.words_end) return false;
-            state = state << 16 | load16(from.words);
-            from.words += 2;
-        }
-        to[k] = static_cast<uint8_t>(before = slot >> 24);
+        unsigned block_class;
+        if (!take_symbol(from, from.states[k % streams], slots + (before << probability_bits), block_class))
+            return false;
+        to[k] = static_cast<uint8_t>(before = block_class);
     }
     return true;
 }
@@ -213,8 +200,7 @@ bool is_used_up(const Source& from, unsigned streams) {
     for (unsigned i = 0; i < streams; ++i) {
         if (from.states[i] != low_state) return false;
     }
-    const uint64_t left = 8 * static_cast<uint64_t>(from.raw_nbytes) - from.bit;
-    return from.words == from.words_end && left < 8 && (left == 0 || from.raw[from.raw_nbytes - 1] >> (8 - left) == 0);
+    return from.words == from.words_end;
 }
 
 void write_table(BitWriter& to, const Table& table, unsigned symbols) {
@@ -256,16 +242,12 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
     model.width = static_cast<unsigned>(width);
     Source from;
     BitReader header(payload, nbytes);
-    if (const char* fault = read_header(header, model, class_slots, slots, from.raw_nbytes)) return fault;
+    if (const char* fault = read_header(header, model, class_slots, slots)) return fault;
     const size_t states_nbytes = sizeof(uint32_t) * model.streams;
-    const size_t after_header = nbytes - header.nbytes();
-    if (from.raw_nbytes > after_header) return "raw bits that are longer than the payload";
-    const size_t rest = after_header - from.raw_nbytes;
+    const size_t rest = nbytes - header.nbytes();
     if (rest < states_nbytes || rest % 2 != 0) return "payload that ends within its states";
-    from.raw = payload + header.nbytes();
-    from.bit = 0;
-    std::memcpy(from.states, from.raw + from.raw_nbytes, states_nbytes);
-    from.words = from.raw + from.raw_nbytes + states_nbytes;
+    std::memcpy(from.states, payload + header.nbytes(), states_nbytes);
+    from.words = payload + header.nbytes() + states_nbytes;
     from.words_end = payload + nbytes;
     for (unsigned i = 0; i < model.streams; ++i) {
         if (from.states[i] < low_state || from.states[i] >= 1u << 31) return "state out of range";
@@ -274,15 +256,21 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
     const char* short_stream = "payload that ends before its lanes";
     const size_t blocks = (n + block_lanes - 1) / block_lanes;
     if (!read_classes(class_slots, model.streams, from, blocks, block_classes)) return short_stream;
+    if (const char* fault = read_patches(model, slots, block_classes, from, base, n, out)) return fault;
     if (!loops.read(model, slots, block_classes, from, base, 0, n, out)) return short_stream;
     return is_used_up(from, model.streams) ? nullptr : "payload that does not end with its lanes";
 }
 
 void BitWriter::put(uint64_t value, unsigned bits) {
-    for (unsigned i = 0; i < bits; ++i, ++bit_) {
-        if (bit_ >= room_) continue;
-        if (bit_ % 8 == 0) to_[bit_ / 8] = 0;
-        to_[bit_ / 8] = static_cast<uint8_t>(to_[bit_ / 8] | (value >> i & 1) << (bit_ % 8));
+    while (bits > 0) {
+        const auto skip = static_cast<unsigned>(bit_ % 8), taken = bits < 8 - skip ? bits : 8 - skip;
+        if (bit_ < room_) {
+            if (skip == 0) to_[bit_ / 8] = 0;
+            to_[bit_ / 8] = static_cast<uint8_t>(to_[bit_ / 8] | (value & ((1u << taken) - 1)) << skip);
+        }
+        value >>= taken;
+        bits -= taken;
+        bit_ += taken;
     }
 }
 
@@ -326,7 +314,7 @@ void normalize(const uint32_t* counts, unsigned symbols, Table& table) noexcept 
             f = (f + (1u << (length - kept_bits - 1))) >> (length - kept_bits) << (length - kept_bits);
         if (f == 0) f = 1;
         carry += share - static_cast<std::int64_t>(f) * unit;
-        to[s] = static_cast<uint16_t>(f);
+        to[s] = static_cast<std::uint16_t>(f);
         sum += f;
     }
     // The most frequent symbol gets what is left, and must not starve: many rare symbols were rounded up to 1.
@@ -338,10 +326,10 @@ void normalize(const uint32_t* counts, unsigned symbols, Table& table) noexcept 
         if (to[rich] <= 1) break;  // then sum < symbols, and far from scale
         const auto length = static_cast<unsigned>(std::bit_width(static_cast<unsigned>(to[rich]) - 1));
         const uint32_t step = length > kept_bits ? 1u << (length - kept_bits) : 1;
-        to[rich] = static_cast<uint16_t>(to[rich] - step);
+        to[rich] = static_cast<std::uint16_t>(to[rich] - step);
         sum -= step;
     }
-    to[peak] = static_cast<uint16_t>(scale - sum);
+    to[peak] = static_cast<std::uint16_t>(scale - sum);
 }
 
 void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept {
@@ -364,8 +352,7 @@ void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept {
     }
 }
 
-void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
-                  size_t raw_nbytes) {
+void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables) {
     to.put(model.shift, shift_bits);
     to.put(model.low, low_bits);
     to.put(static_cast<unsigned>(std::bit_width(model.streams)) - 1, streams_bits);
@@ -393,7 +380,6 @@ void write_header(BitWriter& to, const Model& model, const Table* class_tables, 
             table = model.table_of[c][i];
         }
     }
-    to.put(raw_nbytes, raw_nbytes_bits);
 }
 
 }  // namespace lamella::rans
