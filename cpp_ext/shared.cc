@@ -21,9 +21,9 @@ double largest(const double (&part)[stride]) {
 
 }  // namespace
 
-Moments finish(const PartialSums& partial, std::uint64_t changed) noexcept {
+Moments finish(const PartialSums& partial) noexcept {
     const double absolute = total(partial.absolute_difference);
-    return {changed,
+    return {partial.changed,
             total(partial.squared_difference),
             absolute,
             std::isnan(absolute) ? absolute : largest(partial.largest_difference),

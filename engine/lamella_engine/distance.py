@@ -7,9 +7,10 @@ from functools import cached_property
 from math import prod
 from types import MappingProxyType
 
+from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec, VersionId
-from lamella_engine.moments import Moments, moments
+from lamella_engine.moments import Moments
 from lamella_engine.reading import Reader, Selection
 
 
@@ -123,17 +124,13 @@ def _sums(
     sums = {spec.name: Moments() for spec in specs}
     dtypes = {spec.name: spec.dtype for spec in specs}
 
-    def cells() -> Iterator[Cell]:
+    def cells() -> Iterator[tuple[Cell, Dtype]]:
         left, right = reader.store.manifest(a), reader.store.manifest(b)
         for name in sums:
             for one, other in zip(left.rows(name), right.rows(name), strict=True):
                 if (one.content == other.content) == equal:
-                    yield one.cell
+                    yield one.cell, dtypes[name]
 
-    def measured(cell: Cell, one: memoryview, other: memoryview) -> tuple[str, Moments]:
-        name = cell.tensor or ""
-        return name, moments(one, other, dtypes[name])
-
-    for name, found in reader.map_pairs(measured, a, b, cells()):
-        sums[name] += found
+    for cell, found in reader.measure_pairs(a, b, cells()):
+        sums[cell.tensor or ""] += found
     return sums
