@@ -45,14 +45,14 @@ class Distance:
 
     @cached_property
     def cosine(self) -> float:
-        """Cosine similarity: sum ab / (|a| |b|); NaN if either is all zeros.
+        """Cosine similarity: sum ab / (|a| |b|); NaN if either is all zeros or not finite.
 
         Unlike the rest it depends on chunks that are equal in both versions too, so asking for it reads them, once.
         """
         whole = self._complete()
         norms = math.sqrt(whole.squared_a) * math.sqrt(whole.squared_b)
-        # Rounding may carry two equal vectors past 1.
-        return max(-1.0, min(1.0, whole.dot / norms)) if norms else math.nan
+        # Rounding may carry two equal vectors past 1. A NaN has to come first: min and max keep what they cannot order.
+        return min(max(whole.dot / norms, -1.0), 1.0) if norms else math.nan
 
 
 def measure(reader: Reader, a: VersionId, b: VersionId, selection: Selection) -> Distance:
