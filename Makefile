@@ -42,6 +42,9 @@ fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under
 	mkdir -p build/fuzz/found
 	$< -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
 
+# All but the bindings and the choice between variants.
+KERNELS := $(filter-out cpp_ext/bindings.cc cpp_ext/dispatch.cc,$(wildcard cpp_ext/*.cc))
+
 SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
 
 replay: build/fuzz/replay  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
@@ -49,11 +52,11 @@ replay: build/fuzz/replay  ## What fuzzing has found, once, under ASan and UBSan
 
 build/fuzz/replay: $(FUZZ) $(CPP)
 	mkdir -p build/fuzz
-	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $(FUZZ) $(wildcard cpp_ext/rans_*.cc)
+	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $(FUZZ) $(KERNELS)
 
 build/fuzz/residual_coder: cpp_ext/fuzz/residual_coder.cc $(CPP)
 	mkdir -p build/fuzz
-	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(wildcard cpp_ext/rans_*.cc)
+	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(KERNELS)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository

@@ -2,7 +2,8 @@
 //
 //   make fuzz
 //
-// Every variant must agree with the scalar one: on whether a payload is one, and on each byte that comes of it.
+// Every variant must agree with the scalar one: on whether a payload is one, on each byte that comes of it, and on how
+// far that is from the base, measured while it is decoded or afterwards.
 //
 // An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a base of noise, bits 4-5 many
 // lanes), two bytes that say how many lanes, one byte that seeds the base; then the payload, or what is added to the
@@ -16,13 +17,15 @@
 
 namespace {
 
+using lamella::Kernels;
+using lamella::Kind;
 using lamella::rans::Loops;
 using Bytes = std::vector<std::uint8_t>;
 
-constexpr const Loops* variants[] = {
-    &lamella::rans::scalar_loops,
+constexpr const Kernels* variants[] = {
+    &lamella::scalar_kernels,
 #ifdef LAMELLA_HAVE_AVX2
-    &lamella::rans::avx2_loops,
+    &lamella::avx2_kernels,
 #endif
 };
 
@@ -50,25 +53,51 @@ const char* decode(const Loops& loops, const Bytes& payload, const Bytes& base, 
                                  out.data());
 }
 
+// Of the base against what a payload stands for; `out` is the latter, unless the payload is refused.
+void check_moments(const Kernels& kernels, const Bytes& payload, const Bytes& base, std::size_t width, bool refused,
+                   const Bytes& out) {
+    const Kind kind = width == 1   ? Kind::table8
+                      : width == 2 ? Kind::bfloat16
+                      : width == 4 ? Kind::float32
+                                   : Kind::float64;
+    double table[256];
+    for (int i = 0; i < 256; ++i) table[i] = i - 99;
+    const std::size_t n = base.size() / width;
+    for (const Bytes& other : {base, Bytes(base.rbegin(), base.rend())}) {
+        Bytes workspace(lamella::rans::decoder_workspace(n));
+        lamella::PartialSums sums = {}, expected = {};
+        const std::uint8_t* a = other == base ? base.data() : other.data();
+        const bool refuses = lamella::rans::add_moments(kernels, payload.data(), payload.size(), base.data(), a, n,
+                                                        width, kind, table, workspace.data(), sums) != nullptr;
+        require(refuses == refused);
+        if (refused) continue;
+        lamella::scalar_kernels.add_moments(a, out.data(), n, kind, table, expected);
+        const lamella::Moments found = lamella::finish(sums), wanted = lamella::finish(expected);
+        require(std::memcmp(&found, &wanted, sizeof found) == 0);
+    }
+}
+
 void check_payload(const Bytes& payload, const Bytes& base, std::size_t width) {
     Bytes first;
     bool refused = false;
-    for (const Loops* loops : variants) {
+    for (const Kernels* kernels : variants) {
         Bytes out(base.size());
-        const bool refuses = decode(*loops, payload, base, width, out) != nullptr;
-        if (loops == variants[0]) first = out, refused = refuses;
+        const bool refuses = decode(*kernels->coder, payload, base, width, out) != nullptr;
+        if (kernels == variants[0]) first = out, refused = refuses;
         require(refuses == refused && (refused || out == first));
+        check_moments(*kernels, payload, base, width, refused, out);
     }
 }
 
 void check_chunk(const Bytes& chunk, const Bytes& base, std::size_t width) {
     const std::size_t n = base.size() / width;
     Bytes first;
-    for (const Loops* loops : variants) {
+    for (const Kernels* kernels : variants) {
+        const Loops* loops = kernels->coder;
         Bytes workspace(lamella::rans::encoder_workspace(n, width)), payload(2 * chunk.size() + 4096);
         payload.resize(lamella::rans::encode(*loops, chunk.data(), base.data(), n, width, workspace.data(),
                                              payload.data(), payload.size()));
-        if (loops == variants[0]) first = payload;
+        if (kernels == variants[0]) first = payload;
         require(!payload.empty() && payload == first);
         Bytes out(base.size());
         require(decode(*loops, payload, base, width, out) == nullptr && out == chunk);
