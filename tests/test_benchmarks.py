@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import corpora, memory, minilm, partial, peers, push_checkout
+from benchmarks import corpora, distance, memory, minilm, partial, peers, push_checkout
 from benchmarks.corpora import PRECISIONS, Checkpoint
 from examples import demo
 
@@ -184,4 +184,17 @@ def test_a_part_is_read_by_both_in_processes_of_their_own(
     assert set(row.seconds) == set(partial.TEMPERATURES)
     assert row.nbytes == len(VOCABULARY) * WIDTH * 2  # fewer rows than would be picked from the middle
     assert partial.table([row], "tiny").row_count == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_and_lamella_measure_the_same_distances(
+    family: tuple[Checkpoint, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distance, "THREADS", (1,))
+    for precision in PRECISIONS:
+        rows = distance.compare(family, precision, folder=tmp_path, rounds=1)
+        assert [row.pair for row in rows] == list(distance.PAIRS)
+        shared = {row.pair: row.shared for row in rows}
+        assert shared["base", "main-1"] < shared["base", "frozen-1"] < shared["base", distance.PART] < 1
+        assert distance.table(rows, "tiny").row_count == len(rows)
     assert list(tmp_path.iterdir()) == []
