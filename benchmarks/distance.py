@@ -3,9 +3,9 @@
     python -m benchmarks.distance [--rounds N] [--folder DIR]
 
 lamella reads, decodes and measures what it stored: L2, L1, the largest difference, how many elements changed, and what
-the cosine takes, in float64. torch has both checkpoints in memory and gives L2 alone, in float32: ``torch.dist``, or the
-norm of what bfloat16 is after an upcast. Both use as many threads, and no more cores. Shown is how many times as fast
-as torch lamella is, of medians over rounds in which they take turns:
+the cosine takes, in float64. torch has both checkpoints in memory and gives L2 alone, in float32: ``torch.dist``, or
+the norm of the difference after an upcast of bfloat16. Both use as many threads, and no more cores. Shown is how many
+times as fast as torch lamella is, of medians over rounds in which they take turns:
 
 ``kept``    the repository stays open, so what it knows of the versions is not read again; packs are in the page cache
 ``anew``    it is opened for each call
