@@ -23,7 +23,7 @@ demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./dem
 
 test: .venv/built  ## Every test; those of the kernels once more without vector instructions.
 	.venv/bin/python -m pytest -n 2
-	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_residual_coder.py
+	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_moments.py tests/test_residual_coder.py
 
 lint: .venv/built  ## The static checks.
 	.venv/bin/ruff format --check

@@ -1,6 +1,5 @@
 """Chunks come back bit for bit, and no payload, however it lies, gives anything but a CorruptionError."""
 
-import math
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,12 +11,11 @@ from hypothesis import strategies as st
 from strategies import ChunkPair, chunk_pairs
 
 from lamella_engine.chunking import MAX_CELL_NBYTES
-from lamella_engine.codecs import Encoding, Moments, decode, encode, moments, needs_base
-from lamella_engine.dtypes import DTYPES, dtype_named
+from lamella_engine.codecs import Encoding, decode, encode, needs_base
+from lamella_engine.dtypes import dtype_named
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 
 PLANE_ENCODINGS = (Encoding.PLANES, Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES)
-MEASURED = tuple(dtype for dtype in DTYPES if not dtype.opaque)
 
 
 def decoded(encoding, payload, nbytes, *, width, base=None) -> bytes:
@@ -294,9 +292,6 @@ def test_wrong_calls_are_invalid_input():
         lambda: encode(strided, width=2, floating=True),
         lambda: decode(Encoding.RAW, b"abcd", b"1234", width=2),
         lambda: decode(Encoding.RAW, b"abcd", memoryview(bytearray(8))[::2], width=2),
-        lambda: moments(b"abcd", b"ab", dtype_named("int8")),
-        lambda: moments(b"abc", b"abc", dtype_named("int16")),
-        lambda: moments(b"abc", b"abc", dtype_named("f4")),
     ):
         with pytest.raises(InvalidInputError):
             call()
@@ -311,40 +306,3 @@ def test_the_numbers_of_encodings_never_change():
         "RESIDUAL_PLANES": 4,
         "RESIDUAL_RANS": 5,
     }
-
-
-def bits(found: Moments) -> tuple[int, int, bytes]:
-    sums = (found.squared_difference, found.absolute_difference, found.largest_difference, found.dot)
-    return found.count, found.changed, struct.pack("<6d", *sums, found.squared_a, found.squared_b)
-
-
-@given(pair=chunk_pairs(MEASURED))
-def test_equal_chunks_are_at_distance_zero_even_if_not_finite(pair):
-    found = Moments.equal(pair.chunk, pair.dtype)
-    assert bits(found) == bits(moments(pair.chunk, pair.chunk, pair.dtype))
-    assert found.changed == 0
-    assert found.squared_difference == found.absolute_difference == found.largest_difference == 0
-
-
-def test_moments_of_parts_add_up_to_those_of_the_whole():
-    a = np.arange(-50, 50, dtype=np.float32)
-    b = a[::-1].copy()
-    parts = [
-        moments(a[i : i + 30].tobytes(), b[i : i + 30].tobytes(), dtype_named("float32")) for i in range(0, 100, 30)
-    ]
-    # Sums of small whole numbers are exact, so that their order cannot show.
-    assert sum(parts, Moments()) == moments(a.tobytes(), b.tobytes(), dtype_named("float32"))
-
-
-def test_a_nan_stays_in_the_largest_difference_of_a_sum_whichever_part_has_it():
-    nan = Moments(largest_difference=math.nan)
-    for total in (nan + Moments(largest_difference=1.0), Moments(largest_difference=1.0) + nan):
-        assert math.isnan(total.largest_difference)
-
-
-def test_complex_elements_are_counted_whole():
-    a = np.array([1 + 2j, 3 + 4j], np.complex64)
-    b = np.array([1 + 3j, 5 + 6j], np.complex64)
-    found = moments(a.tobytes(), b.tobytes(), dtype_named("complex64"))
-    assert (found.count, found.changed) == (2, 2)
-    assert (found.squared_difference, found.largest_difference, found.squared_a) == (9.0, 2.0, 30.0)

@@ -7,9 +7,9 @@ from functools import cached_property
 from math import prod
 from types import MappingProxyType
 
-from lamella_engine.codecs import Moments, moments
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec, VersionId
+from lamella_engine.moments import Moments, moments
 from lamella_engine.reading import Reader, Selection
 
 
