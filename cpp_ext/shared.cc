@@ -31,7 +31,7 @@ std::uint16_t to_float16(std::uint32_t u) {
     std::uint32_t rounded;
     if (magnitude > 0x7f800000) {
         rounded = 0x7e00 | (magnitude >> 13 & 0x3ff);  // NaN
-    } else if (magnitude >= 0x477ff000) {  // 65520, halfway past the largest finite value
+    } else if (magnitude >= 0x477ff000) {              // 65520, halfway past the largest finite value
         rounded = 0x7c00;
     } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal value
         rounded = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;

@@ -10,8 +10,8 @@ bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p o
 ``XOR_PLANES``          3   the planes of chunk ^ base
 ``RESIDUAL_PLANES``     4   the planes of residual(chunk, base), lane by lane
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
-``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else followed by
-                            a ``RESIDUAL_RANS`` payload against it
+``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
+                            ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
 
 Planes follow one another in order, ``width`` of them, with nothing before, between or after. Each is
@@ -145,6 +145,11 @@ def needs_base(encoding: int) -> bool:
     return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS, Encoding.CAST)
 
 
+def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
+    """Whether a chunk can be encoded against a base of that length: the same, or that of floats of another width."""
+    return base_nbytes == nbytes or (floating and 2 * min(base_nbytes, nbytes) == max(base_nbytes, nbytes))
+
+
 def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None) -> Encoded:
     """Encode a chunk as the smallest of its candidates.
 
@@ -179,15 +184,15 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
             width=width,
         )
     reference = None if base is None else _bytes(base, what="base")
-    if reference is not None and reference.size != source.size:
-        if floating and 2 * min(reference.size, source.size) == max(reference.size, source.size):
-            return _encode_cast(source, reference, width=width)
+    if reference is not None and not fits(reference.size, source.size, floating=floating):
         raise InvalidInputError(
             f"a base of {reference.size} bytes does not fit a chunk of {source.size}: leave it out",
             kind="base_length",
             expected=source.size,
             actual=reference.size,
         )
+    if reference is not None and reference.size != source.size:
+        return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
     candidates = [Encoding.PLANES]

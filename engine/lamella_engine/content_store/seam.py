@@ -11,6 +11,9 @@ from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.format.version import Description
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
 
+COMPANION_REACH = 8
+"""So many cells back may a companion lie: the blobs of so many are held."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
@@ -44,6 +47,15 @@ class Stored(NamedTuple):
     encoded_nbytes: int
 
 
+class Planned(NamedTuple):
+    """A cell of the version that is being pushed."""
+
+    cell: Cell
+    chunk: ChunkId
+    companion: Cell | None = None
+    """Another cell of it, within ``COMPANION_REACH`` before this one, whose chunk this one may be made against too."""
+
+
 class Missing(NamedTuple):
     """A cell whose chunk the store wants to be given."""
 
@@ -51,6 +63,8 @@ class Missing(NamedTuple):
     chunk: ChunkId
     base: ChunkId | None
     """What a delta would be against, if the store prefers one; :meth:`Push.base` gives its bytes."""
+    companion: ChunkId | None
+    """The chunk of the companion, if a blob may be made against it; the caller has its bytes."""
 
 
 class Parent(NamedTuple):
@@ -141,8 +155,10 @@ class Push(Protocol):
     model: str
     parents: tuple[Parent, ...]
 
-    def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
+    def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """Yield one answer for each cell, in order: None if its chunk is live or has been called missing before.
+
+        A cell's companion must be planned before it, and its blob, if it is missing, be written before.
 
         May call a chunk missing that is stored (it costs bytes); never calls one present that is not live.
         """
