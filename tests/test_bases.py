@@ -222,7 +222,7 @@ def test_chains_stop_at_the_depth_that_the_repository_allows(max_depth):
     assert repo.verify(deep=True).problems == []
 
 
-@pytest.mark.parametrize("max_depth", [-1, MAX_DEPTH + 1])
+@pytest.mark.parametrize("max_depth", [-1, MAX_DEPTH])
 def test_a_repository_deeper_than_the_format_allows_is_refused_before_anything_is_written(max_depth):
     objects = MemoryObjects()
     with pytest.raises(InvalidInputError):
