@@ -79,17 +79,24 @@ class Sketch:
             found[spec.dtype.lane].append(sample)
         return {width: b"".join(found[width]) for width in sorted(found)}
 
-    def bits_against(self, other: "Sketch", name: str) -> float | None:
-        """Return about how many bits a lane of a tensor takes as a delta against the same tensor of another version.
+    def bits_against(self, other: "Sketch") -> dict[str, float]:
+        """Return about how many bits a lane of each tensor takes as a delta against the same tensor of another version.
 
-        None if that is not known: the other has no such tensor, or one of another type or shape.
+        Tensors that the other version does not have, or has in another type or shape, are left out.
         """
-        spec, sample = self.tensors[name]
-        there, base = other.tensors.get(name, (None, b""))
-        if there is None or (there.dtype, there.shape) != (spec.dtype, spec.shape):
-            return None
-        residuals = np.abs(_ordered(sample, spec.dtype.lane) - _ordered(base, spec.dtype.lane))
-        return float(np.where(residuals == 0, 0.0, np.log2(1 + 2 * residuals) + _SPREAD_BITS).mean())
+        found: dict[str, float] = {}
+        shared = [name for name, (spec, _) in self.tensors.items() if other.tensors.get(name, (None,))[0] == spec]
+        for width in sorted({self.tensors[name][0].dtype.lane for name in shared}):
+            names = [name for name in shared if self.tensors[name][0].dtype.lane == width]
+            ours, theirs = (
+                _ordered(b"".join(sketch.tensors[name][1] for name in names), width) for sketch in (self, other)
+            )
+            residuals = np.abs(ours - theirs)
+            bits = np.where(residuals == 0, 0.0, np.log2(1 + 2 * residuals) + _SPREAD_BITS)
+            counts = np.array([len(self.tensors[name][1]) // width for name in names])
+            sums = np.add.reduceat(bits, np.cumsum(counts) - counts)
+            found.update(zip(names, (sums / counts).tolist(), strict=True))
+        return found
 
     def bits_alone(self, name: str) -> float:
         """Return about how many bits a lane of a tensor takes without a base."""

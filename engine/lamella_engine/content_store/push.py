@@ -146,12 +146,12 @@ class PackedPush:
             return
         least: dict[str, float] = {}
         if self._parent is not None:
-            least = _bits(sketch, self._store.reader.sketch(self._parent))
+            least = sketch.bits_against(self._store.reader.sketch(self._parent))
             alone = sum(sketch.bits_alone(name) for name in least)
             if sum(least.values()) <= GOOD_FIT * alone:
                 return  # also if nothing is known of the parent
         for version in self._candidates():
-            for name, bits in _bits(sketch, self._store.reader.sketch(version)).items():
+            for name, bits in sketch.bits_against(self._store.reader.sketch(version)).items():
                 if bits < least.get(name, sketch.bits_alone(name)) * CLEARLY_NEARER:
                     least[name] = bits
                     self._nearest[name] = version
@@ -482,12 +482,6 @@ class PackedPush:
                 number_of(link.pack)
         refs = [self._store.packs.ref(name) for name in numbers]
         return tuple(refs), manifest_runs, cell_runs
-
-
-def _bits(sketch: Sketch, other: Sketch) -> dict[str, float]:
-    """Return about how many bits a lane of each tensor takes against another version that has it."""
-    found = {name: sketch.bits_against(other, name) for name in sketch.tensors}
-    return {name: bits for name, bits in found.items() if bits is not None}
 
 
 def _remember(latest: "OrderedDict[Key, Value]", key: Key, value: Value) -> None:

@@ -95,6 +95,7 @@ class PackedReader:
         self._open: OrderedDict[VersionId, OpenVersion] = OrderedDict()
         self._places: dict[VersionId, tuple[str, int]] = {}
         self._sketches: OrderedDict[VersionId, Sketch] = OrderedDict()
+        self._structure_kept: tuple[str, list[TensorSpec]] = "", []
 
     def remember(self, added: VersionAdded) -> VersionId:
         """Note where a version stands, so that its id need not be looked for; return the id."""
@@ -225,7 +226,7 @@ class PackedReader:
         first = len(description.manifest_chunks) - len(description.sketches)
         try:
             lanes = {item.width: version.manifest.chunk(first + at) for at, item in enumerate(description.sketches)}
-            found = sketches.parse(version.manifest.specs(), lanes)
+            found = sketches.parse(self._structure(version), lanes)
         except CorruptionError as error:  # only the choice of bases suffers
             logger.warning("the sketch of a version cannot be used: %s", error)
             found = Sketch({})
@@ -234,6 +235,14 @@ class PackedReader:
             if len(self._sketches) > SKETCHES_KEPT:
                 self._sketches.popitem(last=False)
         return found
+
+    def _structure(self, version: OpenVersion) -> list[TensorSpec]:
+        """Return a version's tensors, those of the structure asked for last without reading."""
+        id, specs = self._structure_kept
+        if id != version.recorded.description.structure_id:
+            id, specs = version.recorded.description.structure_id, list(version.manifest.specs())
+            self._structure_kept = id, specs
+        return specs
 
     def copy(self, chunk: ChunkId, pack: str) -> StoredBlob:
         """Return the copy of a chunk that was written to ``pack``, wherever it lies by now."""
