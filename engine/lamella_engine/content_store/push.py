@@ -44,6 +44,9 @@ GOOD_FIT = 0.5
 CLEARLY_NEARER = 0.9
 """Of two versions one is nearer if it takes at most this share of the other's bits: less is within a sketch's error."""
 
+LONGEST_CHAIN = 4
+"""Bytes of a chain to those of the full blob that it begins with: where deltas save little, chains are short."""
+
 MOST_CANDIDATES = 16
 """Versions whose sketches are looked at; reading one that is not in memory takes some milliseconds."""
 
@@ -188,8 +191,8 @@ class PackedPush:
                 continue
             limit = self._state.genesis.max_depth
             base = natural
-            if base is not None and base.row.depth >= limit:
-                base = None  # one more delta would pass the repository's limit: start a new chain
+            if base is not None and (base.row.depth >= limit or not self._may_grow(base)):
+                base = None  # start a new chain
             companion = None if beside is None else self._planned.get(beside)
             if isinstance(companion, StoredBlob) and companion.row.depth > limit:
                 companion = None
@@ -222,6 +225,11 @@ class PackedPush:
                 copy = self._store.reader.copy_of_manifest(self._parent, place)
                 return copy if self._is_live(copy) else None
         return None
+
+    def _may_grow(self, base: StoredBlob) -> bool:
+        """Whether reading a chunk with one more delta like the last, its whole chain, stays near reading it alone."""
+        full, *deltas = (link.row.encoded_nbytes for link in self._store.reader.chain(base))
+        return full + sum(deltas) + sum(deltas[-1:]) <= LONGEST_CHAIN * full
 
     def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
         for pack in self._store.index.find(chunk):
