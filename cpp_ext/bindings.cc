@@ -131,6 +131,14 @@ std::optional<const char*> residual_decode(Bytes payload, Bytes base, std::size_
                                  workspace.data(), out.data());
 }
 
+void cast(Bytes src, lamella::Cast how, Out out) {
+    const std::size_t n = src.size() / lamella::source_width(how);
+    require(src.size() == n * lamella::source_width(how), "src must be whole lanes");
+    require(out.size() == n * lamella::target_width(how), "out must have as many lanes as src");
+    nb::gil_scoped_release release;
+    lamella::cast(src.data(), n, how, out.data());
+}
+
 bool is_constant(Bytes src, std::size_t width) {
     require(width != 0 && src.size() % width == 0, "src must be whole lanes");
     nb::gil_scoped_release release;
@@ -201,6 +209,12 @@ NB_MODULE(_kernels, m) {
         .value("COMPLEX64", Kind::complex64)
         .value("COMPLEX128", Kind::complex128);
 
+    nb::enum_<lamella::Cast>(m, "Cast", "A conversion between floats.")
+        .value("FLOAT32_TO_BFLOAT16", lamella::Cast::float32_to_bfloat16)
+        .value("FLOAT32_TO_FLOAT16", lamella::Cast::float32_to_float16)
+        .value("BFLOAT16_TO_FLOAT32", lamella::Cast::bfloat16_to_float32)
+        .value("FLOAT16_TO_FLOAT32", lamella::Cast::float16_to_float32);
+
     m.def("isa", [] { return lamella::active().isa; }, "Name of the variant in use: \"avx2\" or \"scalar\".");
     m.def(
         "set_isa", [](const char* isa) { require(lamella::select(isa), "this build or CPU has no such variant"); },
@@ -228,6 +242,7 @@ NB_MODULE(_kernels, m) {
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.");
 
+    m.def("cast", cast, "src"_a.noconvert(), "how"_a, "out"_a.noconvert(), "Convert lanes, each to one lane of out.");
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
           "Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).");

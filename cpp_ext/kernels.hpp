@@ -59,6 +59,22 @@ static constexpr std::size_t element_width(Kind kind) {
     return 0;
 }
 
+// Conversions between floats of 2 and 4 bytes, in integers alone, so that every machine gives the same bits. To a
+// narrower type: the nearest value, ties to even; what is too large becomes infinite; NaN keeps its sign and the
+// highest bits of its payload, with the quiet bit set. To a wider type: exactly, NaN payloads too.
+enum class Cast : std::uint8_t {
+    float32_to_bfloat16,
+    float32_to_float16,
+    bfloat16_to_float32,
+    float16_to_float32,
+};
+
+// Bytes of a lane before and after.
+constexpr std::size_t source_width(Cast how) {
+    return how == Cast::float32_to_bfloat16 || how == Cast::float32_to_float16 ? 4 : 2;
+}
+constexpr std::size_t target_width(Cast how) { return 6 - source_width(how); }
+
 // Sums over the lanes of a and b, all in float64. A NaN is always the one quiet NaN without payload.
 struct Moments {
     std::uint64_t changed;       // elements whose bits differ
@@ -132,6 +148,9 @@ const Kernels& active() noexcept;
 
 // Uses the table named "scalar" or "avx2" from now on, in all threads. False if this build or CPU lacks it.
 bool select(const char* isa) noexcept;
+
+// Converts n lanes.
+void cast(const std::uint8_t* src, std::size_t n, Cast how, std::uint8_t* out) noexcept;
 
 // Whether all lanes of src (nbytes bytes, a multiple of width) are equal; true for none.
 bool is_constant(const std::uint8_t* src, std::size_t nbytes, std::size_t width) noexcept;

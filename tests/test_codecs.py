@@ -288,7 +288,7 @@ def test_wrong_calls_are_invalid_input():
         lambda: encode(b"abc", width=2, floating=True),
         lambda: encode(b"abc", width=3, floating=True),
         lambda: encode(bytes(MAX_CELL_NBYTES + 8), width=8, floating=True),
-        lambda: encode(b"abcd", width=2, floating=True, base=b"ab"),
+        lambda: encode(b"abcd", width=2, floating=True, base=b"abc"),
         lambda: encode(strided, width=2, floating=True),
         lambda: decode(Encoding.RAW, b"abcd", b"1234", width=2),
         lambda: decode(Encoding.RAW, b"abcd", memoryview(bytearray(8))[::2], width=2),
@@ -305,4 +305,5 @@ def test_the_numbers_of_encodings_never_change():
         "XOR_PLANES": 3,
         "RESIDUAL_PLANES": 4,
         "RESIDUAL_RANS": 5,
+        "CAST": 9,
     }

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from strategies import chunk_pairs, lanes
 from support import new_repository
 
-from lamella_engine import _kernels, codecs
+from lamella_engine import _kernels, casts, codecs
+from lamella_engine.casts import Cast
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store.decoding import decode_chain, measure_chains
 from lamella_engine.content_store.seam import Blob
@@ -317,6 +318,30 @@ def test_every_way_gives_what_decoding_both_gives(way, check):
     assert found.changed == changed
     for one, expected in zip(astuple(found)[2:], sums, strict=True):
         assert one == expected or math.isclose(one, expected, rel_tol=1e-12) or (one != one and expected != expected)
+
+
+def test_chunks_that_stand_on_one_of_another_length_are_measured_too():
+    """Casts of a chunk: it is decoded once, and what stands on it by a cast is decoded whole."""
+    half = np.empty(X.nbytes // 2, np.uint8)
+    casts.apply(Cast.FLOAT32_TO_BFLOAT16, X.view(np.uint8), half)
+    nudge = np.frombuffer(nudged(half.tobytes(), 2, seed=1), "<u2")
+    payloads = (b"", coded(nudge.tobytes(), half.tobytes(), 2))
+    one, other = (
+        Blob(
+            chunk_id(data),
+            Encoding.CAST,
+            2,
+            half.nbytes,
+            bytes([Cast.FLOAT32_TO_BFLOAT16]) + payload,
+            chunk_id(X.tobytes()),
+        )
+        for data, payload in zip((half.tobytes(), nudge.tobytes()), payloads, strict=True)
+    )
+    bfloat16 = dtype_named("bfloat16")
+    found = measure_chains([blob(X), one], [blob(X), other], bfloat16, check=True)
+    assert bits(found) == bits(moments(half.tobytes(), nudge.tobytes(), bfloat16))
+    with pytest.raises(CorruptionError):
+        measure_chains([blob(X), one], [blob(X)], bfloat16)
 
 
 def test_of_the_same_chunk_nothing_more_needs_be_read():

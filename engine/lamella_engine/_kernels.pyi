@@ -39,6 +39,17 @@ class Kind(enum.Enum):
 
     COMPLEX128 = 12
 
+class Cast(enum.Enum):
+    """A conversion between floats."""
+
+    FLOAT32_TO_BFLOAT16 = 0
+
+    FLOAT32_TO_FLOAT16 = 1
+
+    BFLOAT16_TO_FLOAT32 = 2
+
+    FLOAT16_TO_FLOAT32 = 3
+
 def isa() -> str:
     """Name of the variant in use: "avx2" or "scalar"."""
 
@@ -79,6 +90,9 @@ def residual_decode(payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,),
     """
     Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.
     """
+
+def cast(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], how: Cast, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Convert lanes, each to one lane of out."""
 
 def is_constant(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> bool:
     """Whether all lanes of src are equal."""

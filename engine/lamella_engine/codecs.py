@@ -1,7 +1,7 @@
 """How a chunk becomes a blob's payload and back, or is measured on the way back. Pure functions.
 
-A payload is one of six encodings. All integers are little-endian; a *lane* is one machine number of ``width`` bytes, a
-chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p = 0 is the least significant).
+A payload is of one of the encodings below. All integers are little-endian; a *lane* is one machine number of ``width``
+bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p = 0 is the least significant).
 
 ======================  ==  ============================================================================================
 ``RAW``                 0   the chunk's bytes; the only encoding of an empty chunk
@@ -10,6 +10,8 @@ chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p
 ``XOR_PLANES``          3   the planes of chunk ^ base
 ``RESIDUAL_PLANES``     4   the planes of residual(chunk, base), lane by lane
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
+``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
+                            ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
 
 Planes follow one another in order, ``width`` of them, with nothing before, between or after. Each is
@@ -38,7 +40,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from lamella_engine import _kernels
+from lamella_engine import _kernels, casts
+from lamella_engine.casts import Cast
 from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
@@ -57,9 +60,11 @@ class Encoding(IntEnum):
     XOR_PLANES = 3
     RESIDUAL_PLANES = 4
     RESIDUAL_RANS = 5
+    CAST = 9
 
 
 _ENCODINGS = frozenset(Encoding)
+_CASTS = frozenset(Cast)
 
 
 class Encoded(NamedTuple):
@@ -112,11 +117,19 @@ class _Worker(threading.local):
         self.others = _compressor(3)
         self.decompressor = zstandard.ZstdDecompressor()
         self.scratch = np.empty(MAX_CELL_NBYTES, np.uint8)
+        self._cast = np.empty(0, np.uint8)
         self._workspace = np.empty(0, np.uint8)
 
     def planes(self, width: int, lanes: int) -> NDArray[np.uint8]:
         """Return memory for ``width`` planes, which the thread's next call of this overwrites."""
         return self.scratch[: width * lanes].reshape(width, lanes)
+
+    def cast(self, cast: Cast, source: _Bytes, nbytes: int) -> _Bytes:
+        """Return what a cast makes of ``source``: ``nbytes``, which the thread's next call of this overwrites."""
+        if self._cast.size < nbytes:
+            self._cast = np.empty(MAX_CELL_NBYTES, np.uint8)
+        casts.apply(cast, source, self._cast[:nbytes])
+        return self._cast[:nbytes]
 
     def workspace(self, nbytes: int, width: int) -> NDArray[np.uint8]:
         """Return what the residual coder needs to code a chunk of ``nbytes``, with whatever it last held."""
@@ -131,7 +144,12 @@ _worker = _Worker()
 
 def needs_base(encoding: int) -> bool:
     """Whether a payload of this encoding can only be decoded with its base."""
-    return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS)
+    return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS, Encoding.CAST)
+
+
+def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
+    """Whether a chunk can be encoded against a base of that length: the same, or that of floats of another width."""
+    return base_nbytes == nbytes or (floating and 2 * min(base_nbytes, nbytes) == max(base_nbytes, nbytes))
 
 
 def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None) -> Encoded:
@@ -150,7 +168,8 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
     floating
         Whether lanes are floats (``Dtype.floating``).
     base
-        Decoded bytes of another chunk of the same length, expected to be like this one.
+        Decoded bytes of another chunk of as many lanes, expected to be like this one: of lanes as long, or of floats
+        half or twice as long, of which it may be a cast.
 
     Raises
     ------
@@ -167,13 +186,15 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
             width=width,
         )
     reference = None if base is None else _bytes(base, what="base")
-    if reference is not None and reference.size != source.size:
+    if reference is not None and not fits(reference.size, source.size, floating=floating):
         raise InvalidInputError(
             f"a base of {reference.size} bytes does not fit a chunk of {source.size}: leave it out",
             kind="base_length",
             expected=source.size,
             actual=reference.size,
         )
+    if reference is not None and reference.size != source.size:
+        return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
     candidates = [Encoding.PLANES]
@@ -197,6 +218,22 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
         if payload is not None:
             best, size = Encoded(encoding, payload), len(payload)
     return best if best.payload else Encoded(Encoding.RAW, source.tobytes())
+
+
+def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
+    """Encode floats against a base of another width, if one is near a cast of the other."""
+    cast = casts.likeliest(base, source, width)
+    if cast is None:
+        return encode(source.data, width=width, floating=True)
+    reference = _worker.cast(cast, base, source.size)
+    number = bytes([cast])
+    if np.array_equal(source, reference):
+        return Encoded(Encoding.CAST, number)
+    payload = _encode_residuals(source, reference, width=width) if source.size >= _FEWEST_CODED * width else None
+    alone = encode(source.data, width=width, floating=True)
+    if payload is not None and len(number) + len(payload) < len(alone.payload):
+        return Encoded(Encoding.CAST, number + payload)
+    return alone
 
 
 def _encode_residuals(source: _Bytes, base: _Bytes, *, width: int) -> bytes | None:
@@ -309,7 +346,14 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
     if encoding == Encoding.PLANES:
         _kernels.merge_planes(_decode_planes(stored, width, target.size // width), target)
         return
-    reference = _reference(base, target.size)
+    reference = None if base is None else _bytes(base, what="base")
+    if encoding == Encoding.CAST:
+        stored, reference = _decode_cast(stored, reference, width, target.size)
+        if not stored.size:
+            target[:] = reference
+            return
+        encoding = Encoding.RESIDUAL_RANS
+    reference = _fitting(reference, target.size)
     if encoding == Encoding.RESIDUAL_RANS:
         fault = _kernels.residual_decode(stored, reference, width, _worker.workspace(target.size, width), target)
         _check(fault is None, str(fault))
@@ -349,7 +393,8 @@ def measure(payload: Buffer, other: Buffer, dtype: Dtype, *, width: int, base: B
     kind, table = elements(dtype, left.size)
     _check_chunk(left.size, width)
     _check(left.size > 0, "empty chunk that is not stored raw")
-    stored, reference = _bytes(payload, what="payload"), _reference(base, left.size)
+    reference = _fitting(None if base is None else _bytes(base, what="base"), left.size)
+    stored = _bytes(payload, what="payload")
     workspace = _worker.workspace(left.size, width)
     found = _kernels.residual_moments(left, stored, reference, width, workspace, kind, table)
     if isinstance(found, str):
@@ -357,13 +402,28 @@ def measure(payload: Buffer, other: Buffer, dtype: Dtype, *, width: int, base: B
     return Moments.of_kernel(found)
 
 
-def _reference(base: Buffer | None, nbytes: int) -> _Bytes:
-    """Return the base of a delta that is ``nbytes`` long decoded."""
-    reference = None if base is None else _bytes(base, what="base")
-    if reference is None or reference.size != nbytes:
-        found = "no base" if reference is None else f"a base of {reference.size} bytes"
+def _fitting(base: _Bytes | None, nbytes: int) -> _Bytes:
+    """Return the base of a delta that is ``nbytes`` long decoded, which has to be as long."""
+    if base is None or base.size != nbytes:
+        found = "no base" if base is None else f"a base of {base.size} bytes"
         raise _corrupt(f"delta of {nbytes} bytes with {found}")
-    return reference
+    return base
+
+
+def _decode_cast(payload: _Bytes, base: _Bytes | None, width: int, nbytes: int) -> tuple[_Bytes, _Bytes]:
+    """Return the rest of a payload of ``CAST``, and what the cast makes of the base, in this thread's scratch."""
+    _check(payload.size > 0, "empty payload of a cast")
+    number = int(payload[0])
+    if number not in _CASTS:
+        raise UnsupportedFormatError(
+            f"cast {number} is newer than this lamella: upgrade it", kind="unknown_encoding", encoding=number
+        )
+    cast = Cast(number)
+    _check(width == cast.width, f"cast to lanes of {cast.width} bytes for lanes of {width}")
+    found = "no base" if base is None else f"a base of {base.size} bytes"
+    if base is None or base.size * cast.width != nbytes * cast.source_width:
+        raise _corrupt(f"cast to {nbytes} bytes with {found}")
+    return payload[1:], _worker.cast(cast, base, nbytes)
 
 
 def _decode_planes(payload: _Bytes, width: int, length: int) -> Sequence[_Bytes]:

@@ -136,14 +136,14 @@ def _check_length(nbytes: int, expected: int) -> None:
         raise CorruptionError(f"a chunk of {nbytes} bytes stands where {expected} belong", kind="bad_length")
 
 
-def check_blob(blob: Blob, base: Buffer | None) -> None:
+def check_blob(blob: Blob, base: Buffer | None, out: bytearray | None = None) -> None:
     """Raise CorruptionError unless a blob decodes to the chunk that it names.
 
-    ``base`` is the decoded chunk ``blob.base``, None for a full blob.
+    ``base`` is the decoded chunk ``blob.base``, None for a full blob. ``out`` gets the chunk, if it is given.
     """
-    out = _scratch.buffer(0, blob.decoded_nbytes)
-    codecs.decode(blob.encoding, blob.payload, out, width=blob.width, base=base)
-    check_chunk(blob.chunk, out)
+    target: Buffer = _scratch.buffer(0, blob.decoded_nbytes) if out is None else out
+    codecs.decode(blob.encoding, blob.payload, target, width=blob.width, base=base)
+    check_chunk(blob.chunk, target)
 
 
 def check_chunk(chunk: ChunkId, data: Buffer) -> None:
