@@ -16,6 +16,9 @@ namespace lamella {
 namespace rans {
 struct Loops;
 }
+namespace floats {
+struct Loops;
+}
 
 // What a lane is to `moments`.
 enum class Kind : std::uint8_t {
@@ -133,6 +136,9 @@ struct Kernels {
 
     // The loops of the residual coder, which rans.hpp defines.
     const rans::Loops* coder;
+
+    // The loops of the float coder, which floats.hpp defines.
+    const floats::Loops* float_coder;
 };
 
 extern const Kernels scalar_kernels;

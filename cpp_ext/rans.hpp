@@ -192,12 +192,23 @@ void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned conte
                   const TableMap& table_of, const Table* all_tables);
 
 // The last field of a header: how many raw bytes follow.
+inline constexpr std::size_t most_raw_nbytes = (1 << 22) - 1;
 const char* read_raw_nbytes(BitReader& from, std::size_t& raw_nbytes);
 void write_raw_nbytes(BitWriter& to, std::size_t raw_nbytes);
 
 // All of `to` but its raw_nbytes, which is known.
 const char* read_states(const std::uint8_t* payload, std::size_t nbytes, std::size_t header_nbytes, unsigned streams,
                         Source& to);
+
+unsigned log_of(unsigned streams);
+
+// What a decoder's workspace is cut into.
+struct Room {
+    Slot* class_slots;
+    Slot* slots;
+    std::uint8_t* block_classes;
+};
+Room decoder_room(std::uint8_t* workspace);
 
 // The classes of all blocks. False if the words end before they do.
 bool read_classes(const Slot* class_slots, unsigned streams, Source& from, std::size_t blocks, std::uint8_t* to);

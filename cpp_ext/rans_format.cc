@@ -13,7 +13,8 @@ using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5, raw_nbytes_bits = 22;
+constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5;
+constexpr auto raw_nbytes_bits = static_cast<unsigned>(std::bit_width(most_raw_nbytes));
 
 // A frequency is written as its length in bits and the highest of them: its error of at most 1/16 costs less than the
 // bits left out would.
@@ -252,17 +253,20 @@ bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t bloc
     return true;
 }
 
+Room decoder_room(uint8_t* workspace) {
+    workspace += (alignof(Slot) - reinterpret_cast<std::uintptr_t>(workspace) % alignof(Slot)) % alignof(Slot);
+    Slot* class_slots = reinterpret_cast<Slot*>(workspace);
+    Slot* slots = class_slots + classes * scale;
+    return {class_slots, slots, reinterpret_cast<uint8_t*>(slots + max_tables * scale)};
+}
+
 size_t decoder_workspace(size_t n) noexcept {
     return sizeof(Slot) * (classes + max_tables) * scale + (n + block_lanes - 1) / block_lanes + alignof(Slot);
 }
 
 const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, const uint8_t* base, size_t n,
                    size_t width, uint8_t* workspace, uint8_t* out) noexcept {
-    workspace += (alignof(Slot) - reinterpret_cast<std::uintptr_t>(workspace) % alignof(Slot)) % alignof(Slot);
-    Slot* class_slots = reinterpret_cast<Slot*>(workspace);
-    Slot* slots = class_slots + classes * scale;
-    auto* block_classes = reinterpret_cast<uint8_t*>(slots + max_tables * scale);
-
+    const auto [class_slots, slots, block_classes] = decoder_room(workspace);
     Model model;
     model.width = static_cast<unsigned>(width);
     Source from;
@@ -388,13 +392,15 @@ void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned conte
     }
 }
 
+unsigned log_of(unsigned streams) { return static_cast<unsigned>(std::bit_width(streams)) - 1; }
+
 void write_raw_nbytes(BitWriter& to, size_t raw_nbytes) { to.put(raw_nbytes, raw_nbytes_bits); }
 
 void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
                   size_t raw_nbytes) {
     to.put(model.shift, shift_bits);
     to.put(model.low, low_bits);
-    to.put(static_cast<unsigned>(std::bit_width(model.streams)) - 1, streams_bits);
+    to.put(log_of(model.streams), streams_bits);
     to.put(model.drift, 1);
     for (unsigned i = 0; model.drift && i < contexts; ++i) {
         to.put_signed(std::int64_t{model.offsets[i]} - (i == 0 ? 0 : model.offsets[i - 1]));
