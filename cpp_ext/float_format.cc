@@ -1,5 +1,5 @@
 // The payload of the float coder, as FORMAT.md defines it: its header, and how a payload is read.
-#include <cstring>
+#include <bit>
 
 #include "floats.hpp"
 
@@ -12,6 +12,7 @@ using std::uint8_t;
 
 constexpr unsigned cut_bits = 6, first_bits = most_top_bits, values_bits = 8, trailing_bits = 6, streams_bits = 3;
 constexpr unsigned shift_bits = 6, low_bits = 12;
+constexpr auto raw_nbytes_bits = static_cast<unsigned>(std::bit_width(most_raw_nbytes));
 
 const char* read_header(rans::BitReader& from, bool guided, Model& model, Slot* class_slots, Slot* slots,
                         size_t& raw_nbytes) {
@@ -39,7 +40,8 @@ const char* read_header(rans::BitReader& from, bool guided, Model& model, Slot* 
     if (const char* fault = rans::read_tables(from, symbol_count(model), used, guided ? rans::contexts : 1,
                                               model.tables, model.table_of, slots))
         return fault;
-    return rans::read_raw_nbytes(from, raw_nbytes);
+    raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
+    return rans::end_header(from);
 }
 
 }  // namespace
@@ -54,10 +56,13 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
     Source source;
     rans::Source& from = source.from;
     rans::BitReader header(payload, nbytes);
-    if (const char* fault =
-            read_header(header, guide != nullptr, model, room.class_slots, room.slots, from.raw_nbytes))
+    size_t stored;  // raw bytes and escapes
+    if (const char* fault = read_header(header, guide != nullptr, model, room.class_slots, room.slots, stored))
         return fault;
-    if (const char* fault = rans::read_states(payload, nbytes, header.nbytes(), model.streams, from)) return fault;
+    if (stored > nbytes - header.nbytes()) return "raw bits that are longer than the payload";
+    source.raw = payload + header.nbytes();
+    source.escapes_end = source.raw + stored;
+    if (const char* fault = rans::read_states(source.escapes_end, payload + nbytes, model.streams, from)) return fault;
     const char* short_stream = "payload that ends before its lanes";
     const size_t blocks = (n + block_lanes - 1) / block_lanes;
     if (!rans::read_classes(room.class_slots, model.streams, from, blocks, room.block_classes)) return short_stream;
@@ -67,10 +72,8 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
         const size_t lanes = n - k * block_lanes < block_lanes ? n - k * block_lanes : block_lanes;
         if (room.block_classes[k] != zero_class) needed += raw_nbytes(lanes, raw_bits(model));
     }
-    if (needed > from.raw_nbytes || (from.raw_nbytes - needed) % 2 != 0) return "raw bytes that are not those of lanes";
-    source.escapes = from.raw + needed;
-    source.escapes_end = from.raw + from.raw_nbytes;
-    from.raw_nbytes = needed;
+    if (needed > stored || (stored - needed) % 2 != 0) return "raw bytes that are not those of lanes";
+    source.escapes = source.raw + needed;
     if (!loops.read(model, room.slots, room.block_classes, source, guide, 0, n, out)) return short_stream;
     return rans::ends(from, model.streams) && source.escapes == source.escapes_end
                ? nullptr
@@ -92,7 +95,7 @@ void write_header(rans::BitWriter& to, const Model& model, bool guided, const ra
     const unsigned used = rans::write_class_tables(to, class_tables);
     rans::write_tables(to, symbol_count(model), used, guided ? rans::contexts : 1, model.tables, model.table_of,
                        tables);
-    rans::write_raw_nbytes(to, raw_nbytes);
+    to.put(raw_nbytes, raw_nbytes_bits);
 }
 
 }  // namespace lamella::floats

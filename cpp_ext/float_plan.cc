@@ -78,17 +78,17 @@ Candidates candidates_of(size_t width) {
         case 1:
             return {0, 3};
         case 2:
-            return {4, 6};
+            return {5, 6};
         case 4:
-            return {20, 4};
+            return {21, 3};
         default:
-            return {49, 4};
+            return {50, 3};
     }
 }
 
 // Of the mantissa above a cut; of the two types of two bytes, the one for which a cut near this one is worth trying.
 unsigned kept_mantissa(size_t width, unsigned cut) {
-    const unsigned mantissa = width == 1 ? 3 : width == 2 ? (cut < 7 ? 7 : 10) : width == 4 ? 23 : 52;
+    const unsigned mantissa = width == 1 ? 3 : width == 2 ? (cut < 8 ? 7 : 10) : width == 4 ? 23 : 52;
     return mantissa - cut;
 }
 
@@ -138,7 +138,7 @@ void choose_window(const uint32_t* seen, size_t values, Model& model) {
 // What a chunk takes if its tops are as those of a sample, by one table, in `one_bit`s a sample.
 Cost cost_of(const Plan& plan, const uint32_t* seen, size_t values, size_t samples, const Model& model) {
     Cost tops = rans::entropy_term(samples);
-    uint64_t distinct = 0, escaped = 0;
+    uint64_t distinct = 0, escaped = 0, rare = 0;
     for (size_t top = 0; top < values; ++top) {
         if (top != 0 && (top < model.first || top >= model.first + model.values)) {
             escaped += seen[top];
@@ -146,10 +146,13 @@ Cost cost_of(const Plan& plan, const uint32_t* seen, size_t values, size_t sampl
         }
         tops -= rans::entropy_term(seen[top]);
         distinct += seen[top] != 0 ? 1 : 0;
+        rare += seen[top] != 0 && seen[top] * rans::scale < 2 * samples ? 1 : 0;
     }
     tops += static_cast<Cost>(escaped) * most_top_bits * one_bit - rans::entropy_term(escaped);
     // An estimate from a sample is too low by 1 / (2 ln 2) bits for every symbol that it knows.
     tops += static_cast<Cost>(distinct) * one_bit * 72 / 100;
+    // A frequency of 1 is more than a rare one should have, and the others lack it.
+    tops += static_cast<Cost>(rare * samples) * one_bit / (2 * rans::scale);
     // Tables hold about five bits a symbol; a chunk of many blocks has several.
     const uint64_t tables = std::min<uint64_t>(rans::classes - 1, 1 + plan.blocks / 512);
     const uint64_t header = distinct * 5 * tables * one_bit * samples / plan.n;
@@ -211,7 +214,7 @@ unsigned bin_of(const Plan& plan, size_t block) {
 // k-means of the bins of blocks. A block stays in the class of the one before it if another is hardly nearer, since
 // changes are what classes cost.
 void classify(Plan& plan) {
-    constexpr unsigned reluctance = 6;
+    constexpr unsigned reluctance = 7;
     uint32_t found[level_bins] = {};
     uint32_t blocks = 0;
     for (size_t k = 0; k < plan.blocks; ++k) {
@@ -221,7 +224,7 @@ void classify(Plan& plan) {
         ++blocks;
     }
     // A guide says more than a class does.
-    const unsigned centers = plan.guide != nullptr ? 1 : std::min<unsigned>(most_centers, 1 + blocks / 16);
+    const unsigned centers = std::min<unsigned>(most_centers, 1 + blocks / 16);
     unsigned center[most_centers];
     uint32_t before = 0;
     unsigned next = 0;
@@ -232,7 +235,7 @@ void classify(Plan& plan) {
     }
     while (next < centers) center[next++] = 0;
     uint8_t nearest[level_bins];
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 16; ++round) {
         uint64_t sums[most_centers] = {}, counts[most_centers] = {};
         unsigned c = 0;
         for (unsigned bin = 0; bin < level_bins; ++bin) {
@@ -256,7 +259,7 @@ void classify(Plan& plan) {
 }
 
 // Blocks that are counted, of many: tables from some of them are as good.
-size_t counted_step(const Plan& plan) { return plan.blocks >= 4096 ? 4 : 1; }
+size_t counted_step(const Plan& plan) { return plan.blocks >= 4096 ? 2 : 1; }
 
 void count_symbols(Plan& plan) {
     const size_t counters = counts_of_bank(plan);
@@ -274,6 +277,7 @@ void count_symbols(Plan& plan) {
     for (size_t bank = 1; bank < banks; ++bank) {
         for (size_t i = 0; i < counters; ++i) plan.counts[i] += plan.counts[bank * counters + i];
     }
+    for (size_t i = 0; i < counters; ++i) plan.counts[i] *= static_cast<uint32_t>(counted_step(plan));
 }
 
 // A symbol too rare for a table would take from the others more than an escape costs it.
@@ -289,7 +293,7 @@ void choose_tables(Plan& plan) {
         // What was not counted may be an escape.
         if (counted_step(plan) > 1) ++counts[escape];
         for (unsigned s = 0; s < escape; ++s) {
-            if (uint64_t{counts[s]} * rans::scale * 6 >= total) continue;
+            if (uint64_t{counts[s]} * rans::scale * 12 >= total) continue;
             counts[escape] += counts[s];
             counts[s] = 0;
         }
@@ -378,7 +382,7 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* guide, size
 
     const auto raw = static_cast<size_t>(raw_end - plan.raw);
     const auto escapes = static_cast<size_t>(plan.escapes_end - sink.escapes);
-    if (raw + escapes > std::min(room, rans::most_raw_nbytes)) return 0;
+    if (raw + escapes > std::min(room, most_raw_nbytes)) return 0;
     std::memmove(raw_end, sink.escapes, escapes);
     rans::BitWriter header(out, room);
     write_header(header, plan.model, guide != nullptr, plan.class_tables, plan.tables, raw + escapes);

@@ -155,7 +155,6 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
             std::memset(out + at * sizeof(U), 0, count * sizeof(U));
             continue;
         }
-        const uint8_t* raw = from.raw + from.bit / 8;
         for (size_t i = at; i < at + count; ++i) {
             const unsigned table = model.table_of[block_class][context_of<U>(model, guide, i)];
             uint32_t& state = from.states[i % model.streams];
@@ -174,10 +173,10 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
                 source.escapes += 2;
                 if (top >> top_bits(model) != 0) return false;
             }
-            const U lane = from_parts<U>(model, top, take_raw(raw, bits, count, i - at));
+            const U lane = from_parts<U>(model, top, take_raw(source.raw, bits, count, i - at));
             std::memcpy(out + i * sizeof(U), &lane, sizeof lane);
         }
-        from.bit += 8 * raw_nbytes(count, bits);
+        source.raw += raw_nbytes(count, bits);
     }
     return true;
 }

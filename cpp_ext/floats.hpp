@@ -44,6 +44,9 @@ struct Model {
     TableMap table_of;
 };
 
+// Raw bytes and escapes of a chunk are no more than this.
+inline constexpr std::size_t most_raw_nbytes = (1 << 22) - 1;
+
 static constexpr unsigned top_bits(const Model& model) { return 8 * model.width - 1 - model.cut; }
 static constexpr unsigned escape_of(const Model& model) { return model.values + 1; }
 static constexpr unsigned symbol_count(const Model& model) { return model.values + 2; }
@@ -66,9 +69,10 @@ static constexpr std::size_t raw_nbytes(std::size_t lanes, unsigned bits) {
     return nbytes;
 }
 
-// What is being read. The raw bits are as many as the lanes take; `from.bit` is that of the next block.
+// What is being read. All of it was checked to lie in the payload, and raw bits are as many as the lanes take.
 struct Source {
     rans::Source from;
+    const std::uint8_t* raw;      // of the next block
     const std::uint8_t* escapes;  // tops of 16 bits each
     const std::uint8_t* escapes_end;
 };

@@ -191,14 +191,11 @@ const char* read_tables(BitReader& from, unsigned symbols, unsigned used, unsign
 void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned tables,
                   const TableMap& table_of, const Table* all_tables);
 
-// The last field of a header: how many raw bytes follow.
-inline constexpr std::size_t most_raw_nbytes = (1 << 22) - 1;
-const char* read_raw_nbytes(BitReader& from, std::size_t& raw_nbytes);
-void write_raw_nbytes(BitWriter& to, std::size_t raw_nbytes);
+// Whether all of a header was there.
+const char* end_header(const BitReader& from);
 
-// All of `to` but its raw_nbytes, which is known.
-const char* read_states(const std::uint8_t* payload, std::size_t nbytes, std::size_t header_nbytes, unsigned streams,
-                        Source& to);
+// The states and words of `to`, which end a payload.
+const char* read_states(const std::uint8_t* at, const std::uint8_t* end, unsigned streams, Source& to);
 
 unsigned log_of(unsigned streams);
 
@@ -213,7 +210,7 @@ Room decoder_room(std::uint8_t* workspace);
 // The classes of all blocks. False if the words end before they do.
 bool read_classes(const Slot* class_slots, unsigned streams, Source& from, std::size_t blocks, std::uint8_t* to);
 
-// Whether nothing is left over, and every state is the one that the encoder began with.
+// Whether no word is left over, and every state is the one that the encoder began with.
 bool ends(const Source& from, unsigned streams);
 
 // A table for counts, such that it can be written and every symbol that occurs has a frequency.

@@ -13,8 +13,7 @@ using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5;
-constexpr auto raw_nbytes_bits = static_cast<unsigned>(std::bit_width(most_raw_nbytes));
+constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5, raw_nbytes_bits = 22;
 
 // A frequency is written as its length in bits and the highest of them: its error of at most 1/16 costs less than the
 // bits left out would.
@@ -95,13 +94,19 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
     if (const char* fault =
             read_tables(from, symbol_count(model.width), used, contexts, model.tables, model.table_of, slots))
         return fault;
-    return read_raw_nbytes(from, raw_nbytes);
+    raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
+    return end_header(from);
 }
 
 uint16_t load16(const uint8_t* p) {
     uint16_t value;
     std::memcpy(&value, p, sizeof value);
     return value;
+}
+
+bool has_no_raw_left(const Source& from) {
+    const uint64_t left = 8 * static_cast<uint64_t>(from.raw_nbytes) - from.bit;
+    return left < 8 && (left == 0 || from.raw[from.raw_nbytes - 1] >> (8 - left) == 0);
 }
 
 void write_table(BitWriter& to, const Table& table, unsigned symbols) {
@@ -206,23 +211,17 @@ const char* read_tables(BitReader& from, unsigned symbols, unsigned used, unsign
     return nullptr;
 }
 
-const char* read_raw_nbytes(BitReader& from, size_t& raw_nbytes) {
-    raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
+const char* end_header(const BitReader& from) {
     if (from.failed()) return "payload that ends within its header";
     return from.is_padded() ? nullptr : "header that ends in the middle of a byte";
 }
 
-const char* read_states(const uint8_t* payload, size_t nbytes, size_t header_nbytes, unsigned streams, Source& to) {
-    const size_t states_nbytes = sizeof(uint32_t) * streams;
-    const size_t after_header = nbytes - header_nbytes;
-    if (to.raw_nbytes > after_header) return "raw bits that are longer than the payload";
-    const size_t rest = after_header - to.raw_nbytes;
-    if (rest < states_nbytes || rest % 2 != 0) return "payload that ends within its states";
-    to.raw = payload + header_nbytes;
-    to.bit = 0;
-    std::memcpy(to.states, to.raw + to.raw_nbytes, states_nbytes);
-    to.words = to.raw + to.raw_nbytes + states_nbytes;
-    to.words_end = payload + nbytes;
+const char* read_states(const uint8_t* at, const uint8_t* end, unsigned streams, Source& to) {
+    const size_t nbytes = static_cast<size_t>(end - at), states_nbytes = sizeof(uint32_t) * streams;
+    if (nbytes < states_nbytes || nbytes % 2 != 0) return "payload that ends within its states";
+    std::memcpy(to.states, at, states_nbytes);
+    to.words = at + states_nbytes;
+    to.words_end = end;
     for (unsigned i = 0; i < streams; ++i) {
         if (to.states[i] < low_state || to.states[i] >= 1u << 31) return "state out of range";
     }
@@ -233,8 +232,7 @@ bool ends(const Source& from, unsigned streams) {
     for (unsigned i = 0; i < streams; ++i) {
         if (from.states[i] != low_state) return false;
     }
-    const uint64_t left = 8 * static_cast<uint64_t>(from.raw_nbytes) - from.bit;
-    return from.words == from.words_end && left < 8 && (left == 0 || from.raw[from.raw_nbytes - 1] >> (8 - left) == 0);
+    return from.words == from.words_end;
 }
 
 bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t blocks, uint8_t* to) {
@@ -272,13 +270,17 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
     Source from;
     BitReader header(payload, nbytes);
     if (const char* fault = read_header(header, model, class_slots, slots, from.raw_nbytes)) return fault;
-    if (const char* fault = read_states(payload, nbytes, header.nbytes(), model.streams, from)) return fault;
+    if (from.raw_nbytes > nbytes - header.nbytes()) return "raw bits that are longer than the payload";
+    from.raw = payload + header.nbytes();
+    from.bit = 0;
+    if (const char* fault = read_states(from.raw + from.raw_nbytes, payload + nbytes, model.streams, from))
+        return fault;
 
     const char* short_stream = "payload that ends before its lanes";
     const size_t blocks = (n + block_lanes - 1) / block_lanes;
     if (!read_classes(class_slots, model.streams, from, blocks, block_classes)) return short_stream;
     if (!loops.read(model, slots, block_classes, from, base, 0, n, out)) return short_stream;
-    return ends(from, model.streams) ? nullptr : "payload that does not end with its lanes";
+    return has_no_raw_left(from) && ends(from, model.streams) ? nullptr : "payload that does not end with its lanes";
 }
 
 void BitWriter::put(uint64_t value, unsigned bits) {
@@ -394,8 +396,6 @@ void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned conte
 
 unsigned log_of(unsigned streams) { return static_cast<unsigned>(std::bit_width(streams)) - 1; }
 
-void write_raw_nbytes(BitWriter& to, size_t raw_nbytes) { to.put(raw_nbytes, raw_nbytes_bits); }
-
 void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
                   size_t raw_nbytes) {
     to.put(model.shift, shift_bits);
@@ -407,7 +407,7 @@ void write_header(BitWriter& to, const Model& model, const Table* class_tables, 
     }
     const unsigned used = write_class_tables(to, class_tables);
     write_tables(to, symbol_count(model.width), used, contexts, model.tables, model.table_of, tables);
-    write_raw_nbytes(to, raw_nbytes);
+    to.put(raw_nbytes, raw_nbytes_bits);
 }
 
 }  // namespace lamella::rans
