@@ -278,7 +278,7 @@ Vector slots_at(const Slot* slots, Vector places) {
 }
 
 // Decodes one symbol with each of eight states; `tables` are where the slots of their lanes begin.
-Vector step(Vector& state, Vector tables, const Slot* slots, const uint8_t*& words) {
+[[gnu::always_inline]] inline Vector step(Vector& state, Vector tables, const Slot* slots, const uint8_t*& words) {
     const Vector twelve = all(0xfff);
     const Vector slot = slots_at(slots, _mm256_or_si256(tables, _mm256_and_si256(state, all(rans::scale - 1))));
     const Vector product =
@@ -613,7 +613,7 @@ Steps steps_at(const uint64_t* at, const Step* steps) {
 }
 
 // Codes one symbol with each of eight states.
-void code_eight(Vector& state, Vector reciprocal, Vector packed, uint8_t*& words) {
+[[gnu::always_inline]] inline void code_eight(Vector& state, Vector reciprocal, Vector packed, uint8_t*& words) {
     const Vector frequency = _mm256_and_si256(packed, all(0xfff));
     const Vector fits = _mm256_cmpgt_epi32(frequency, _mm256_srli_epi32(state, 31 - rans::probability_bits));
     const int giving = ~mask_of(fits) & 0xff;

@@ -49,8 +49,6 @@ struct Plan {
 constexpr size_t banks = 4;
 constexpr size_t most_counts = size_t{rans::classes} * rans::contexts * symbol_stride;
 
-size_t counts_of_bank(const Plan& plan) { return size_t{rans::classes} * plan.contexts() * symbol_stride; }
-
 // Bits that any lane has.
 uint64_t any_bits(const Plan& plan) {
     uint64_t any = 0;
@@ -220,7 +218,10 @@ void classify(Plan& plan) {
     for (size_t k = 0; k < plan.blocks; ++k) {
         plan.block_classes[k] = zero_class;
         if (plan.lanes.levels[k] == 0) continue;
-        ++found[bin_of(plan, k)];
+        // From here on a level is a bin; 0 is still that of a zero block.
+        const unsigned bin = bin_of(plan, k);
+        plan.lanes.levels[k] = bin + 1;
+        ++found[bin];
         ++blocks;
     }
     // A guide says more than a class does.
@@ -252,32 +253,43 @@ void classify(Plan& plan) {
     unsigned last = 0;
     for (size_t k = 0; k < plan.blocks; ++k) {
         if (plan.lanes.levels[k] == 0) continue;
-        const unsigned bin = bin_of(plan, k);
+        const unsigned bin = plan.lanes.levels[k] - 1;
         if (distance(bin, last) > distance(bin, nearest[bin]) + reluctance) last = nearest[bin];
         plan.block_classes[k] = static_cast<uint8_t>(zero_class + 1 + last);
     }
 }
 
 // Blocks that are counted, of many: tables from some of them are as good.
-size_t counted_step(const Plan& plan) { return plan.blocks >= 4096 ? 2 : 1; }
+size_t counted_step(const Plan& plan) { return plan.blocks >= 1024 ? 2 : 1; }
+
+// Adds the lanes of one block to the counters of its class.
+void count_block(const Plan& plan, size_t block, size_t counters) {
+    uint32_t* counts = plan.counts + plan.block_classes[block] * plan.contexts() * symbol_stride;
+    const uint8_t* symbols = plan.lanes.symbols + block * block_lanes;
+    const uint8_t* contexts = plan.lanes.contexts + block * block_lanes;
+    const size_t lanes = plan.lanes_of(block), in_banks = lanes / banks * banks;
+    const auto add = [&](size_t j, size_t bank) {
+        const size_t of_context = plan.guide == nullptr ? 0 : contexts[j] * symbol_stride;
+        ++counts[bank * counters + of_context + symbols[j]];
+    };
+    for (size_t j = 0; j < in_banks; j += banks) {
+        for (size_t bank = 0; bank < banks; ++bank) add(j + bank, bank);
+    }
+    for (size_t j = in_banks; j < lanes; ++j) add(j, 0);
+}
 
 void count_symbols(Plan& plan) {
-    const size_t counters = counts_of_bank(plan);
+    const size_t counters = size_t{rans::classes} * plan.contexts() * symbol_stride;
     std::memset(plan.counts, 0, banks * counters * sizeof *plan.counts);
-    for (size_t k = 0; k < plan.blocks; k += counted_step(plan)) {
-        if (plan.block_classes[k] == zero_class) continue;
-        uint32_t* counts = plan.counts + plan.block_classes[k] * plan.contexts() * symbol_stride;
-        const uint8_t* symbols = plan.lanes.symbols + k * block_lanes;
-        const uint8_t* contexts = plan.lanes.contexts + k * block_lanes;
-        for (size_t j = 0; j < plan.lanes_of(k); ++j) {
-            const size_t of_context = plan.guide == nullptr ? 0 : contexts[j] * symbol_stride;
-            ++counts[j % banks * counters + of_context + symbols[j]];
-        }
+    const size_t step = counted_step(plan);
+    for (size_t k = 0; k < plan.blocks; k += step) {
+        if (plan.block_classes[k] != zero_class) count_block(plan, k, counters);
     }
-    for (size_t bank = 1; bank < banks; ++bank) {
-        for (size_t i = 0; i < counters; ++i) plan.counts[i] += plan.counts[bank * counters + i];
+    for (size_t i = 0; i < counters; ++i) {
+        uint32_t sum = 0;
+        for (size_t bank = 0; bank < banks; ++bank) sum += plan.counts[bank * counters + i];
+        plan.counts[i] = sum * static_cast<uint32_t>(step);
     }
-    for (size_t i = 0; i < counters; ++i) plan.counts[i] *= static_cast<uint32_t>(counted_step(plan));
 }
 
 // A symbol too rare for a table would take from the others more than an escape costs it.

@@ -55,44 +55,47 @@ unsigned context_of(const Model& model, const uint8_t* guide, size_t i) {
     return magnitude - model.low < rans::contexts ? static_cast<unsigned>(magnitude - model.low) : rans::contexts - 1;
 }
 
-// Calls take(bits, offset, at) for each piece: its length, the lowest raw bit that it holds, and its first byte.
-template <class Take>
-void for_each_piece(unsigned bits, size_t lanes, Take take) {
+// Calls take(bits, offset, nbytes, at) for each piece of the raw bits of a block: its length, the lowest raw bit that it
+// holds, how many bytes its pieces are, and the first of them.
+template <class Bytes, class Take>
+void for_each_piece(unsigned bits, size_t lanes, Bytes* raw, Take take) {
     unsigned offset = 0;
-    size_t at = 0;
     for (unsigned piece = longest_piece; piece > 0; piece /= 2) {
         if ((bits & piece) == 0) continue;
-        take(piece, offset, at);
+        const size_t nbytes = piece_nbytes(lanes, piece);
+        take(piece, offset, nbytes, raw);
         offset += piece;
-        at += piece_nbytes(lanes, piece);
+        raw += nbytes;
     }
 }
 
-void put_raw(uint8_t* raw, unsigned bits, size_t lanes, size_t i, uint64_t value) {
-    for_each_piece(bits, lanes, [=](unsigned piece, unsigned offset, size_t at) {
-        const uint64_t part = value >> offset & ((uint64_t{1} << piece) - 1);
-        if (piece >= 8) {
-            std::memcpy(raw + at + i * (piece / 8), &part, piece / 8);
-        } else {
-            const size_t apart = piece_nbytes(lanes, piece);
-            raw[at + i % apart] = static_cast<uint8_t>(raw[at + i % apart] | part << (piece * (i / apart)));
+void put_raw(const uint64_t* values, unsigned bits, size_t lanes, uint8_t* raw) {
+    for_each_piece(bits, lanes, raw, [=](unsigned piece, unsigned offset, size_t nbytes, uint8_t* to) {
+        std::memset(to, 0, nbytes);
+        for (size_t i = 0; i < lanes; ++i) {
+            const uint64_t part = values[i] >> offset & ((uint64_t{1} << piece) - 1);
+            if (piece >= 8) {
+                std::memcpy(to + i * (piece / 8), &part, piece / 8);
+            } else {
+                to[i % nbytes] = static_cast<uint8_t>(to[i % nbytes] | part << (piece * (i / nbytes)));
+            }
         }
     });
 }
 
-uint64_t take_raw(const uint8_t* raw, unsigned bits, size_t lanes, size_t i) {
-    uint64_t value = 0;
-    for_each_piece(bits, lanes, [=, &value](unsigned piece, unsigned offset, size_t at) {
-        uint64_t part = 0;
-        if (piece >= 8) {
-            std::memcpy(&part, raw + at + i * (piece / 8), piece / 8);
-        } else {
-            const size_t apart = piece_nbytes(lanes, piece);
-            part = static_cast<uint64_t>(raw[at + i % apart]) >> (piece * (i / apart)) & ((1u << piece) - 1);
+void take_raw(const uint8_t* raw, unsigned bits, size_t lanes, uint64_t* values) {
+    std::memset(values, 0, lanes * sizeof *values);
+    for_each_piece(bits, lanes, raw, [=](unsigned piece, unsigned offset, size_t nbytes, const uint8_t* from) {
+        for (size_t i = 0; i < lanes; ++i) {
+            uint64_t part = 0;
+            if (piece >= 8) {
+                std::memcpy(&part, from + i * (piece / 8), piece / 8);
+            } else {
+                part = static_cast<uint64_t>(from[i % nbytes]) >> (piece * (i / nbytes)) & ((1u << piece) - 1);
+            }
+            values[i] |= part << offset;
         }
-        value |= part << offset;
     });
-    return value;
 }
 
 template <class U>
@@ -111,15 +114,16 @@ uint8_t* split(const Model& model, const uint8_t* weight_table, const uint8_t* s
         uint32_t& level = to.levels[at / block_lanes];
         level = 0;
         if (is_zero<U>(src + at * sizeof(U), count)) continue;
-        std::memset(raw, 0, raw_nbytes(count, bits));
+        uint64_t values[block_lanes];
         for (size_t j = 0; j < count; ++j) {
             const U lane = load<U>(src + (at + j) * sizeof(U));
             const unsigned symbol = symbol_of(model, top_of(model, lane));
             to.symbols[at + j] = static_cast<uint8_t>(symbol);
             if (guide != nullptr) to.contexts[at + j] = static_cast<uint8_t>(context_of<U>(model, guide, at + j));
             level += weight_table[weight_of(model, symbol)];
-            put_raw(raw, bits, count, j, raw_of(model, lane));
+            values[j] = raw_of(model, lane);
         }
+        put_raw(values, bits, count, raw);
         raw += raw_nbytes(count, bits);
     }
     return raw;
@@ -155,6 +159,8 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
             std::memset(out + at * sizeof(U), 0, count * sizeof(U));
             continue;
         }
+        uint64_t values[block_lanes];
+        take_raw(source.raw, bits, count, values);
         for (size_t i = at; i < at + count; ++i) {
             const unsigned table = model.table_of[block_class][context_of<U>(model, guide, i)];
             uint32_t& state = from.states[i % model.streams];
@@ -173,7 +179,7 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
                 source.escapes += 2;
                 if (top >> top_bits(model) != 0) return false;
             }
-            const U lane = from_parts<U>(model, top, take_raw(source.raw, bits, count, i - at));
+            const U lane = from_parts<U>(model, top, values[i - at]);
             std::memcpy(out + i * sizeof(U), &lane, sizeof lane);
         }
         source.raw += raw_nbytes(count, bits);

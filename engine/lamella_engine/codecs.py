@@ -10,6 +10,8 @@ bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p o
 ``XOR_PLANES``          3   the planes of chunk ^ base
 ``RESIDUAL_PLANES``     4   the planes of residual(chunk, base), lane by lane
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
+``FLOAT_RANS``          6   the chunk's floats, their highest bits entropy-coded: ``cpp_ext/floats.hpp``, and FORMAT.md
+``GUIDED_RANS``         7   the same, with the lanes of the base, then called guide, as contexts
 ``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
                             ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
@@ -33,7 +35,7 @@ negated if the sign bit of ``base`` is set. The residual is 2d if d >= 0 as two'
 import struct
 import threading
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +60,8 @@ class Encoding(IntEnum):
     XOR_PLANES = 3
     RESIDUAL_PLANES = 4
     RESIDUAL_RANS = 5
+    FLOAT_RANS = 6
+    GUIDED_RANS = 7
     CAST = 9
 
 
@@ -65,11 +69,26 @@ _ENCODINGS = frozenset(Encoding)
 _CASTS = frozenset(Cast)
 
 
+class Against(Enum):
+    """What a payload was made against, and what it is decoded with."""
+
+    NOTHING = "nothing"
+    BASE = "base"
+    GUIDE = "guide"
+
+
 class Encoded(NamedTuple):
     """A payload and what it takes to read it."""
 
     encoding: Encoding
     payload: bytes
+
+    @property
+    def against(self) -> Against:
+        """Which of the arguments of :func:`encode` is the base of :func:`decode`."""
+        if self.encoding is Encoding.GUIDED_RANS:
+            return Against.GUIDE
+        return Against.BASE if needs_base(self.encoding) else Against.NOTHING
 
 
 class _Form(IntEnum):
@@ -142,7 +161,18 @@ _worker = _Worker()
 
 def needs_base(encoding: int) -> bool:
     """Whether a payload of this encoding can only be decoded with its base."""
-    return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS, Encoding.CAST)
+    return encoding in _NEEDS_BASE
+
+
+_NEEDS_BASE = frozenset(
+    (
+        Encoding.XOR_PLANES,
+        Encoding.RESIDUAL_PLANES,
+        Encoding.RESIDUAL_RANS,
+        Encoding.GUIDED_RANS,
+        Encoding.CAST,
+    )
+)
 
 
 def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
@@ -150,12 +180,15 @@ def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
     return base_nbytes == nbytes or (floating and 2 * min(base_nbytes, nbytes) == max(base_nbytes, nbytes))
 
 
-def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None) -> Encoded:
+def encode(
+    chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None, guide: Buffer | None = None
+) -> Encoded:
     """Encode a chunk as the smallest of its candidates.
 
     Candidates are ``RAW``, ``CONSTANT`` and ``PLANES``; with a base also ``XOR_PLANES`` and, for floats,
-    ``RESIDUAL_PLANES`` and, from 128 lanes on, ``RESIDUAL_RANS``. Each plane is stored in its smallest form. Planes of
-    a long chunk of floats are only tried if those of a sample of it come near what the residual coder took.
+    ``RESIDUAL_PLANES``. From 128 lanes on, floats have ``FLOAT_RANS``, with a base ``RESIDUAL_RANS``, and with a guide
+    ``GUIDED_RANS``. Each plane is stored in its smallest form. What is likely to lose is only tried if a sample of a
+    long chunk says that it could win.
 
     Parameters
     ----------
@@ -168,6 +201,9 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
     base
         Decoded bytes of another chunk of as many lanes, expected to be like this one: of lanes as long, or of floats
         half or twice as long, of which it may be a cast.
+    guide
+        Decoded bytes of another chunk of the same length, whose lanes say how large those of this one are: of the
+        second moments of an optimizer, whose first moments this holds.
 
     Raises
     ------
@@ -185,37 +221,44 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
         )
     reference = None if base is None else _bytes(base, what="base")
     if reference is not None and not fits(reference.size, source.size, floating=floating):
-        raise InvalidInputError(
-            f"a base of {reference.size} bytes does not fit a chunk of {source.size}: leave it out",
-            kind="base_length",
-            expected=source.size,
-            actual=reference.size,
-        )
+        raise _misfit("base", reference.size, source.size)
+    guiding = None if guide is None else _bytes(guide, what="guide")
+    if guiding is not None and guiding.size != source.size:
+        raise _misfit("guide", guiding.size, source.size)
     if reference is not None and reference.size != source.size:
         return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
-    candidates = [Encoding.PLANES]
-    if reference is not None:
-        candidates.insert(0, Encoding.XOR_PLANES)
-        if floating:
-            candidates.insert(0, Encoding.RESIDUAL_PLANES)
     # The likeliest winner goes first, so that the others are given up early.
+    against: list[tuple[Encoding, _Bytes | None]] = []
+    if floating and source.size >= _FEWEST_CODED * width:
+        if reference is not None:
+            against.append((Encoding.RESIDUAL_RANS, reference))
+        if guiding is not None:
+            against.append((Encoding.GUIDED_RANS, guiding))
+        against.append((Encoding.FLOAT_RANS, None))
+    if reference is not None:
+        if floating:
+            against.append((Encoding.RESIDUAL_PLANES, reference))
+        against.append((Encoding.XOR_PLANES, reference))
+    against.append((Encoding.PLANES, None))
     best, size = Encoded(Encoding.RAW, b""), source.size
-    if reference is not None and floating and source.size >= _FEWEST_CODED * width:
-        payload = _encode_residuals(source, reference, width=width)
-        if payload is not None and len(payload) < size:
-            best, size = Encoded(Encoding.RESIDUAL_RANS, payload), len(payload)
-            candidates = [
-                encoding
-                for encoding in candidates
-                if _plausible(encoding, source, reference, width=width, floating=floating, limit=size)
-            ]
-    for encoding in candidates:
-        payload = _encode_planes(encoding, source, reference, width=width, floating=floating, limit=size)
+    for encoding, other in against:
+        if best.payload and floating and not _plausible(encoding, source, other, width=width, limit=size):
+            continue
+        payload = _encode_as(encoding, source, other, width=width, floating=floating, limit=size)
         if payload is not None:
             best, size = Encoded(encoding, payload), len(payload)
     return best if best.payload else Encoded(Encoding.RAW, source.tobytes())
+
+
+def _misfit(what: str, actual: int, expected: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"a {what} of {actual} bytes does not fit a chunk of {expected}: leave it out",
+        kind="base_length",
+        expected=expected,
+        actual=actual,
+    )
 
 
 def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
@@ -227,19 +270,32 @@ def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
     number = bytes([cast])
     if np.array_equal(source, reference):
         return Encoded(Encoding.CAST, number)
-    payload = _encode_residuals(source, reference, width=width) if source.size >= _FEWEST_CODED * width else None
+    payload = None
+    if source.size >= _FEWEST_CODED * width:
+        payload = _encode_as(Encoding.RESIDUAL_RANS, source, reference, width=width, floating=True, limit=source.size)
     alone = encode(source.data, width=width, floating=True)
     if payload is not None and len(number) + len(payload) < len(alone.payload):
         return Encoded(Encoding.CAST, number + payload)
     return alone
 
 
-def _encode_residuals(source: _Bytes, base: _Bytes, *, width: int) -> bytes | None:
-    """Return the payload of the residual coder, or None if it is longer than the chunk."""
-    out = _worker.scratch[: source.size]
-    nbytes = _kernels.residual_encode(source, base, width, _worker.workspace(source.size, width), out)
+def _encode_as(
+    encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, floating: bool, limit: int
+) -> bytes | None:
+    """Return the payload of one encoding, or None if it is not shorter than ``limit``."""
+    if encoding not in _CODED:
+        return _encode_planes(encoding, source, other, width=width, floating=floating, limit=limit)
+    out = _worker.scratch[: max(limit - 1, 0)]
+    workspace = _worker.workspace(source.size, width)
+    if encoding is Encoding.RESIDUAL_RANS:
+        assert other is not None
+        nbytes = _kernels.residual_encode(source, other, width, workspace, out)
+    else:
+        nbytes = _kernels.float_encode(source, other, width, workspace, out)
     return out[:nbytes].tobytes() if nbytes else None
 
+
+_CODED = frozenset((Encoding.RESIDUAL_RANS, Encoding.FLOAT_RANS, Encoding.GUIDED_RANS))
 
 # Lanes of one block. What the coder could save on fewer of them a blob's row in its pack takes three times over.
 _FEWEST_CODED = 128
@@ -251,21 +307,24 @@ _RUNS = 64
 _SHORTEST_RUN = 32
 # A sample is off by a few per cent, and by its headers too long. The coder usually wins by 10 to 40.
 _DOUBT = 0.96
+# Bytes that a coder needs for tables and states, whatever it codes.
+_CODED_HEADER = 256
 
 
-def _plausible(encoding: Encoding, source: _Bytes, base: _Bytes, *, width: int, floating: bool, limit: int) -> bool:
-    """Whether the payload of a planes encoding could be shorter than ``limit``, judged from a sample."""
+def _plausible(encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, limit: int) -> bool:
+    """Whether the payload of floats in an encoding could be shorter than ``limit``, judged from a sample."""
     lanes = source.size // width
     between = lanes // _RUNS
     run = max(_SHORTEST_RUN, between // _SAMPLE)
     if between < 4 * run:
         return True
-    first_lanes = (slice(None), slice(run * width))
-    sample, sampled_base = (
-        whole[: _RUNS * between * width].reshape(_RUNS, -1)[first_lanes].reshape(-1) for whole in (source, base)
+    sample, sampled_other = (
+        None if whole is None else whole[: _RUNS * between * width].reshape(_RUNS, -1)[:, : run * width].reshape(-1)
+        for whole in (source, other)
     )
-    room = int(limit * sample.size / source.size / _DOUBT)
-    return _encode_planes(encoding, sample, sampled_base, width=width, floating=floating, limit=room) is not None
+    assert sample is not None
+    room = int(limit * sample.size / source.size / _DOUBT) + (_CODED_HEADER if encoding in _CODED else 0)
+    return _encode_as(encoding, sample, sampled_other, width=width, floating=True, limit=room) is not None
 
 
 def _encode_planes(
@@ -341,6 +400,10 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
         _check(stored.size == width, f"constant payload of {stored.size} bytes for lanes of {width}")
         target.reshape(-1, width)[:] = stored
         return
+    if encoding == Encoding.FLOAT_RANS:
+        fault = _kernels.float_decode(stored, None, width, _worker.workspace(target.size, width), target)
+        _check(fault is None, str(fault))
+        return
     if encoding == Encoding.PLANES:
         _kernels.merge_planes(_decode_planes(stored, width, target.size // width), target)
         return
@@ -354,8 +417,9 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
     if reference is None or reference.size != target.size:
         found = "no base" if reference is None else f"a base of {reference.size} bytes"
         raise _corrupt(f"delta of {target.size} bytes with {found}")
-    if encoding == Encoding.RESIDUAL_RANS:
-        fault = _kernels.residual_decode(stored, reference, width, _worker.workspace(target.size, width), target)
+    if encoding in (Encoding.RESIDUAL_RANS, Encoding.GUIDED_RANS):
+        coder = _kernels.residual_decode if encoding == Encoding.RESIDUAL_RANS else _kernels.float_decode
+        fault = coder(stored, reference, width, _worker.workspace(target.size, width), target)
         _check(fault is None, str(fault))
         return
     merge = _kernels.xor_merge if encoding == Encoding.XOR_PLANES else _kernels.residual_merge
