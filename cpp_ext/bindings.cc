@@ -165,6 +165,31 @@ std::optional<const char*> float_decode(Bytes payload, std::optional<Bytes> guid
                                    workspace.data(), out.data());
 }
 
+void require_singles(std::size_t nbytes, const Bytes& decayed, const Out& out) {
+    require(nbytes % 4 == 0, "lanes must be of four bytes");
+    require(decayed.size() == nbytes && out.size() == nbytes, "all must be of one length");
+}
+
+void decay(Bytes base, std::uint32_t factor, unsigned halvings, Out out) {
+    require_singles(base.size(), base, out);
+    require(factor >> 31 != 0, "factor must be at least 2^31");
+    require(halvings < 8, "halvings must be less than 8");
+    nb::gil_scoped_release release;
+    lamella::decay(base.data(), base.size() / 4, factor, halvings, out.data());
+}
+
+void decay_fold(Bytes src, Bytes decayed, Out out) {
+    require_singles(src.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_fold(src.data(), decayed.data(), src.size() / 4, out.data());
+}
+
+void decay_unfold(Bytes folded, Bytes decayed, Out out) {
+    require_singles(folded.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_unfold(folded.data(), decayed.data(), folded.size() / 4, out.data());
+}
+
 bool is_constant(Bytes src, std::size_t width) {
     require(width != 0 && src.size() % width == 0, "src must be whole lanes");
     nb::gil_scoped_release release;
@@ -248,6 +273,13 @@ NB_MODULE(_kernels, m) {
     m.def("float_decode", float_decode, "payload"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.");
+
+    m.def("decay", decay, "base"_a.noconvert(), "factor"_a, "halvings"_a, "out"_a.noconvert(),
+          "out = base * factor / 2^(32 + halvings), lanes being float32.");
+    m.def("decay_fold", decay_fold, "src"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Move lanes that are above a decayed base such that their residuals have no sign.");
+    m.def("decay_unfold", decay_unfold, "folded"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of decay_fold; out may be folded.");
 
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),

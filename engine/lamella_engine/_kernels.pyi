@@ -104,6 +104,17 @@ def float_decode(payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), or
     Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.
     """
 
+def decay(base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], factor: int, halvings: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """out = base * factor / 2^(32 + halvings), lanes being float32."""
+
+def decay_fold(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], decayed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """
+    Move lanes that are above a decayed base such that their residuals have no sign.
+    """
+
+def decay_unfold(folded: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], decayed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Inverse of decay_fold; out may be folded."""
+
 def is_constant(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> bool:
     """Whether all lanes of src are equal."""
 

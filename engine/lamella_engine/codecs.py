@@ -12,6 +12,8 @@ bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p o
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
 ``FLOAT_RANS``          6   the chunk's floats, their highest bits entropy-coded: ``cpp_ext/floats.hpp``, and FORMAT.md
 ``GUIDED_RANS``         7   the same, with the lanes of the base, then called guide, as contexts
+``DECAYED_RANS``        11  a decay of the base, and residual(chunk, what it leaves of the base) without signs, coded as
+                            ``RESIDUAL_RANS``
 ``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
                             ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
@@ -42,9 +44,10 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from lamella_engine import _kernels, casts
+from lamella_engine import _kernels, casts, decays
 from lamella_engine.casts import Cast
 from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.decays import Decay
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 from lamella_engine.model import Buffer
 
@@ -63,6 +66,7 @@ class Encoding(IntEnum):
     FLOAT_RANS = 6
     GUIDED_RANS = 7
     CAST = 9
+    DECAYED_RANS = 11
 
 
 _ENCODINGS = frozenset(Encoding)
@@ -134,7 +138,8 @@ class _Worker(threading.local):
         self.others = _compressor(3)
         self.decompressor = zstandard.ZstdDecompressor()
         self.scratch = np.empty(MAX_CELL_NBYTES, np.uint8)
-        self._cast = np.empty(0, np.uint8)
+        self._derived = np.empty(0, np.uint8)
+        self._folded = np.empty(0, np.uint8)
         self._workspace = np.empty(0, np.uint8)
 
     def planes(self, width: int, lanes: int) -> NDArray[np.uint8]:
@@ -143,10 +148,28 @@ class _Worker(threading.local):
 
     def cast(self, cast: Cast, source: _Bytes, nbytes: int) -> _Bytes:
         """Return what a cast makes of ``source``: ``nbytes``, which the thread's next call of this overwrites."""
-        if self._cast.size < nbytes:
-            self._cast = np.empty(MAX_CELL_NBYTES, np.uint8)
-        casts.apply(cast, source, self._cast[:nbytes])
-        return self._cast[:nbytes]
+        derived = self._derive(nbytes)
+        casts.apply(cast, source, derived)
+        return derived
+
+    def decay(self, decay: Decay, source: _Bytes) -> _Bytes:
+        """Return what a decay leaves of ``source``, which the thread's next call of this or of ``cast`` overwrites."""
+        derived = self._derive(source.size)
+        decays.apply(decay, source, derived)
+        return derived
+
+    def _derive(self, nbytes: int) -> _Bytes:
+        if self._derived.size < nbytes:
+            self._derived = np.empty(MAX_CELL_NBYTES, np.uint8)
+        return self._derived[:nbytes]
+
+    def fold(self, source: _Bytes, decayed: _Bytes) -> _Bytes:
+        """Return ``source`` folded, which the thread's next call of this overwrites."""
+        if self._folded.size < source.size:
+            self._folded = np.empty(MAX_CELL_NBYTES, np.uint8)
+        folded = self._folded[: source.size]
+        _kernels.decay_fold(source, decayed, folded)
+        return folded
 
     def workspace(self, nbytes: int, width: int) -> NDArray[np.uint8]:
         """Return what the residual coder needs to code a chunk of ``nbytes``, with whatever it last held."""
@@ -171,6 +194,7 @@ _NEEDS_BASE = frozenset(
         Encoding.RESIDUAL_RANS,
         Encoding.GUIDED_RANS,
         Encoding.CAST,
+        Encoding.DECAYED_RANS,
     )
 )
 
@@ -233,6 +257,8 @@ def encode(
     against: list[tuple[Encoding, _Bytes | None]] = []
     if floating and source.size >= _FEWEST_CODED * width:
         if reference is not None:
+            if width == _DECAYING_WIDTH:
+                against.append((Encoding.DECAYED_RANS, reference))
             against.append((Encoding.RESIDUAL_RANS, reference))
         if guiding is not None:
             against.append((Encoding.GUIDED_RANS, guiding))
@@ -286,16 +312,28 @@ def _encode_as(
     if encoding not in _CODED:
         return _encode_planes(encoding, source, other, width=width, floating=floating, limit=limit)
     out = _worker.scratch[: max(limit - 1, 0)]
+    prefix = b""
     workspace = _worker.workspace(source.size, width)
+    if encoding is Encoding.DECAYED_RANS:
+        assert other is not None
+        decay = decays.likeliest(other, source)
+        if decay is None:
+            return None
+        prefix = decays.LAYOUT.pack(*decay)
+        other = _worker.decay(decay, other)
+        source = _worker.fold(source, other)
+        encoding = Encoding.RESIDUAL_RANS
     if encoding is Encoding.RESIDUAL_RANS:
         assert other is not None
         nbytes = _kernels.residual_encode(source, other, width, workspace, out)
     else:
         nbytes = _kernels.float_encode(source, other, width, workspace, out)
-    return out[:nbytes].tobytes() if nbytes else None
+    return prefix + out[:nbytes].tobytes() if nbytes and nbytes + len(prefix) < limit else None
 
 
-_CODED = frozenset((Encoding.RESIDUAL_RANS, Encoding.FLOAT_RANS, Encoding.GUIDED_RANS))
+# Lanes of what decays: optimizers keep their moments in float32.
+_DECAYING_WIDTH = 4
+_CODED = frozenset((Encoding.DECAYED_RANS, Encoding.RESIDUAL_RANS, Encoding.FLOAT_RANS, Encoding.GUIDED_RANS))
 
 # Lanes of one block. What the coder could save on fewer of them a blob's row in its pack takes three times over.
 _FEWEST_CODED = 128
@@ -417,10 +455,14 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
     if reference is None or reference.size != target.size:
         found = "no base" if reference is None else f"a base of {reference.size} bytes"
         raise _corrupt(f"delta of {target.size} bytes with {found}")
-    if encoding in (Encoding.RESIDUAL_RANS, Encoding.GUIDED_RANS):
-        coder = _kernels.residual_decode if encoding == Encoding.RESIDUAL_RANS else _kernels.float_decode
+    if encoding == Encoding.DECAYED_RANS:
+        stored, reference = _decode_decay(stored, reference, width)
+    if encoding in (Encoding.RESIDUAL_RANS, Encoding.DECAYED_RANS, Encoding.GUIDED_RANS):
+        coder = _kernels.float_decode if encoding == Encoding.GUIDED_RANS else _kernels.residual_decode
         fault = coder(stored, reference, width, _worker.workspace(target.size, width), target)
         _check(fault is None, str(fault))
+        if encoding == Encoding.DECAYED_RANS:
+            _kernels.decay_unfold(target, reference, target)
         return
     merge = _kernels.xor_merge if encoding == Encoding.XOR_PLANES else _kernels.residual_merge
     merge(_decode_planes(stored, width, target.size // width), reference, target)
@@ -440,6 +482,16 @@ def _decode_cast(payload: _Bytes, base: _Bytes | None, width: int, nbytes: int) 
     if base is None or base.size * cast.width != nbytes * cast.source_width:
         raise _corrupt(f"cast to {nbytes} bytes with {found}")
     return payload[1:], _worker.cast(cast, base, nbytes)
+
+
+def _decode_decay(payload: _Bytes, base: _Bytes, width: int) -> tuple[_Bytes, _Bytes]:
+    """Return the rest of a payload of ``DECAYED_RANS``, and what its decay leaves of the base, in scratch."""
+    _check(width == _DECAYING_WIDTH, f"decay of lanes of {width} bytes")
+    _check(payload.size >= decays.LAYOUT.size, "payload that ends within its decay")
+    decay = Decay(*decays.LAYOUT.unpack_from(payload.data))
+    possible = decay.halvings <= decays.MOST_HALVINGS and decay.factor >= 1 << 31
+    _check(possible, f"decay by {decay.factor} and {decay.halvings} halvings")
+    return payload[decays.LAYOUT.size :], _worker.decay(decay, base)
 
 
 def _decode_planes(payload: _Bytes, width: int, length: int) -> Sequence[_Bytes]:
