@@ -40,13 +40,15 @@ FUZZ_RUNS ?= 100000000
 
 # What reads payloads that anybody may have written.
 FUZZED := residual_coder float_coder
-CODERS := $(wildcard cpp_ext/rans_*.cc cpp_ext/float_*.cc)
 
 fuzz: $(FUZZED:%=build/fuzz/%)  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
 	mkdir -p $(FUZZED:%=build/fuzz/found/%)
 	for target in $(FUZZED); do \
 	    build/fuzz/$$target -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found/$$target cpp_ext/fuzz/corpus/$$target || exit 1; \
 	done
+
+# All but the bindings and the choice between variants.
+KERNELS := $(filter-out cpp_ext/bindings.cc cpp_ext/dispatch.cc,$(wildcard cpp_ext/*.cc))
 
 SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
 
@@ -55,11 +57,11 @@ replay: $(FUZZED:%=build/fuzz/%.replay)  ## What fuzzing has found, once, under 
 
 build/fuzz/%.replay: cpp_ext/fuzz/%.cc cpp_ext/fuzz/replay.cc $(CPP)
 	mkdir -p build/fuzz
-	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $< cpp_ext/fuzz/replay.cc $(CODERS)
+	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $< cpp_ext/fuzz/replay.cc $(KERNELS)
 
 build/fuzz/%: cpp_ext/fuzz/%.cc $(CPP)
 	mkdir -p build/fuzz
-	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(CODERS)
+	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(KERNELS)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository

@@ -3,11 +3,13 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "floats.hpp"
@@ -198,18 +200,46 @@ bool is_constant(Bytes src, std::size_t width) {
 
 using MomentsTuple = std::tuple<std::size_t, std::uint64_t, double, double, double, double, double, double>;
 
-MomentsTuple moments(Bytes a, Bytes b, Kind kind, std::optional<Table> table) {
-    const std::size_t width = lamella::element_width(kind);
-    require(a.size() == b.size(), "a and b must be of one length");
-    require(a.size() % width == 0, "a must be whole elements");
+const double* require_elements(std::size_t nbytes, Kind kind, const std::optional<Table>& table) {
+    require(nbytes % lamella::element_width(kind) == 0, "a must be whole elements");
     require((kind == Kind::table8) == table.has_value(), "a table goes with TABLE8 and with nothing else");
-    lamella::Moments m;
+    return table ? table->data() : nullptr;
+}
+
+MomentsTuple as_tuple(std::size_t count, const lamella::PartialSums& sums) {
+    const lamella::Moments m = lamella::finish(sums);
+    return {count, m.changed,   m.squared_difference, m.absolute_difference, m.largest_difference,
+            m.dot, m.squared_a, m.squared_b};
+}
+
+MomentsTuple moments(Bytes a, Bytes b, Kind kind, std::optional<Table> table) {
+    require(a.size() == b.size(), "a and b must be of one length");
+    const double* values = require_elements(a.size(), kind, table);
+    const std::size_t count = a.size() / lamella::element_width(kind);
+    lamella::PartialSums sums = {};
     {
         nb::gil_scoped_release release;
-        m = lamella::active().moments(a.data(), b.data(), a.size() / width, kind, table ? table->data() : nullptr);
+        lamella::active().add_moments(a.data(), b.data(), count, kind, values, sums);
     }
-    return {a.size() / width,     m.changed, m.squared_difference, m.absolute_difference,
-            m.largest_difference, m.dot,     m.squared_a,          m.squared_b};
+    return as_tuple(count, sums);
+}
+
+std::variant<MomentsTuple, const char*> residual_moments(Bytes a, Bytes payload, Bytes base, std::size_t width,
+                                                         Out workspace, Kind kind, std::optional<Table> table) {
+    const std::size_t n = lanes(a.size(), width);
+    require(a.size() == base.size(), "base must be as long as a");
+    require(n != 0, "a must not be empty");
+    require(workspace.size() >= lamella::rans::decoder_workspace(n), "workspace must be large enough");
+    const double* values = require_elements(a.size(), kind, table);
+    lamella::PartialSums sums = {};
+    const char* fault;
+    {
+        nb::gil_scoped_release release;
+        fault = lamella::rans::add_moments(lamella::active(), payload.data(), payload.size(), base.data(), a.data(), n,
+                                           width, kind, values, workspace.data(), sums);
+    }
+    if (fault != nullptr) return fault;
+    return as_tuple(a.size() / lamella::element_width(kind), sums);
 }
 
 }  // namespace
@@ -266,10 +296,11 @@ NB_MODULE(_kernels, m) {
           "Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.");
 
     m.def("cast", cast, "src"_a.noconvert(), "how"_a, "out"_a.noconvert(), "Convert lanes, each to one lane of out.");
-    m.def("float_encode", float_encode, "src"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
-          "workspace"_a.noconvert(), "out"_a.noconvert(),
-          "Write the FLOAT_RANS payload of src, or GUIDED_RANS with a guide, to the front of out; return its bytes, or 0"
-          " if out is too short.");
+    m.def(
+        "float_encode", float_encode, "src"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
+        "workspace"_a.noconvert(), "out"_a.noconvert(),
+        "Write the FLOAT_RANS payload of src, or GUIDED_RANS with a guide, to the front of out; return its bytes, or 0"
+        " if out is too short.");
     m.def("float_decode", float_decode, "payload"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.");
@@ -284,4 +315,7 @@ NB_MODULE(_kernels, m) {
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
           "Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).");
+    m.def("residual_moments", residual_moments, "a"_a.noconvert(), "payload"_a.noconvert(), "base"_a.noconvert(),
+          "width"_a, "workspace"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
+          "Return moments of a and of what residual_decode gives, or what is wrong with the payload.");
 }

@@ -126,8 +126,7 @@ struct Lanes32<2> {
         const auto sixteen = [&model](const uint8_t* from) {
             const Vector top = magnitudes(from, model.cut);
             const Vector at = _mm256_min_epu16(_mm256_sub_epi16(top, all16(model.first)), all16(model.values));
-            return _mm256_andnot_si256(_mm256_cmpeq_epi16(top, _mm256_setzero_si256()),
-                                       _mm256_add_epi16(at, all16(1)));
+            return _mm256_andnot_si256(_mm256_cmpeq_epi16(top, _mm256_setzero_si256()), _mm256_add_epi16(at, all16(1)));
         };
         return pack(sixteen(lanes), sixteen(lanes + 32));
     }
@@ -193,8 +192,9 @@ void join_rest(const uint8_t* raw, unsigned rest, Vector (&to)[4]) {
     if ((rest & 1) != 0) {
         const Vector eight = _mm256_broadcastsi128_si256(load_half(raw));
         for (unsigned i = 0; i < 4; ++i) {
-            const Vector bit = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi8(static_cast<char>(1u << (2 * i)))),
-                                                       _mm_set1_epi8(static_cast<char>(2u << (2 * i))), 1);
+            const Vector bit =
+                _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi8(static_cast<char>(1u << (2 * i)))),
+                                        _mm_set1_epi8(static_cast<char>(2u << (2 * i))), 1);
             const Vector is_set = _mm256_cmpeq_epi8(_mm256_and_si256(eight, bit), bit);
             to[i] = _mm256_or_si256(to[i], _mm256_and_si256(is_set, all8(1u << offset)));
         }
@@ -267,7 +267,8 @@ struct Words {
 // The slots at eight places, by single loads: gathers are slower on the CPUs that this was measured on.
 Vector slots_at(const Slot* slots, Vector places) {
     const auto four = [slots](__m128i of) {
-        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(of)), b = static_cast<uint64_t>(_mm_extract_epi64(of, 1));
+        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(of)),
+                   b = static_cast<uint64_t>(_mm_extract_epi64(of, 1));
         __m128i v = _mm_cvtsi32_si128(static_cast<int>(slots[a & 0xffffffff]));
         v = _mm_insert_epi32(v, static_cast<int>(slots[a >> 32]), 1);
         v = _mm_insert_epi32(v, static_cast<int>(slots[b & 0xffffffff]), 2);
@@ -286,8 +287,7 @@ Vector slots_at(const Slot* slots, Vector places) {
     const Vector next = _mm256_add_epi32(product, _mm256_and_si256(_mm256_srli_epi32(slot, 12), twelve));
     const Vector needy = _mm256_cmpgt_epi32(all(rans::low_state), next);
     const int set = mask_of(needy);
-    const Vector given =
-        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(words)), load(spread.of_set[set]));
+    const Vector given = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(words)), load(spread.of_set[set]));
     words += 2 * count(set);
     state = _mm256_or_si256(_mm256_sllv_epi32(next, _mm256_and_si256(needy, all(16))), given);
     return _mm256_srli_epi32(slot, 24);
@@ -324,8 +324,8 @@ struct Join<2> {
                 const Vector bytes = _mm256_cvtepu8_epi16(load_half(block + pieces.byte_at + at + i));
                 raw = _mm256_or_si256(_mm256_slli_epi16(raw, 8), bytes);
             }
-            const Vector symbol = _mm256_cvtepu8_epi16(i == 0 ? _mm256_castsi256_si128(symbols)
-                                                              : _mm256_extracti128_si256(symbols, 1));
+            const Vector symbol =
+                _mm256_cvtepu8_epi16(i == 0 ? _mm256_castsi256_si128(symbols) : _mm256_extracti128_si256(symbols, 1));
             const Vector none = _mm256_cmpeq_epi16(symbol, _mm256_setzero_si256());
             const Vector top = _mm256_andnot_si256(none, _mm256_add_epi16(symbol, all16(model.first - 1)));
             const Vector low = _mm256_sll_epi16(_mm256_and_si256(raw, all16((1u << below) - 1)), times(model.trailing));
@@ -354,8 +354,7 @@ struct Join<4> {
             const Vector top = _mm256_andnot_si256(none, _mm256_add_epi32(symbols[i], all(model.first - 1)));
             const Vector low = _mm256_sll_epi32(_mm256_and_si256(raw, all((1u << below) - 1)), times(model.trailing));
             const Vector sign = _mm256_slli_epi32(_mm256_srl_epi32(raw, times(below)), 31);
-            store(out + 32 * i,
-                  _mm256_add_epi32(_mm256_sll_epi32(top, times(model.cut)), _mm256_or_si256(low, sign)));
+            store(out + 32 * i, _mm256_add_epi32(_mm256_sll_epi32(top, times(model.cut)), _mm256_or_si256(low, sign)));
         }
     }
 };
@@ -379,8 +378,8 @@ bool put_escapes(const Model& model, uint32_t set, Source& source, uint8_t* out)
 
 // One block that is not zero. R registers hold the states.
 template <size_t W, size_t R, bool Guided>
-bool read_block(const Model& model, const Pieces& pieces, const Slot* slots, unsigned block_class,
-                Vector (&states)[R], Words& words, Source& source, const uint8_t* guide, uint8_t* out) {
+bool read_block(const Model& model, const Pieces& pieces, const Slot* slots, unsigned block_class, Vector (&states)[R],
+                Words& words, Source& source, const uint8_t* guide, uint8_t* out) {
     Vector rest[4];
     join_rest(source.raw + pieces.rest_at, pieces.rest(), rest);
     alignas(32) uint8_t rests[block_lanes];
@@ -459,8 +458,8 @@ bool read_streams(const Model& model, const Slot* slots, const uint8_t* block_cl
     }
 }
 
-bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source,
-              const uint8_t* guide, size_t first, size_t n, uint8_t* out) noexcept {
+bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source, const uint8_t* guide,
+              size_t first, size_t n, uint8_t* out) noexcept {
     switch (model.width) {
         case 1:
             return read_streams<1>(model, slots, block_classes, source, guide, first, n, out);
@@ -499,7 +498,8 @@ struct Cut<2> {
         };
         Vector a = raw_of(load(lanes)), b = raw_of(load(lanes + 32));
         if (pieces.has_bytes()) {
-            store(block + pieces.byte_at + at, pack(_mm256_and_si256(a, all16(0xff)), _mm256_and_si256(b, all16(0xff))));
+            store(block + pieces.byte_at + at,
+                  pack(_mm256_and_si256(a, all16(0xff)), _mm256_and_si256(b, all16(0xff))));
             a = _mm256_srli_epi16(a, 8);
             b = _mm256_srli_epi16(b, 8);
         }
@@ -568,8 +568,7 @@ uint8_t* split(const Model& model, const uint8_t* weight_table, const uint8_t* s
             store(to.symbols + at + first, symbols);
             level += sum_of_bytes(weight(_mm256_min_epu8(_mm256_subs_epu8(symbols, below), all8(weights - 1))));
             if (guide != nullptr) {
-                store(to.contexts + at + first,
-                      Lanes32<W>::contexts(guide + (at + first) * W, model.shift, model.low));
+                store(to.contexts + at + first, Lanes32<W>::contexts(guide + (at + first) * W, model.shift, model.low));
             }
             rest[g] = Cut<W>::lanes(model, pieces, lanes + first * W, raw, first);
         }
@@ -664,7 +663,8 @@ void write(const Model& model, const Step* steps, const uint8_t* block_classes, 
         const Vector of_class = all8(model.table_of[block_classes[k]][0]);
         for (size_t i = (k + 1) * block_lanes; i > k * block_lanes;) {
             i -= 32;
-            const Vector tables = guided ? table_of(load(from.contexts + i)) : of_class, symbols = load(from.symbols + i);
+            const Vector tables = guided ? table_of(load(from.contexts + i)) : of_class,
+                         symbols = load(from.symbols + i);
             // symbol + symbol_stride * table, 16 bits each.
             alignas(32) uint64_t at[8];
             const Vector low = _mm256_unpacklo_epi8(symbols, tables), high = _mm256_unpackhi_epi8(symbols, tables);

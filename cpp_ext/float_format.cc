@@ -18,7 +18,8 @@ const char* read_header(rans::BitReader& from, bool guided, Model& model, Slot* 
                         size_t& raw_nbytes) {
     const auto take = [&from](unsigned bits) { return static_cast<unsigned>(from.take(bits)); };
     model.cut = take(cut_bits);
-    if (model.cut + 1 >= 8 * model.width || top_bits(model) > most_top_bits) return "tops of more than 16 bits, or none";
+    if (model.cut + 1 >= 8 * model.width || top_bits(model) > most_top_bits)
+        return "tops of more than 16 bits, or none";
     model.first = take(first_bits);
     model.values = take(values_bits);
     if (model.values == 0 || model.values > most_values || model.first == 0 ||

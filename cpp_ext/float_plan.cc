@@ -296,8 +296,8 @@ void count_symbols(Plan& plan) {
 void choose_tables(Plan& plan) {
     const unsigned symbols = symbol_count(plan.model), escape = escape_of(plan.model);
     uint32_t* merged[rans::max_tables];
-    plan.model.tables = rans::merge_tables(plan.counts, plan.contexts(), symbol_stride, symbols, plan.model.table_of,
-                                           merged);
+    plan.model.tables =
+        rans::merge_tables(plan.counts, plan.contexts(), symbol_stride, symbols, plan.model.table_of, merged);
     for (unsigned t = 0; t < plan.model.tables; ++t) {
         uint32_t* counts = merged[t];
         uint64_t total = 0;
@@ -355,8 +355,8 @@ uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
 }
 
 Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* guide, size_t n, size_t width) {
-    Plan plan{loops, src, guide, n,  width, (n + block_lanes - 1) / block_lanes, {}, {}, {}, {}, {}, {}, {}, {}, {}, {},
-              {}};
+    Plan plan{loops, src, guide, n,  width, (n + block_lanes - 1) / block_lanes, {}, {}, {}, {}, {}, {},
+              {},    {},  {},    {}, {}};
     plan.model.width = static_cast<unsigned>(width);
     return plan;
 }
@@ -398,7 +398,8 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* guide, size
     std::memmove(raw_end, sink.escapes, escapes);
     rans::BitWriter header(out, room);
     write_header(header, plan.model, guide != nullptr, plan.class_tables, plan.tables, raw + escapes);
-    return rans::finish_payload(header, plan.raw, raw + escapes, sink.to, plan.words_end, plan.model.streams, out, room);
+    return rans::finish_payload(header, plan.raw, raw + escapes, sink.to, plan.words_end, plan.model.streams, out,
+                                room);
 }
 
 }  // namespace lamella::floats

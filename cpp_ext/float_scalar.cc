@@ -43,7 +43,8 @@ uint64_t raw_of(const Model& model, U lane) {
 template <class U>
 U from_parts(const Model& model, unsigned top, uint64_t raw) {
     const unsigned below = model.cut - model.trailing;
-    const uint64_t lane = (raw & ((uint64_t{1} << below) - 1)) << model.trailing | static_cast<uint64_t>(top) << model.cut;
+    const uint64_t lane = (raw & ((uint64_t{1} << below) - 1)) << model.trailing | static_cast<uint64_t>(top)
+                                                                                       << model.cut;
     return static_cast<U>(lane | (raw >> below != 0 ? sign_bit<U> : U{0}));
 }
 
@@ -55,8 +56,8 @@ unsigned context_of(const Model& model, const uint8_t* guide, size_t i) {
     return magnitude - model.low < rans::contexts ? static_cast<unsigned>(magnitude - model.low) : rans::contexts - 1;
 }
 
-// Calls take(bits, offset, nbytes, at) for each piece of the raw bits of a block: its length, the lowest raw bit that it
-// holds, how many bytes its pieces are, and the first of them.
+// Calls take(bits, offset, nbytes, at) for each piece of the raw bits of a block: its length, the lowest raw bit that
+// it holds, how many bytes its pieces are, and the first of them.
 template <class Bytes, class Take>
 void for_each_piece(unsigned bits, size_t lanes, Bytes* raw, Take take) {
     unsigned offset = 0;
@@ -215,8 +216,8 @@ void write_any(const Model& model, const Step* steps, const uint8_t* block_class
     }
 }
 
-bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source,
-              const uint8_t* guide, size_t first, size_t n, uint8_t* out) noexcept {
+bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source, const uint8_t* guide,
+              size_t first, size_t n, uint8_t* out) noexcept {
     switch (model.width) {
         case 1:
             return read<uint8_t>(model, slots, block_classes, source, guide, first, n, out);

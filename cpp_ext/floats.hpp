@@ -56,9 +56,9 @@ static constexpr unsigned raw_bits(const Model& model) {
     return model.cut - model.trailing + (model.has_signs ? 1 : 0);
 }
 
-// Raw bits are cut into pieces of these lengths, each at most once, the longest taking the lowest bits; a block's pieces
-// of one length stand together. Pieces of bytes stand lane by lane. Of shorter ones, a byte holds those of lanes as far
-// apart as the piece has bytes, so that a vector takes all its lanes' pieces with one shift and one mask.
+// Raw bits are cut into pieces of these lengths, each at most once, the longest taking the lowest bits; a block's
+// pieces of one length stand together. Pieces of bytes stand lane by lane. Of shorter ones, a byte holds those of lanes
+// as far apart as the piece has bytes, so that a vector takes all its lanes' pieces with one shift and one mask.
 inline constexpr unsigned longest_piece = 32;
 static constexpr std::size_t piece_nbytes(std::size_t lanes, unsigned bits) { return (lanes * bits + 7) / 8; }
 static constexpr std::size_t raw_nbytes(std::size_t lanes, unsigned bits) {

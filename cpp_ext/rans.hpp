@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.hpp"
+
 namespace lamella::rans {
 
 inline constexpr std::size_t block_lanes = 128;
@@ -121,7 +123,8 @@ struct Loops {
     void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,
                   std::size_t n, Sink& to) noexcept;
 
-    // Lanes of n from block `first` on. False if the source ends before the lanes do.
+    // Lanes of n from block `first` on. False if the source ends before the lanes do. A chunk may be read in runs of
+    // whole blocks, one after the other.
     bool (*read)(const Model& model, const Slot* slots, const std::uint8_t* block_classes, Source& from,
                  const std::uint8_t* base, std::size_t first, std::size_t n, std::uint8_t* out) noexcept;
 };
@@ -231,6 +234,14 @@ std::size_t encoder_workspace(std::size_t n, std::size_t width) noexcept;
 // Decode a payload into n lanes of out. nullptr if it was one, else what is wrong with it: then out is undefined.
 const char* decode(const Loops& loops, const std::uint8_t* payload, std::size_t nbytes, const std::uint8_t* base,
                    std::size_t n, std::size_t width, std::uint8_t* workspace, std::uint8_t* out) noexcept;
+
+// Add to `sums` the moments of `other`'s elements against those of the n lanes that a payload stands for, as if they
+// had been decoded first. No more than a slice of them ever is, and blocks equal to the base are not even copied. n
+// lanes are whole elements of `kind`, whose lanes may be of another width. nullptr, or what is wrong with the payload:
+// then the sums are undefined.
+const char* add_moments(const Kernels& kernels, const std::uint8_t* payload, std::size_t nbytes,
+                        const std::uint8_t* base, const std::uint8_t* other, std::size_t n, std::size_t width,
+                        Kind kind, const double* table, std::uint8_t* workspace, PartialSums& sums) noexcept;
 
 // Encode n lanes, at least one; return the bytes of the payload, or 0 if it has more than `room`.
 std::size_t encode(const Loops& loops, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,

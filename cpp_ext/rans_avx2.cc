@@ -216,8 +216,8 @@ struct Window {
     const uint8_t* words;
     const uint8_t* words_end;
     const uint8_t* raw;
-    uint64_t bit = 0;  // of raw
-    uint64_t bits;     // in raw
+    uint64_t bit;   // of raw
+    uint64_t bits;  // in raw
     bool copied_words = false, copied_raw = false;
     uint8_t last_words[2 * block_words_nbytes];
     uint8_t last_raw[2 * block_raw_nbytes];
@@ -226,6 +226,7 @@ struct Window {
         : words(from.words),
           words_end(from.words_end),
           raw(from.raw),
+          bit(from.bit),
           bits(8 * static_cast<uint64_t>(from.raw_nbytes)) {}
 
     void prepare_block() {

@@ -109,6 +109,48 @@ bool has_no_raw_left(const Source& from) {
     return left < 8 && (left == 0 || from.raw[from.raw_nbytes - 1] >> (8 - left) == 0);
 }
 
+constexpr size_t block_count(size_t n) { return (n + block_lanes - 1) / block_lanes; }
+
+constexpr const char* short_stream = "payload that ends before its lanes";
+
+// A payload of which all that stands before its lanes has been read.
+struct Reading {
+    Model model;
+    Source from;
+    const Slot* slots;
+    const uint8_t* block_classes;
+};
+
+// nullptr, or what is wrong.
+const char* begin(const uint8_t* payload, size_t nbytes, size_t n, size_t width, uint8_t* workspace, Reading& to) {
+    const auto [class_slots, slots, block_classes] = decoder_room(workspace);
+    to.slots = slots;
+    to.block_classes = block_classes;
+
+    Model& model = to.model;
+    Source& from = to.from;
+    model.width = static_cast<unsigned>(width);
+    BitReader header(payload, nbytes);
+    if (const char* fault = read_header(header, model, class_slots, slots, from.raw_nbytes)) return fault;
+    if (from.raw_nbytes > nbytes - header.nbytes()) return "raw bits that are longer than the payload";
+    from.raw = payload + header.nbytes();
+    from.bit = 0;
+    if (const char* fault = read_states(from.raw + from.raw_nbytes, payload + nbytes, model.streams, from))
+        return fault;
+    return read_classes(class_slots, model.streams, from, block_count(n), block_classes) ? nullptr : short_stream;
+}
+
+// nullptr if all lanes have been read and nothing is left, else what is wrong.
+const char* end(const Reading& reading) {
+    return has_no_raw_left(reading.from) && ends(reading.from, reading.model.streams)
+               ? nullptr
+               : "payload that does not end with its lanes";
+}
+
+// What is decoded at a time to be measured: base, other and slice together stay in the smallest cache beside the tables
+// in use.
+constexpr size_t slice_nbytes = 4096;
+
 void write_table(BitWriter& to, const Table& table, unsigned symbols) {
     const auto& [present, peak, frequencies] = table;
     const auto field = static_cast<unsigned>(std::bit_width(symbols - 1));
@@ -259,28 +301,39 @@ Room decoder_room(uint8_t* workspace) {
 }
 
 size_t decoder_workspace(size_t n) noexcept {
-    return sizeof(Slot) * (classes + max_tables) * scale + (n + block_lanes - 1) / block_lanes + alignof(Slot);
+    return sizeof(Slot) * (classes + max_tables) * scale + block_count(n) + alignof(Slot);
 }
 
 const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, const uint8_t* base, size_t n,
                    size_t width, uint8_t* workspace, uint8_t* out) noexcept {
-    const auto [class_slots, slots, block_classes] = decoder_room(workspace);
-    Model model;
-    model.width = static_cast<unsigned>(width);
-    Source from;
-    BitReader header(payload, nbytes);
-    if (const char* fault = read_header(header, model, class_slots, slots, from.raw_nbytes)) return fault;
-    if (from.raw_nbytes > nbytes - header.nbytes()) return "raw bits that are longer than the payload";
-    from.raw = payload + header.nbytes();
-    from.bit = 0;
-    if (const char* fault = read_states(from.raw + from.raw_nbytes, payload + nbytes, model.streams, from))
-        return fault;
-
-    const char* short_stream = "payload that ends before its lanes";
-    const size_t blocks = (n + block_lanes - 1) / block_lanes;
-    if (!read_classes(class_slots, model.streams, from, blocks, block_classes)) return short_stream;
+    Reading reading;
+    if (const char* fault = begin(payload, nbytes, n, width, workspace, reading)) return fault;
+    auto& [model, from, slots, block_classes] = reading;
     if (!loops.read(model, slots, block_classes, from, base, 0, n, out)) return short_stream;
-    return has_no_raw_left(from) && ends(from, model.streams) ? nullptr : "payload that does not end with its lanes";
+    return end(reading);
+}
+
+const char* add_moments(const Kernels& kernels, const uint8_t* payload, size_t nbytes, const uint8_t* base,
+                        const uint8_t* other, size_t n, size_t width, Kind kind, const double* table,
+                        uint8_t* workspace, PartialSums& sums) noexcept {
+    Reading reading;
+    if (const char* fault = begin(payload, nbytes, n, width, workspace, reading)) return fault;
+    auto& [model, from, slots, block_classes] = reading;
+    uint8_t slice[slice_nbytes];
+    const size_t blocks = block_count(n), most = slice_nbytes / (block_lanes * width);
+    for (size_t k = 0, next; k < blocks; k = next) {
+        const bool equal = block_classes[k] == equal_class;
+        for (next = k + 1; next < blocks && (block_classes[next] == equal_class) == equal; ++next) {
+            if (!equal && next - k == most) break;
+        }
+        const size_t lanes = (next == blocks ? n : next * block_lanes) - k * block_lanes;
+        const size_t at = k * block_lanes * width;
+        if (!equal && !kernels.coder->read(model, slots, block_classes + k, from, base + at, 0, lanes, slice))
+            return short_stream;
+        kernels.add_moments(other + at, equal ? base + at : slice, lanes * width / element_width(kind), kind, table,
+                            sums);
+    }
+    return end(reading);
 }
 
 void BitWriter::put(uint64_t value, unsigned bits) {

@@ -82,9 +82,9 @@ void cast(const std::uint8_t* src, std::size_t n, Cast how, std::uint8_t* out) n
     }
 }
 
-Moments finish(const PartialSums& partial, std::uint64_t changed) noexcept {
+Moments finish(const PartialSums& partial) noexcept {
     const double absolute = total(partial.absolute_difference);
-    return {changed,
+    return {partial.changed,
             total(partial.squared_difference),
             absolute,
             std::isnan(absolute) ? absolute : largest(partial.largest_difference),

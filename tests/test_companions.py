@@ -6,7 +6,7 @@ import pytest
 from support import Copy, bits, copies_in, new_repository, noise, open_again, store_of
 
 from lamella_engine.codecs import Encoding
-from lamella_engine.companions import MOST_FOLLOWERS, companions, runs
+from lamella_engine.companions import MOST_FOLLOWERS, companions
 from lamella_engine.dtypes import dtype_of_numpy
 from lamella_engine.executor import ThreadExecutor
 from lamella_engine.format.digests import chunk_id
@@ -62,14 +62,6 @@ def test_a_companion_has_none_itself_and_few_followers():
     pairs = found({"master": master, **many})
     assert set(pairs.values()) == {"master"}
     assert len(pairs) == MOST_FOLLOWERS
-
-
-@pytest.mark.parametrize("shape", [(1,), (7,), (1000,), (3, 5), (40, 1), (1, 100), (6, 7, 33)])
-def test_runs_lie_inside_the_tensor_and_are_what_their_boxes_say(shape):
-    array = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
-    for run in runs(TensorSpec("w", dtype_of_numpy(array.dtype), shape), count=8, elements=16):
-        assert array[run.slices].size
-        assert array[run.slices].tobytes() == array.tobytes()[run.start : run.stop]
 
 
 @pytest.mark.parametrize("executor", [None, ThreadExecutor()])

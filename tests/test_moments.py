@@ -22,8 +22,8 @@ def bits(found: Moments) -> tuple[int, int, bytes]:
 
 @given(pair=chunk_pairs(MEASURED))
 def test_equal_chunks_are_at_distance_zero_even_if_not_finite(pair):
-    found = Moments.equal(pair.chunk, pair.dtype)
-    assert bits(found) == bits(moments(pair.chunk, pair.chunk, pair.dtype))
+    found = moments(pair.chunk, pair.chunk, pair.dtype)
+    assert bits(found) == bits(moments(pair.chunk, bytearray(pair.chunk), pair.dtype))  # equal bytes in another place
     assert found.changed == 0
     assert found.squared_difference == found.absolute_difference == found.largest_difference == 0
 

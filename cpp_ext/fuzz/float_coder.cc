@@ -4,9 +4,9 @@
 //
 // Every variant must agree with the scalar one: on whether a payload is one, and on each byte that comes of it.
 //
-// An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a chunk of noise, bits 4-5 many lanes,
-// bit 6 a guide, bit 7 zeros in the second half), two bytes that say how many lanes, one byte that seeds the chunk and
-// the guide; then the payload, or what is added to the chunk.
+// An input is: one byte of flags (bits 0-1 log2 of the width, bit 2 encode, bit 3 a chunk of noise, bits 4-5 many
+// lanes, bit 6 a guide, bit 7 zeros in the second half), two bytes that say how many lanes, one byte that seeds the
+// chunk and the guide; then the payload, or what is added to the chunk.
 #include <algorithm>
 #include <cstdint>
 

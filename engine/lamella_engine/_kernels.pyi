@@ -122,3 +122,8 @@ def moments(a: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', de
     """
     Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).
     """
+
+def residual_moments(a: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], kind: Kind, table: Annotated[NDArray[numpy.float64], dict(shape=(256), order='C', device='cpu', writable=False)] | None = None) -> tuple[int, int, float, float, float, float, float, float] | str:
+    """
+    Return moments of a and of what residual_decode gives, or what is wrong with the payload.
+    """

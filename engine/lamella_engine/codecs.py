@@ -1,4 +1,4 @@
-"""How a chunk becomes a blob's payload and back. Pure functions.
+"""How a chunk becomes a blob's payload and back, or is measured on the way back. Pure functions.
 
 A payload is of one of the encodings below. All integers are little-endian; a *lane* is one machine number of ``width``
 bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p = 0 is the least significant).
@@ -48,8 +48,10 @@ from lamella_engine import _kernels, casts, decays
 from lamella_engine.casts import Cast
 from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.decays import Decay
+from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 from lamella_engine.model import Buffer
+from lamella_engine.moments import Moments, elements
 
 _Bytes = NDArray[np.uint8]
 
@@ -423,7 +425,7 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
     target = _bytes(out, what="out")
     if not target.flags.writeable:
         raise InvalidInputError("out is read-only: pass writable memory", kind="read_only")
-    _check(_is_chunk(target.size, width), f"{target.size} bytes of lanes of {width} are no chunk")
+    _check_chunk(target.size, width)
     stored = _bytes(payload, what="payload")
     if encoding == Encoding.RAW:
         _check(stored.size == target.size, f"raw payload of {stored.size} bytes for a chunk of {target.size}")
@@ -452,9 +454,7 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
             target[:] = reference
             return
         encoding = Encoding.RESIDUAL_RANS
-    if reference is None or reference.size != target.size:
-        found = "no base" if reference is None else f"a base of {reference.size} bytes"
-        raise _corrupt(f"delta of {target.size} bytes with {found}")
+    reference = _fitting(reference, target.size)
     if encoding == Encoding.DECAYED_RANS:
         stored, reference = _decode_decay(stored, reference, width)
     if encoding in (Encoding.RESIDUAL_RANS, Encoding.DECAYED_RANS, Encoding.GUIDED_RANS):
@@ -466,6 +466,54 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
         return
     merge = _kernels.xor_merge if encoding == Encoding.XOR_PLANES else _kernels.residual_merge
     merge(_decode_planes(stored, width, target.size // width), reference, target)
+
+
+def is_measurable(encoding: int) -> bool:
+    """Whether :func:`measure` takes payloads of this encoding."""
+    return encoding == Encoding.RESIDUAL_RANS
+
+
+def measure(payload: Buffer, other: Buffer, dtype: Dtype, *, width: int, base: Buffer | None) -> Moments:
+    """Measure another chunk against the one that a payload stands for: ``moments(other, decoded)``, bit for bit.
+
+    The chunk is measured while it is decoded, a few KiB at a time; blocks that equal the base not even that, if the
+    other chunk is the base.
+
+    Parameters
+    ----------
+    payload
+        Of an encoding that :func:`is_measurable`; trusted in nothing, as by :func:`decode`.
+    other
+        Decoded bytes as long as the chunk, whole elements of ``dtype``; ``base`` itself is fastest.
+    width, base
+        As for :func:`decode`.
+
+    Raises
+    ------
+    CorruptionError
+        As :func:`decode`.
+    InvalidInputError
+        ``other`` is not whole elements, or the dtype is opaque.
+    """
+    left = _bytes(other, what="other")
+    kind, table = elements(dtype, left.size)
+    _check_chunk(left.size, width)
+    _check(left.size > 0, "empty chunk that is not stored raw")
+    reference = _fitting(None if base is None else _bytes(base, what="base"), left.size)
+    stored = _bytes(payload, what="payload")
+    workspace = _worker.workspace(left.size, width)
+    found = _kernels.residual_moments(left, stored, reference, width, workspace, kind, table)
+    if isinstance(found, str):
+        raise _corrupt(found)
+    return Moments.of_kernel(found)
+
+
+def _fitting(base: _Bytes | None, nbytes: int) -> _Bytes:
+    """Return the base of a delta that is ``nbytes`` long decoded, which has to be as long."""
+    if base is None or base.size != nbytes:
+        found = "no base" if base is None else f"a base of {base.size} bytes"
+        raise _corrupt(f"delta of {nbytes} bytes with {found}")
+    return base
 
 
 def _decode_cast(payload: _Bytes, base: _Bytes | None, width: int, nbytes: int) -> tuple[_Bytes, _Bytes]:
@@ -562,6 +610,10 @@ def _bytes(buffer: Buffer | _Bytes, *, what: str) -> _Bytes:
 
 def _is_chunk(nbytes: int, width: int) -> bool:
     return width in _WIDTHS and nbytes % width == 0 and nbytes <= MAX_CELL_NBYTES
+
+
+def _check_chunk(nbytes: int, width: int) -> None:
+    _check(_is_chunk(nbytes, width), f"{nbytes} bytes of lanes of {width} are no chunk")
 
 
 def _check(holds: bool, lie: str) -> None:

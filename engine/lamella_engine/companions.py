@@ -14,6 +14,7 @@ from lamella_engine import casts
 from lamella_engine.casts import Cast
 from lamella_engine.chunking import Region
 from lamella_engine.model import Buffer, TensorSpec
+from lamella_engine.sketches import runs
 
 MOST_FOLLOWERS = 4
 """So many tensors at most have one companion: what they are made against has to be kept until they are."""
@@ -105,25 +106,6 @@ def _same_cells(a: TensorSpec, b: TensorSpec) -> bool:
 def _sample(spec: TensorSpec, read: Read) -> bytes:
     """Return the bytes of some elements, at the same places for all tensors of a shape."""
     return b"".join(bytes(read(spec, run)) for run in runs(spec, count=2, elements=_RUN))
-
-
-def runs(spec: TensorSpec, *, count: int, elements: int) -> Iterator[Region]:
-    """Yield boxes of a tensor that are one run of bytes each: ``count`` of them, evenly spread, along its last axis.
-
-    They lie at the same places in all tensors of a shape, and are shorter where the axis is.
-    """
-    width = spec.shape[-1] if spec.shape else 1
-    total = spec.nbytes * 8 // spec.dtype.bits
-    length = min(elements, width)
-    for number in range(count):
-        first = total * number // count
-        column = min(first % width, width - length)
-        row = first // width
-        place = (*np.unravel_index(row, spec.shape[:-1]),) if len(spec.shape) > 1 else ()
-        leading = tuple(slice(int(at), int(at) + 1) for at in place)
-        itemsize = spec.dtype.bits // 8
-        box = (*leading, slice(column, column + length)) if spec.shape else ()
-        yield Region(box, (row * width + column) * itemsize, length * itemsize)
 
 
 def _cast(before: str, after: str, data: bytes) -> bytes:

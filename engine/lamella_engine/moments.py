@@ -1,7 +1,7 @@
 """What two chunks measure against each other: the sums that distances are made of. Pure functions."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,9 +41,24 @@ class Moments:
     """Sum of b^2."""
 
     @classmethod
-    def equal(cls, chunk: Buffer, dtype: Dtype) -> "Moments":
-        """Return the moments of a chunk against itself; see :func:`moments`."""
-        return moments(chunk, chunk, dtype)
+    def of_kernel(cls, found: tuple[int, int, float, float, float, float, float, float]) -> "Moments":
+        """Return what a kernel returned, with names."""
+        count, changed, squared, absolute, largest, dot, squared_a, squared_b = found
+        return cls(
+            count=count,
+            changed=changed,
+            squared_difference=squared,
+            absolute_difference=absolute,
+            largest_difference=largest,
+            dot=dot,
+            squared_a=squared_a,
+            squared_b=squared_b,
+        )
+
+    @property
+    def swapped(self) -> "Moments":
+        """The moments of b and a."""
+        return replace(self, squared_a=self.squared_b, squared_b=self.squared_a)
 
     def __add__(self, later: "Moments") -> "Moments":
         largest = max(self.largest_difference, later.largest_difference)
@@ -98,27 +113,25 @@ def moments(a: Buffer, b: Buffer, dtype: Dtype) -> Moments:
         The lengths break these rules, or the dtype is opaque.
     """
     left, right = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+    kind, table = elements(dtype, left.size, right.size)
+    return Moments.of_kernel(_kernels.moments(left, right, kind, table))
+
+
+def elements(dtype: Dtype, *nbytes: int) -> tuple[_kernels.Kind, NDArray[np.float64] | None]:
+    """Return what elements of a dtype are to the kernels, and the value of each byte if they are one.
+
+    Raises InvalidInputError unless chunks of ``nbytes`` are equally many elements, or if the dtype is opaque.
+    """
     if dtype.numpy is None:
         raise InvalidInputError(
             f"{dtype.name} elements have no value to measure: compare their bytes",
             kind="opaque_dtype",
             dtype=dtype.name,
         )
-    if left.size != right.size or left.size % dtype.numpy.itemsize:
+    if len(set(nbytes)) != 1 or nbytes[0] % dtype.numpy.itemsize:
         raise InvalidInputError(
-            f"chunks of {left.size} and {right.size} bytes are not as many elements of {dtype.name}",
+            f"chunks of {' and '.join(map(str, nbytes))} bytes are not as many elements of {dtype.name}",
             kind="chunk_length",
         )
-    kind = _KINDS.get(dtype.name, _kernels.Kind.TABLE8)
-    table = _byte_values(dtype.numpy) if kind is _kernels.Kind.TABLE8 else None
-    count, changed, squared, absolute, largest, dot, squared_a, squared_b = _kernels.moments(left, right, kind, table)
-    return Moments(
-        count=count,
-        changed=changed,
-        squared_difference=squared,
-        absolute_difference=absolute,
-        largest_difference=largest,
-        dot=dot,
-        squared_a=squared_a,
-        squared_b=squared_b,
-    )
+    kind = _KINDS.get(dtype.name)
+    return (_kernels.Kind.TABLE8, _byte_values(dtype.numpy)) if kind is None else (kind, None)

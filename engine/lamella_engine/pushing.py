@@ -6,7 +6,7 @@ will be read.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -29,8 +29,9 @@ from lamella_engine.format.manifest import (
     structure_id,
     structure_pages,
 )
-from lamella_engine.format.version import AttachmentPages, Description
+from lamella_engine.format.version import AttachmentPages, Description, SketchLanes
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress, TensorSpec
+from lamella_engine.sketches import Sketch, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,10 @@ class _Pushing:
         counts = (sum(spec.grid.cell_count for spec in specs) for _, specs in cut)
         *firsts, cell_count = accumulate(counts, initial=0)
         tables = [CellTable(first) for first in firsts]
+        sketch = Sketch({})
+        if self._checkpoint.random_access:
+            sketch = take(structure, self._checkpoint.read)
+            self._push.consider(sketch)
         parameters = _Parameters(structure_digest, zip(tables, (specs for _, specs in cut), strict=True))
         self._store(self._cells(parameters))
         own: list[bytes] = []
@@ -188,7 +193,7 @@ class _Pushing:
             chunk = keep(page)
             cells = tuple(CellPage(keep(rows), len(rows), first) for rows, first in table.pages())
             pages.append(StructurePage(chunk, len(page), specs[0].name, table.first_cell, cells))
-        attachments = self._store_manifest(own)
+        attachments, lanes = self._store_manifest(own, sketch.lanes())
         self._checkpoint.check_unchanged()
         return Description(
             model=self._push.model,
@@ -206,6 +211,7 @@ class _Pushing:
             created=now(),
             metrics=notes.metrics,
             recipe=notes.recipe,
+            sketches=lanes,
         )
 
     def _cells(self, parameters: _Parameters) -> Iterator[_Chunk]:
@@ -219,7 +225,9 @@ class _Pushing:
 
     def _places(self) -> Iterator[_Place]:
         """Yield every cell: tensors by name, but what has a companion cell by cell behind it."""
-        companion_of = companions(self._checkpoint.structure, self._checkpoint.read)
+        companion_of: dict[str, TensorSpec] = {}
+        if self._checkpoint.random_access:
+            companion_of = companions(self._checkpoint.structure, self._checkpoint.read)
         followers: defaultdict[str, list[TensorSpec]] = defaultdict(list)
         for spec in self._checkpoint.structure:
             if spec.name in companion_of:
@@ -238,8 +246,10 @@ class _Pushing:
                 yield first
                 yield from (place(follower, number, first) for follower in followers[spec.name])
 
-    def _store_manifest(self, pages: Sequence[bytes]) -> tuple[AttachmentPages, ...]:
-        """Store the version's pages and attachments, piece by piece; return the latter as the version lists them."""
+    def _store_manifest(
+        self, pages: Sequence[bytes], lanes: Mapping[int, bytes]
+    ) -> tuple[tuple[AttachmentPages, ...], tuple[SketchLanes, ...]]:
+        """Store the version's pages, attachments and sketch; return the last two as the version lists them."""
         chunks: dict[Cell, tuple[ChunkId, int]] = {}
         cells: list[list[Cell]] = []
 
@@ -254,18 +264,21 @@ class _Pushing:
                     cells[-1].append(Cell(None, place))
                     yield _Place(cells[-1][-1], stop - start, partial(_piece, item, start, stop))
                     place += 1
+            for width, sketch in lanes.items():
+                yield _Place(Cell(None, -width), len(sketch), partial(_page, sketch), width, floating=True)
 
         def noted() -> Iterator[_Chunk]:
             for at, chunk in enumerate(self._chunks(places())):
                 chunks[chunk.place.cell] = chunk.id, len(chunk.data)
                 yield chunk
-                self._report(len(chunk.data) if at >= len(pages) else 0)
+                self._report(len(chunk.data) if at >= len(pages) and chunk.place.cell.number >= 0 else 0)
 
         self._store(noted())
-        return tuple(
+        attachments = tuple(
             AttachmentPages(item.path, item.role, tuple(chunks[cell] for cell in mine), item.prefix)
             for item, mine in zip(self._attachments, cells, strict=True)
         )
+        return attachments, tuple(SketchLanes(*chunks[Cell(None, -width)], width) for width in lanes)
 
     def _chunks(self, places: Iterable[_Place]) -> Iterator[_Chunk]:
         return map_batched(self._executor, self._read_and_hash, places, nbytes=lambda place: place.nbytes)

@@ -100,10 +100,10 @@ class Packs:
         with self._lock:
             if pack not in self._indexes:
                 self._indexes[pack] = index
-                self._rows_kept += len(index.rows)
+                self._rows_kept += len(index.chunks)
             while self._rows_kept > ROWS_KEPT and len(self._indexes) > 1:
                 _, dropped = self._indexes.popitem(last=False)
-                self._rows_kept -= len(dropped.rows)
+                self._rows_kept -= len(dropped.chunks)
         return index
 
     def _read_index(self, pack: str) -> PackIndex:

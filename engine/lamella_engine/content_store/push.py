@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from lamella_engine.format.names import metadata_name, session_name
 from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, VersionId
 from lamella_engine.objects import Objects
+from lamella_engine.sketches import Sketch
 
 logger = logging.getLogger("lamella")
 
@@ -36,6 +37,18 @@ Value = TypeVar("Value")
 
 BASES_KEPT = 16
 """Decoded bases kept: each is wanted twice, by the encoder and by the check of what it made. At most 64 MiB."""
+
+GOOD_FIT = 0.5
+"""A parent that saves this share of what tensors take alone, or more, is taken without looking for a nearer version."""
+
+CLEARLY_NEARER = 0.9
+"""Of two versions one is nearer if it takes at most this share of the other's bits: less is within a sketch's error."""
+
+LONGEST_CHAIN = 4
+"""Bytes of a chain to those of the full blob that it begins with: where deltas save little, chains are short."""
+
+MOST_CANDIDATES = 16
+"""Versions whose sketches are looked at; reading one that is not in memory takes some milliseconds."""
 
 HEARTBEAT_S = 60.0
 """A push that lives longer shows that it does by a session object, one every minute, so that its packs are not
@@ -110,6 +123,8 @@ class PackedPush:
         self.parents: tuple[Parent, ...] = ()
         if recorded is not None:
             self.parents = (Parent(recorded.id, recorded.model, recorded.number),)
+        self._nearest: dict[str, OpenVersion] = {}
+        """For tensors whose bases are not the parent's, the versions that have them."""
         self._writer = PackWriter(context.objects, context.executor, push_id, self._note_pack)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
@@ -125,6 +140,38 @@ class PackedPush:
         self._next_beat = time.monotonic() + HEARTBEAT_S
         self._beats = 0
         self._attempt = 0
+
+    # -- bases --------------------------------------------------------------------------------------------------------
+
+    def consider(self, sketch: Sketch) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        if not sketch.tensors:
+            return
+        least: dict[str, float] = {}
+        if self._parent is not None:
+            least = sketch.bits_against(self._store.reader.sketch(self._parent))
+            alone = sum(sketch.bits_alone(name) for name in least)
+            if sum(least.values()) <= GOOD_FIT * alone:
+                return  # also if nothing is known of the parent
+        for version in self._candidates():
+            for name, bits in sketch.bits_against(self._store.reader.sketch(version)).items():
+                if bits < least.get(name, sketch.bits_alone(name)) * CLEARLY_NEARER:
+                    least[name] = bits
+                    self._nearest[name] = version
+
+    def _candidates(self) -> Iterator[OpenVersion]:
+        """Yield versions that may be near: where refs stand, newest first, then those before the parent."""
+        models = sorted(self._state.models(), key=lambda model: model != self.model)
+        numbers = dict.fromkeys((model, ref.number) for model in models for _, ref in self._state.refs(model))
+        before = 0 if self._parent is None else self._parent.added.number
+        numbers |= dict.fromkeys((self.model, number) for number in range(before - 1, 0, -1)[:MOST_CANDIDATES])
+        for model, number in islice(numbers, MOST_CANDIDATES):
+            added = self._state.version(model, number)
+            if added is not None and (self._parent is None or added.id != self._parent.added.id):
+                try:
+                    yield self._store.reader.open_added(added)
+                except CorruptionError as error:  # whoever asks for that version will be told
+                    logger.warning("a version cannot serve as a base: %s", error)
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
@@ -144,8 +191,8 @@ class PackedPush:
                 continue
             limit = self._state.genesis.max_depth
             base = natural
-            if base is not None and base.row.depth >= limit:
-                base = None  # one more delta would pass the repository's limit: start a new chain
+            if base is not None and (base.row.depth >= limit or not self._may_grow(base)):
+                base = None  # start a new chain
             companion = None if beside is None else self._planned.get(beside)
             if isinstance(companion, StoredBlob) and companion.row.depth > limit:
                 companion = None
@@ -154,17 +201,35 @@ class PackedPush:
             yield Missing(cell, chunk, None if base is None else base.row.chunk, offered)
 
     def _natural_base(self, cell: Cell) -> StoredBlob | None:
-        """Return the copy that stands at the same place in the parent, if a chunk there is one of the same kind."""
-        if self._parent is None or cell.tensor is None or not self._parent.manifest.has(cell.tensor):
+        """Return the copy that stands at the same place in the version that a cell's base is taken from, if any."""
+        if cell.tensor is None:
+            return self._sketch_base(-cell.number)
+        version = self._nearest.get(cell.tensor, self._parent)
+        if version is None or not version.manifest.has(cell.tensor):
             return None
-        spec = self._parent.manifest.spec(cell.tensor)
+        spec = version.manifest.spec(cell.tensor)
         if cell.number >= spec.grid.cell_count:
             return None
-        row = self._parent.manifest.row(cell.tensor, cell.number)
+        row = version.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
             return None
-        copy = self._store.reader.copy_of_row(self._parent, row)
+        copy = self._store.reader.copy_of_row(version, row)
         return copy if self._is_live(copy) else None
+
+    def _sketch_base(self, width: int) -> StoredBlob | None:
+        """Return the copy of the parent's sketch of lanes of that width."""
+        sketches = () if self._parent is None else self._parent.recorded.description.sketches
+        for at, lanes in enumerate(reversed(sketches), 1):
+            if self._parent is not None and lanes.width == width:
+                place = len(self._parent.recorded.description.manifest_chunks) - at
+                copy = self._store.reader.copy_of_manifest(self._parent, place)
+                return copy if self._is_live(copy) else None
+        return None
+
+    def _may_grow(self, base: StoredBlob) -> bool:
+        """Whether reading a chunk with one more delta like the last, its whole chain, stays near reading it alone."""
+        full, *deltas = (link.row.encoded_nbytes for link in self._store.reader.chain(base))
+        return full + sum(deltas) + sum(deltas[-1:]) <= LONGEST_CHAIN * full
 
     def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
         for pack in self._store.index.find(chunk):

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.format.version import Description
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
+from lamella_engine.sketches import Sketch
 
 COMPANION_REACH = 8
 """So many cells back may a companion lie: the blobs of so many are held."""
@@ -154,6 +155,12 @@ class Push(Protocol):
     id: PushId
     model: str
     parents: tuple[Parent, ...]
+
+    def consider(self, sketch: Sketch) -> None:
+        """Choose where bases are taken from: for each tensor the parent, or the version that it is nearest to.
+
+        To be called before anything is planned; without it the parent is taken.
+        """
 
     def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """Yield one answer for each cell, in order: None if its chunk is live or has been called missing before.
