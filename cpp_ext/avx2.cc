@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "rans.hpp"
 
@@ -507,7 +508,7 @@ void add_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const 
 
 const Kernels avx2_kernels = {
     "avx2",    split_planes,   xor_split,   residual_split,    merge_planes,
-    xor_merge, residual_merge, add_moments, &rans::avx2_loops,
+    xor_merge, residual_merge, add_moments, &rans::avx2_loops, &floats::avx2_loops,
 };
 
 }  // namespace lamella

@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "rans.hpp"
 
@@ -108,7 +109,8 @@ std::size_t lanes(std::size_t nbytes, std::size_t width) {
 
 std::size_t coder_workspace(std::size_t nbytes, std::size_t width) {
     const std::size_t n = lanes(nbytes, width);
-    return std::max(lamella::rans::encoder_workspace(n, width), lamella::rans::decoder_workspace(n));
+    return std::max({lamella::rans::encoder_workspace(n, width), lamella::rans::decoder_workspace(n),
+                     lamella::floats::encoder_workspace(n, width), lamella::floats::decoder_workspace(n)});
 }
 
 std::size_t residual_encode(Bytes src, Bytes base, std::size_t width, Out workspace, Out out) {
@@ -137,6 +139,57 @@ void cast(Bytes src, lamella::Cast how, Out out) {
     require(out.size() == n * lamella::target_width(how), "out must have as many lanes as src");
     nb::gil_scoped_release release;
     lamella::cast(src.data(), n, how, out.data());
+}
+
+const std::uint8_t* guide_of(const std::optional<Bytes>& guide, std::size_t nbytes) {
+    require(!guide || guide->size() == nbytes, "guide must be as long as the lanes");
+    return guide ? guide->data() : nullptr;
+}
+
+std::size_t float_encode(Bytes src, std::optional<Bytes> guide, std::size_t width, Out workspace, Out out) {
+    const std::size_t n = lanes(src.size(), width);
+    const std::uint8_t* guiding = guide_of(guide, src.size());
+    require(n != 0, "src must not be empty");
+    require(workspace.size() >= lamella::floats::encoder_workspace(n, width), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::floats::encode(*lamella::active().float_coder, src.data(), guiding, n, width, workspace.data(),
+                                   out.data(), out.size());
+}
+
+std::optional<const char*> float_decode(Bytes payload, std::optional<Bytes> guide, std::size_t width, Out workspace,
+                                        Out out) {
+    const std::size_t n = lanes(out.size(), width);
+    const std::uint8_t* guiding = guide_of(guide, out.size());
+    require(n != 0, "out must not be empty");
+    require(workspace.size() >= lamella::floats::decoder_workspace(n), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::floats::decode(*lamella::active().float_coder, payload.data(), payload.size(), guiding, n, width,
+                                   workspace.data(), out.data());
+}
+
+void require_singles(std::size_t nbytes, const Bytes& decayed, const Out& out) {
+    require(nbytes % 4 == 0, "lanes must be of four bytes");
+    require(decayed.size() == nbytes && out.size() == nbytes, "all must be of one length");
+}
+
+void decay(Bytes base, std::uint32_t factor, unsigned halvings, Out out) {
+    require_singles(base.size(), base, out);
+    require(factor >> 31 != 0, "factor must be at least 2^31");
+    require(halvings < 8, "halvings must be less than 8");
+    nb::gil_scoped_release release;
+    lamella::decay(base.data(), base.size() / 4, factor, halvings, out.data());
+}
+
+void decay_fold(Bytes src, Bytes decayed, Out out) {
+    require_singles(src.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_fold(src.data(), decayed.data(), src.size() / 4, out.data());
+}
+
+void decay_unfold(Bytes folded, Bytes decayed, Out out) {
+    require_singles(folded.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_unfold(folded.data(), decayed.data(), folded.size() / 4, out.data());
 }
 
 bool is_constant(Bytes src, std::size_t width) {
@@ -234,7 +287,7 @@ NB_MODULE(_kernels, m) {
           "Inverse of residual_split.");
 
     m.def("coder_workspace", coder_workspace, "nbytes"_a, "width"_a,
-          "Bytes of workspace that residual_encode and residual_decode take for chunks of up to nbytes.");
+          "Bytes of workspace that the coders below take for chunks of up to nbytes.");
     m.def("residual_encode", residual_encode, "src"_a.noconvert(), "base"_a.noconvert(), "width"_a,
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Write the RESIDUAL_RANS payload of src to the front of out; return its bytes, or 0 if out is too short.");
@@ -243,6 +296,22 @@ NB_MODULE(_kernels, m) {
           "Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.");
 
     m.def("cast", cast, "src"_a.noconvert(), "how"_a, "out"_a.noconvert(), "Convert lanes, each to one lane of out.");
+    m.def(
+        "float_encode", float_encode, "src"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
+        "workspace"_a.noconvert(), "out"_a.noconvert(),
+        "Write the FLOAT_RANS payload of src, or GUIDED_RANS with a guide, to the front of out; return its bytes, or 0"
+        " if out is too short.");
+    m.def("float_decode", float_decode, "payload"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
+          "workspace"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.");
+
+    m.def("decay", decay, "base"_a.noconvert(), "factor"_a, "halvings"_a, "out"_a.noconvert(),
+          "out = base * factor / 2^(32 + halvings), lanes being float32.");
+    m.def("decay_fold", decay_fold, "src"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Move lanes that are above a decayed base such that their residuals have no sign.");
+    m.def("decay_unfold", decay_unfold, "folded"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of decay_fold; out may be folded.");
+
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
           "Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).");

@@ -16,6 +16,9 @@ namespace lamella {
 namespace rans {
 struct Loops;
 }
+namespace floats {
+struct Loops;
+}
 
 // What a lane is to `moments`.
 enum class Kind : std::uint8_t {
@@ -136,6 +139,9 @@ struct Kernels {
 
     // The loops of the residual coder, which rans.hpp defines.
     const rans::Loops* coder;
+
+    // The loops of the float coder, which floats.hpp defines.
+    const floats::Loops* float_coder;
 };
 
 extern const Kernels scalar_kernels;
@@ -151,6 +157,18 @@ bool select(const char* isa) noexcept;
 
 // Converts n lanes.
 void cast(const std::uint8_t* src, std::size_t n, Cast how, std::uint8_t* out) noexcept;
+
+// What is left of floats of four bytes after a decay: out[i] = base[i] * factor / 2^(32 + halvings), rounded towards 0,
+// with factor from 2^31 on; numbers that would come near 0, infinity and NaN stay what they are (FORMAT.md).
+void decay(const std::uint8_t* base, std::size_t n, std::uint32_t factor, unsigned halvings,
+           std::uint8_t* out) noexcept;
+
+// Lanes that grow from what is left of their base are above it: a residual would spend a bit to say so. out[i] is the
+// lane whose residual against decayed[i] is the d of src[i] + decay_slack, so that rounding may leave it a little
+// below. Of residuals, 0 and decay_slack change places: a lane that is its base folds to its base.
+inline constexpr std::uint32_t decay_slack = 16;
+void decay_fold(const std::uint8_t* src, const std::uint8_t* decayed, std::size_t n, std::uint8_t* out) noexcept;
+void decay_unfold(const std::uint8_t* folded, const std::uint8_t* decayed, std::size_t n, std::uint8_t* out) noexcept;
 
 // Whether all lanes of src (nbytes bytes, a multiple of width) are equal; true for none.
 bool is_constant(const std::uint8_t* src, std::size_t nbytes, std::size_t width) noexcept;

@@ -49,6 +49,9 @@ static constexpr unsigned raw_bits(unsigned symbol) { return symbol < direct ? 0
 // Tables of all widths are laid out for as many symbols as a byte holds, or fewer where that is enough.
 static constexpr unsigned symbol_stride(std::size_t width) { return width <= 2 ? 64 : width == 4 ? 128 : 256; }
 
+// Which table codes a lane, by the class of its block and its own context.
+using TableMap = std::uint8_t[classes][contexts];
+
 // All that a payload's header says about how residuals are modelled.
 struct Model {
     unsigned width;    // bytes of a lane
@@ -58,7 +61,7 @@ struct Model {
     bool drift;  // whether `offsets` are used
     std::int32_t offsets[contexts];
     unsigned tables;
-    std::uint8_t table_of[classes][contexts];
+    TableMap table_of;
 };
 
 // Where a drifting lane's context and offset are: the five bits above this one, the highest of a float32's mantissa.
@@ -156,6 +159,62 @@ class BitWriter {
     std::size_t room_;
     std::size_t bit_ = 0;
 };
+
+// Reads what a BitWriter wrote; what it takes from past the end is 0, and it has failed.
+class BitReader {
+  public:
+    BitReader(const std::uint8_t* from, std::size_t nbytes) : from_(from), end_(8 * std::uint64_t{nbytes}) {}
+    std::uint64_t take(unsigned bits);
+    int take_near();             // of differences within +-31; beyond them this fails
+    std::int64_t take_signed();  // of numbers of 33 bits
+    bool is_padded() const;      // whether nothing but zeros is left of the last byte
+    bool failed() const { return failed_; }
+    std::size_t nbytes() const { return static_cast<std::size_t>((bit_ + 7) / 8); }
+
+  private:
+    unsigned next();
+    int fail();
+
+    const std::uint8_t* from_;
+    std::uint64_t end_;
+    std::uint64_t bit_ = 0;
+    bool failed_ = false;
+};
+
+// The parts of which payloads consist, for the float coder too (floats.hpp). What returns a text returns nullptr, or
+// what is wrong.
+
+// The tables of classes, and, as bits, which classes other than 0 they give a frequency.
+const char* read_class_tables(BitReader& from, Slot* slots, unsigned& used);
+unsigned write_class_tables(BitWriter& to, const Table* class_tables);
+
+// The tables of lanes, and the map from `contexts_of_class` contexts of each used class to them.
+const char* read_tables(BitReader& from, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned& tables,
+                        TableMap& table_of, Slot* slots);
+void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned tables,
+                  const TableMap& table_of, const Table* all_tables);
+
+// Whether all of a header was there.
+const char* end_header(const BitReader& from);
+
+// The states and words of `to`, which end a payload.
+const char* read_states(const std::uint8_t* at, const std::uint8_t* end, unsigned streams, Source& to);
+
+unsigned log_of(unsigned streams);
+
+// What a decoder's workspace is cut into.
+struct Room {
+    Slot* class_slots;
+    Slot* slots;
+    std::uint8_t* block_classes;
+};
+Room decoder_room(std::uint8_t* workspace);
+
+// The classes of all blocks. False if the words end before they do.
+bool read_classes(const Slot* class_slots, unsigned streams, Source& from, std::size_t blocks, std::uint8_t* to);
+
+// Whether no word is left over, and every state is the one that the encoder began with.
+bool ends(const Source& from, unsigned streams);
 
 // A table for counts, such that it can be written and every symbol that occurs has a frequency.
 void normalize(const std::uint32_t* counts, unsigned symbols, Table& to) noexcept;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "rans.hpp"
 
@@ -227,7 +228,7 @@ void add_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const 
 
 const Kernels scalar_kernels = {
     "scalar",  split_planes,   xor_split,   residual_split,      merge_planes,
-    xor_merge, residual_merge, add_moments, &rans::scalar_loops,
+    xor_merge, residual_merge, add_moments, &rans::scalar_loops, &floats::scalar_loops,
 };
 
 }  // namespace lamella

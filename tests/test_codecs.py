@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import ChunkPair, chunk_pairs
 
 from lamella_engine.chunking import MAX_CELL_NBYTES
-from lamella_engine.codecs import Encoding, decode, encode, needs_base
+from lamella_engine.codecs import Against, Encoding, decode, encode, needs_base
 from lamella_engine.dtypes import dtype_named
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 
@@ -75,6 +75,44 @@ def test_a_base_that_does_not_help_is_left_out():
     chunk = weights(1 << 14).tobytes()
     noise = np.random.default_rng(0).bytes(len(chunk))
     assert encode(chunk, width=4, floating=True, base=noise).encoding is Encoding.PLANES
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn"])
+@pytest.mark.parametrize("count", [129, 2000, 20_000, 200_000])
+def test_a_wrong_base_costs_at_most_sixteen_bytes(dtype, count):
+    found = dtype_named(dtype)
+    chunk, wrong = (
+        (weights(count, seed=seed) * (1 + seed)).astype(np.float32).astype(found.numpy).tobytes() for seed in (0, 1)
+    )
+    noise = np.random.default_rng(0).bytes(len(chunk))
+    alone = len(encode(chunk, width=found.lane, floating=True).payload)
+    for base in (wrong, noise, bytes(len(chunk)), chunk[::-1]):
+        encoded = encode(chunk, width=found.lane, floating=True, base=base)
+        assert len(encoded.payload) <= alone + 16
+        encoded = encode(chunk, width=found.lane, floating=True, base=base, guide=wrong)
+        assert len(encoded.payload) <= alone + 16
+
+
+def test_what_a_payload_was_made_against_is_what_decodes_it():
+    random = np.random.default_rng(0)
+    size = np.exp(2 * random.standard_normal(1 << 15))
+    chunk = (size * random.standard_normal(1 << 15)).astype(np.float32).tobytes()
+    guide = (size * size).astype(np.float32).tobytes()
+    others = {Against.NOTHING: None, Against.BASE: bytes(reversed(chunk)), Against.GUIDE: guide}
+    tried = set()
+    for base in (None, chunk[:-4] + bytes(4), others[Against.BASE]):
+        others[Against.BASE] = base
+        for guiding in (None, guide):
+            encoded = encode(chunk, width=4, floating=True, base=base, guide=guiding)
+            assert needs_base(encoded.encoding) == (encoded.against is not Against.NOTHING)
+            assert decoded(*encoded, len(chunk), width=4, base=others[encoded.against]) == chunk
+            tried.add(encoded.against)
+    assert tried == set(Against)
+
+
+def test_a_guide_of_another_length_is_refused():
+    with pytest.raises(InvalidInputError, match="guide of 4 bytes"):
+        encode(bytes(8), width=4, floating=True, guide=bytes(4))
 
 
 def test_noise_is_stored_raw():
@@ -276,7 +314,7 @@ def test_random_payloads_are_corruption(payload, encoding, width):
         decoded(encoding, payload, 800, width=width, base=bytes(800))
 
 
-@pytest.mark.parametrize("encoding", [6, 255, -1])
+@pytest.mark.parametrize("encoding", [12, 255, -1])
 def test_an_encoding_of_the_future_asks_for_an_upgrade(encoding):
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
         decoded(encoding, b"", 4, width=4)
@@ -305,5 +343,8 @@ def test_the_numbers_of_encodings_never_change():
         "XOR_PLANES": 3,
         "RESIDUAL_PLANES": 4,
         "RESIDUAL_RANS": 5,
+        "FLOAT_RANS": 6,
+        "GUIDED_RANS": 7,
         "CAST": 9,
+        "DECAYED_RANS": 11,
     }

@@ -9,18 +9,16 @@
 // lanes, bit 6 measure from something else than the base), two bytes that say how many lanes, one byte that seeds the
 // base; then the payload, or what is added to the base to make the chunk.
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #include "../rans.hpp"
+#include "chunks.hpp"
 
 namespace {
 
 using lamella::Kernels;
 using lamella::Kind;
 using lamella::rans::Loops;
-using Bytes = std::vector<std::uint8_t>;
 
 constexpr const Kernels* variants[] = {
     &lamella::scalar_kernels,
@@ -28,22 +26,6 @@ constexpr const Kernels* variants[] = {
     &lamella::avx2_kernels,
 #endif
 };
-
-void require(bool holds) {
-    if (!holds) std::abort();
-}
-
-Bytes make_base(std::size_t nbytes, std::size_t width, std::uint32_t seed, bool noise) {
-    Bytes base(nbytes);
-    std::uint32_t x = seed * 2654435761u + 1;
-    for (std::size_t i = 0; i < nbytes; ++i) {
-        x ^= x << 13, x ^= x >> 17, x ^= x << 5;
-        base[i] = static_cast<std::uint8_t>(x >> 8);
-        // Exponents near that of 0.05, as weights have them.
-        if (!noise && i % width == width - 1) base[i] = static_cast<std::uint8_t>((base[i] & 0x80) | (0x3c + (x & 1)));
-    }
-    return base;
-}
 
 // Each in memory of exactly its size, so that a sanitizer sees the first byte beyond.
 const char* decode(const Loops& loops, const Bytes& payload, const Bytes& base, std::size_t width, Bytes& out) {

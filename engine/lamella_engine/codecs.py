@@ -10,6 +10,10 @@ bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p o
 ``XOR_PLANES``          3   the planes of chunk ^ base
 ``RESIDUAL_PLANES``     4   the planes of residual(chunk, base), lane by lane
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
+``FLOAT_RANS``          6   the chunk's floats, their highest bits entropy-coded: ``cpp_ext/floats.hpp``, and FORMAT.md
+``GUIDED_RANS``         7   the same, with the lanes of the base, then called guide, as contexts
+``DECAYED_RANS``        11  a decay of the base, and residual(chunk, what it leaves of the base) without signs, coded as
+                            ``RESIDUAL_RANS``
 ``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
                             ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
@@ -33,16 +37,17 @@ negated if the sign bit of ``base`` is set. The residual is 2d if d >= 0 as two'
 import struct
 import threading
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from lamella_engine import _kernels, casts
+from lamella_engine import _kernels, casts, decays
 from lamella_engine.casts import Cast
 from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.decays import Decay
 from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 from lamella_engine.model import Buffer
@@ -60,11 +65,22 @@ class Encoding(IntEnum):
     XOR_PLANES = 3
     RESIDUAL_PLANES = 4
     RESIDUAL_RANS = 5
+    FLOAT_RANS = 6
+    GUIDED_RANS = 7
     CAST = 9
+    DECAYED_RANS = 11
 
 
 _ENCODINGS = frozenset(Encoding)
 _CASTS = frozenset(Cast)
+
+
+class Against(Enum):
+    """What a payload was made against, and what it is decoded with."""
+
+    NOTHING = "nothing"
+    BASE = "base"
+    GUIDE = "guide"
 
 
 class Encoded(NamedTuple):
@@ -72,6 +88,13 @@ class Encoded(NamedTuple):
 
     encoding: Encoding
     payload: bytes
+
+    @property
+    def against(self) -> Against:
+        """Which of the arguments of :func:`encode` is the base of :func:`decode`."""
+        if self.encoding is Encoding.GUIDED_RANS:
+            return Against.GUIDE
+        return Against.BASE if needs_base(self.encoding) else Against.NOTHING
 
 
 class _Form(IntEnum):
@@ -117,7 +140,8 @@ class _Worker(threading.local):
         self.others = _compressor(3)
         self.decompressor = zstandard.ZstdDecompressor()
         self.scratch = np.empty(MAX_CELL_NBYTES, np.uint8)
-        self._cast = np.empty(0, np.uint8)
+        self._derived = np.empty(0, np.uint8)
+        self._folded = np.empty(0, np.uint8)
         self._workspace = np.empty(0, np.uint8)
 
     def planes(self, width: int, lanes: int) -> NDArray[np.uint8]:
@@ -126,10 +150,28 @@ class _Worker(threading.local):
 
     def cast(self, cast: Cast, source: _Bytes, nbytes: int) -> _Bytes:
         """Return what a cast makes of ``source``: ``nbytes``, which the thread's next call of this overwrites."""
-        if self._cast.size < nbytes:
-            self._cast = np.empty(MAX_CELL_NBYTES, np.uint8)
-        casts.apply(cast, source, self._cast[:nbytes])
-        return self._cast[:nbytes]
+        derived = self._derive(nbytes)
+        casts.apply(cast, source, derived)
+        return derived
+
+    def decay(self, decay: Decay, source: _Bytes) -> _Bytes:
+        """Return what a decay leaves of ``source``, which the thread's next call of this or of ``cast`` overwrites."""
+        derived = self._derive(source.size)
+        decays.apply(decay, source, derived)
+        return derived
+
+    def _derive(self, nbytes: int) -> _Bytes:
+        if self._derived.size < nbytes:
+            self._derived = np.empty(MAX_CELL_NBYTES, np.uint8)
+        return self._derived[:nbytes]
+
+    def fold(self, source: _Bytes, decayed: _Bytes) -> _Bytes:
+        """Return ``source`` folded, which the thread's next call of this overwrites."""
+        if self._folded.size < source.size:
+            self._folded = np.empty(MAX_CELL_NBYTES, np.uint8)
+        folded = self._folded[: source.size]
+        _kernels.decay_fold(source, decayed, folded)
+        return folded
 
     def workspace(self, nbytes: int, width: int) -> NDArray[np.uint8]:
         """Return what the residual coder needs to code a chunk of ``nbytes``, with whatever it last held."""
@@ -144,7 +186,19 @@ _worker = _Worker()
 
 def needs_base(encoding: int) -> bool:
     """Whether a payload of this encoding can only be decoded with its base."""
-    return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS, Encoding.CAST)
+    return encoding in _NEEDS_BASE
+
+
+_NEEDS_BASE = frozenset(
+    (
+        Encoding.XOR_PLANES,
+        Encoding.RESIDUAL_PLANES,
+        Encoding.RESIDUAL_RANS,
+        Encoding.GUIDED_RANS,
+        Encoding.CAST,
+        Encoding.DECAYED_RANS,
+    )
+)
 
 
 def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
@@ -152,12 +206,15 @@ def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
     return base_nbytes == nbytes or (floating and 2 * min(base_nbytes, nbytes) == max(base_nbytes, nbytes))
 
 
-def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None) -> Encoded:
+def encode(
+    chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None, guide: Buffer | None = None
+) -> Encoded:
     """Encode a chunk as the smallest of its candidates.
 
     Candidates are ``RAW``, ``CONSTANT`` and ``PLANES``; with a base also ``XOR_PLANES`` and, for floats,
-    ``RESIDUAL_PLANES`` and, from 128 lanes on, ``RESIDUAL_RANS``. Each plane is stored in its smallest form. Planes of
-    a long chunk of floats are only tried if those of a sample of it come near what the residual coder took.
+    ``RESIDUAL_PLANES``. From 128 lanes on, floats have ``FLOAT_RANS``, with a base ``RESIDUAL_RANS``, and with a guide
+    ``GUIDED_RANS``. Each plane is stored in its smallest form. What is likely to lose is only tried if a sample of a
+    long chunk says that it could win.
 
     Parameters
     ----------
@@ -170,6 +227,9 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
     base
         Decoded bytes of another chunk of as many lanes, expected to be like this one: of lanes as long, or of floats
         half or twice as long, of which it may be a cast.
+    guide
+        Decoded bytes of another chunk of the same length, whose lanes say how large those of this one are: of the
+        second moments of an optimizer, whose first moments this holds.
 
     Raises
     ------
@@ -187,37 +247,46 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
         )
     reference = None if base is None else _bytes(base, what="base")
     if reference is not None and not fits(reference.size, source.size, floating=floating):
-        raise InvalidInputError(
-            f"a base of {reference.size} bytes does not fit a chunk of {source.size}: leave it out",
-            kind="base_length",
-            expected=source.size,
-            actual=reference.size,
-        )
+        raise _misfit("base", reference.size, source.size)
+    guiding = None if guide is None else _bytes(guide, what="guide")
+    if guiding is not None and guiding.size != source.size:
+        raise _misfit("guide", guiding.size, source.size)
     if reference is not None and reference.size != source.size:
         return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
-    candidates = [Encoding.PLANES]
-    if reference is not None:
-        candidates.insert(0, Encoding.XOR_PLANES)
-        if floating:
-            candidates.insert(0, Encoding.RESIDUAL_PLANES)
     # The likeliest winner goes first, so that the others are given up early.
+    against: list[tuple[Encoding, _Bytes | None]] = []
+    if floating and source.size >= _FEWEST_CODED * width:
+        if reference is not None:
+            if width == _DECAYING_WIDTH:
+                against.append((Encoding.DECAYED_RANS, reference))
+            against.append((Encoding.RESIDUAL_RANS, reference))
+        if guiding is not None:
+            against.append((Encoding.GUIDED_RANS, guiding))
+        against.append((Encoding.FLOAT_RANS, None))
+    if reference is not None:
+        if floating:
+            against.append((Encoding.RESIDUAL_PLANES, reference))
+        against.append((Encoding.XOR_PLANES, reference))
+    against.append((Encoding.PLANES, None))
     best, size = Encoded(Encoding.RAW, b""), source.size
-    if reference is not None and floating and source.size >= _FEWEST_CODED * width:
-        payload = _encode_residuals(source, reference, width=width)
-        if payload is not None and len(payload) < size:
-            best, size = Encoded(Encoding.RESIDUAL_RANS, payload), len(payload)
-            candidates = [
-                encoding
-                for encoding in candidates
-                if _plausible(encoding, source, reference, width=width, floating=floating, limit=size)
-            ]
-    for encoding in candidates:
-        payload = _encode_planes(encoding, source, reference, width=width, floating=floating, limit=size)
+    for encoding, other in against:
+        if best.payload and floating and not _plausible(encoding, source, other, width=width, limit=size):
+            continue
+        payload = _encode_as(encoding, source, other, width=width, floating=floating, limit=size)
         if payload is not None:
             best, size = Encoded(encoding, payload), len(payload)
     return best if best.payload else Encoded(Encoding.RAW, source.tobytes())
+
+
+def _misfit(what: str, actual: int, expected: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"a {what} of {actual} bytes does not fit a chunk of {expected}: leave it out",
+        kind="base_length",
+        expected=expected,
+        actual=actual,
+    )
 
 
 def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
@@ -229,19 +298,44 @@ def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
     number = bytes([cast])
     if np.array_equal(source, reference):
         return Encoded(Encoding.CAST, number)
-    payload = _encode_residuals(source, reference, width=width) if source.size >= _FEWEST_CODED * width else None
+    payload = None
+    if source.size >= _FEWEST_CODED * width:
+        payload = _encode_as(Encoding.RESIDUAL_RANS, source, reference, width=width, floating=True, limit=source.size)
     alone = encode(source.data, width=width, floating=True)
     if payload is not None and len(number) + len(payload) < len(alone.payload):
         return Encoded(Encoding.CAST, number + payload)
     return alone
 
 
-def _encode_residuals(source: _Bytes, base: _Bytes, *, width: int) -> bytes | None:
-    """Return the payload of the residual coder, or None if it is longer than the chunk."""
-    out = _worker.scratch[: source.size]
-    nbytes = _kernels.residual_encode(source, base, width, _worker.workspace(source.size, width), out)
-    return out[:nbytes].tobytes() if nbytes else None
+def _encode_as(
+    encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, floating: bool, limit: int
+) -> bytes | None:
+    """Return the payload of one encoding, or None if it is not shorter than ``limit``."""
+    if encoding not in _CODED:
+        return _encode_planes(encoding, source, other, width=width, floating=floating, limit=limit)
+    out = _worker.scratch[: max(limit - 1, 0)]
+    prefix = b""
+    workspace = _worker.workspace(source.size, width)
+    if encoding is Encoding.DECAYED_RANS:
+        assert other is not None
+        decay = decays.likeliest(other, source)
+        if decay is None:
+            return None
+        prefix = decays.LAYOUT.pack(*decay)
+        other = _worker.decay(decay, other)
+        source = _worker.fold(source, other)
+        encoding = Encoding.RESIDUAL_RANS
+    if encoding is Encoding.RESIDUAL_RANS:
+        assert other is not None
+        nbytes = _kernels.residual_encode(source, other, width, workspace, out)
+    else:
+        nbytes = _kernels.float_encode(source, other, width, workspace, out)
+    return prefix + out[:nbytes].tobytes() if nbytes and nbytes + len(prefix) < limit else None
 
+
+# Lanes of what decays: optimizers keep their moments in float32.
+_DECAYING_WIDTH = 4
+_CODED = frozenset((Encoding.DECAYED_RANS, Encoding.RESIDUAL_RANS, Encoding.FLOAT_RANS, Encoding.GUIDED_RANS))
 
 # Lanes of one block. What the coder could save on fewer of them a blob's row in its pack takes three times over.
 _FEWEST_CODED = 128
@@ -253,21 +347,24 @@ _RUNS = 64
 _SHORTEST_RUN = 32
 # A sample is off by a few per cent, and by its headers too long. The coder usually wins by 10 to 40.
 _DOUBT = 0.96
+# Bytes that a coder needs for tables and states, whatever it codes.
+_CODED_HEADER = 256
 
 
-def _plausible(encoding: Encoding, source: _Bytes, base: _Bytes, *, width: int, floating: bool, limit: int) -> bool:
-    """Whether the payload of a planes encoding could be shorter than ``limit``, judged from a sample."""
+def _plausible(encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, limit: int) -> bool:
+    """Whether the payload of floats in an encoding could be shorter than ``limit``, judged from a sample."""
     lanes = source.size // width
     between = lanes // _RUNS
     run = max(_SHORTEST_RUN, between // _SAMPLE)
     if between < 4 * run:
         return True
-    first_lanes = (slice(None), slice(run * width))
-    sample, sampled_base = (
-        whole[: _RUNS * between * width].reshape(_RUNS, -1)[first_lanes].reshape(-1) for whole in (source, base)
+    sample, sampled_other = (
+        None if whole is None else whole[: _RUNS * between * width].reshape(_RUNS, -1)[:, : run * width].reshape(-1)
+        for whole in (source, other)
     )
-    room = int(limit * sample.size / source.size / _DOUBT)
-    return _encode_planes(encoding, sample, sampled_base, width=width, floating=floating, limit=room) is not None
+    assert sample is not None
+    room = int(limit * sample.size / source.size / _DOUBT) + (_CODED_HEADER if encoding in _CODED else 0)
+    return _encode_as(encoding, sample, sampled_other, width=width, floating=True, limit=room) is not None
 
 
 def _encode_planes(
@@ -343,6 +440,10 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
         _check(stored.size == width, f"constant payload of {stored.size} bytes for lanes of {width}")
         target.reshape(-1, width)[:] = stored
         return
+    if encoding == Encoding.FLOAT_RANS:
+        fault = _kernels.float_decode(stored, None, width, _worker.workspace(target.size, width), target)
+        _check(fault is None, str(fault))
+        return
     if encoding == Encoding.PLANES:
         _kernels.merge_planes(_decode_planes(stored, width, target.size // width), target)
         return
@@ -354,9 +455,14 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
             return
         encoding = Encoding.RESIDUAL_RANS
     reference = _fitting(reference, target.size)
-    if encoding == Encoding.RESIDUAL_RANS:
-        fault = _kernels.residual_decode(stored, reference, width, _worker.workspace(target.size, width), target)
+    if encoding == Encoding.DECAYED_RANS:
+        stored, reference = _decode_decay(stored, reference, width)
+    if encoding in (Encoding.RESIDUAL_RANS, Encoding.DECAYED_RANS, Encoding.GUIDED_RANS):
+        coder = _kernels.float_decode if encoding == Encoding.GUIDED_RANS else _kernels.residual_decode
+        fault = coder(stored, reference, width, _worker.workspace(target.size, width), target)
         _check(fault is None, str(fault))
+        if encoding == Encoding.DECAYED_RANS:
+            _kernels.decay_unfold(target, reference, target)
         return
     merge = _kernels.xor_merge if encoding == Encoding.XOR_PLANES else _kernels.residual_merge
     merge(_decode_planes(stored, width, target.size // width), reference, target)
@@ -424,6 +530,16 @@ def _decode_cast(payload: _Bytes, base: _Bytes | None, width: int, nbytes: int) 
     if base is None or base.size * cast.width != nbytes * cast.source_width:
         raise _corrupt(f"cast to {nbytes} bytes with {found}")
     return payload[1:], _worker.cast(cast, base, nbytes)
+
+
+def _decode_decay(payload: _Bytes, base: _Bytes, width: int) -> tuple[_Bytes, _Bytes]:
+    """Return the rest of a payload of ``DECAYED_RANS``, and what its decay leaves of the base, in scratch."""
+    _check(width == _DECAYING_WIDTH, f"decay of lanes of {width} bytes")
+    _check(payload.size >= decays.LAYOUT.size, "payload that ends within its decay")
+    decay = Decay(*decays.LAYOUT.unpack_from(payload.data))
+    possible = decay.halvings <= decays.MOST_HALVINGS and decay.factor >= 1 << 31
+    _check(possible, f"decay by {decay.factor} and {decay.halvings} halvings")
+    return payload[decays.LAYOUT.size :], _worker.decay(decay, base)
 
 
 def _decode_planes(payload: _Bytes, width: int, length: int) -> Sequence[_Bytes]:
