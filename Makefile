@@ -9,7 +9,7 @@ TEST_TOOLS := dask fsspec hypothesis jsonschema pandas pytest pytest-xdist trans
 LINT_TOOLS := clang-format import-linter mypy ruff
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
-FUZZ := $(wildcard cpp_ext/fuzz/*.cc)
+FUZZ := $(wildcard cpp_ext/fuzz/*.cc cpp_ext/fuzz/*.hpp)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
@@ -23,7 +23,7 @@ demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./dem
 
 test: .venv/built  ## Every test; those of the kernels once more without vector instructions.
 	.venv/bin/python -m pytest -n 2
-	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_residual_coder.py
+	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_moments.py tests/test_residual_coder.py tests/test_float_coder.py
 
 lint: .venv/built  ## The static checks.
 	.venv/bin/ruff format --check
@@ -38,22 +38,30 @@ bench: .venv/built  ## Push and checkout against cp, safetensors and zstd.
 
 FUZZ_RUNS ?= 100000000
 
-fuzz: build/fuzz/residual_coder  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
-	mkdir -p build/fuzz/found
-	$< -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found cpp_ext/fuzz/corpus/residual_coder
+# What reads payloads that anybody may have written.
+FUZZED := residual_coder float_coder
+
+fuzz: $(FUZZED:%=build/fuzz/%)  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
+	mkdir -p $(FUZZED:%=build/fuzz/found/%)
+	for target in $(FUZZED); do \
+	    build/fuzz/$$target -runs=$(FUZZ_RUNS) -max_len=8192 build/fuzz/found/$$target cpp_ext/fuzz/corpus/$$target || exit 1; \
+	done
+
+# All but the bindings and the choice between variants.
+KERNELS := $(filter-out cpp_ext/bindings.cc cpp_ext/dispatch.cc,$(wildcard cpp_ext/*.cc))
 
 SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
 
-replay: build/fuzz/replay  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
-	find cpp_ext/fuzz/corpus/residual_coder -type f -exec $< {} +
+replay: $(FUZZED:%=build/fuzz/%.replay)  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
+	for target in $(FUZZED); do find cpp_ext/fuzz/corpus/$$target -type f -exec build/fuzz/$$target.replay {} + || exit 1; done
 
-build/fuzz/replay: $(FUZZ) $(CPP)
+build/fuzz/%.replay: cpp_ext/fuzz/%.cc cpp_ext/fuzz/replay.cc $(CPP)
 	mkdir -p build/fuzz
-	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $(FUZZ) $(wildcard cpp_ext/rans_*.cc)
+	g++ $(SANITIZED) -O1 -fsanitize=address,undefined -o $@ $< cpp_ext/fuzz/replay.cc $(KERNELS)
 
-build/fuzz/residual_coder: cpp_ext/fuzz/residual_coder.cc $(CPP)
+build/fuzz/%: cpp_ext/fuzz/%.cc $(CPP)
 	mkdir -p build/fuzz
-	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(wildcard cpp_ext/rans_*.cc)
+	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(KERNELS)
 
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository

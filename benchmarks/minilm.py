@@ -5,6 +5,7 @@ so what is pushed has exactly the names, order and dtypes of the file that was p
 """
 
 import ast
+import random
 import re
 import sysconfig
 import unicodedata
@@ -24,6 +25,8 @@ HEAD_WIDTH = 32
 """Width of an attention head: the model is 384 wide and has 12."""
 
 _LAYER_NORM_EPSILON = 1e-12  # config.json of the model
+_BATCH = 16  # pairs of sentences; each is told from the 15 others
+_SCALE = 20.0  # of cosines before the softmax, as the model was trained with
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
@@ -144,3 +147,36 @@ def _summaries(source: Path) -> Iterator[tuple[str, str]]:
             summary = " ".join(doc.partition("\n\n")[0].split())
             if len(summary.split()) >= 4:  # shorter ones ("See base class.") describe nothing
                 yield node.name, summary
+
+
+class Sentences:
+    """Batches of sentences that belong together, and what a model loses on the next one.
+
+    Parameters
+    ----------
+    model
+        A folder with the model's ``vocab.txt``.
+    seed
+        Chooses which sentences, in which order.
+    """
+
+    def __init__(self, model: Path, seed: str) -> None:
+        self._tokenizer = Tokenizer(model / "vocab.txt")
+        self._pairs = docstring_pairs()
+        self._order = random.Random(seed)
+
+    def contrast(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return how badly names are told from one another by their summaries: the mean cross-entropy, in nats."""
+        return functional.cross_entropy(self._logits(weights), torch.arange(_BATCH))
+
+    def reward(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of REINFORCE: names draw summaries; a right one is worth 1, less the mean of the batch."""
+        logits = self._logits(weights)
+        drawn = torch.tensor([self._order.choices(range(_BATCH), row)[0] for row in logits.softmax(1).tolist()])
+        rewards = (drawn == torch.arange(_BATCH)).float()
+        return functional.cross_entropy(logits, drawn, reduction="none") @ (rewards - rewards.mean()) / _BATCH
+
+    def _logits(self, weights: Mapping[str, Tensor]) -> Tensor:
+        names, summaries = zip(*self._order.sample(self._pairs, _BATCH), strict=True)
+        ours, theirs = (embed(weights, *self._tokenizer(sentences)) for sentences in (names, summaries))
+        return _SCALE * ours @ theirs.T

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "rans.hpp"
 
@@ -266,7 +267,11 @@ void residual_merge(const uint8_t* const* planes, const uint8_t* base, size_t n,
     merge_any<Residual>(planes, base, n, width, out);
 }
 
-// Lanes as float64: `four(p)` gives the four lanes at p.
+// Lanes as float64: `four(p)` gives the four lanes at p, or `eight(p)` the eight where that is cheaper.
+
+struct Eight {
+    __m256d low, high;
+};
 
 __m128i load64(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 __m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -315,13 +320,18 @@ struct Integer64 {
 
 struct Float16 {
     static constexpr size_t width = 2;
-    __m256d four(const uint8_t* p) const { return _mm256_cvtps_pd(_mm_cvtph_ps(load64(p))); }
+    Eight eight(const uint8_t* p) const {
+        const __m256 lanes = _mm256_cvtph_ps(load128(p));
+        return {_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)), _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1))};
+    }
 };
 
 struct BFloat16 {
     static constexpr size_t width = 2;
-    __m256d four(const uint8_t* p) const {
-        return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load64(p)), 16)));
+    Eight eight(const uint8_t* p) const {  // a bfloat16 is the high half of a float32
+        const __m128i lanes = load128(p), zero = _mm_setzero_si128();
+        return {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, lanes))),
+                _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, lanes)))};
     }
 };
 
@@ -334,6 +344,15 @@ struct Float64 {
     static constexpr size_t width = 8;
     __m256d four(const uint8_t* p) const { return _mm256_castsi256_pd(load(p)); }
 };
+
+template <class Lane>
+Eight eight(const Lane& lane, const uint8_t* p) {
+    if constexpr (requires { lane.eight(p); }) {
+        return lane.eight(p);
+    } else {
+        return {lane.four(p), lane.four(p + 4 * Lane::width)};
+    }
+}
 
 int count(int mask) { return _mm_popcnt_u32(static_cast<unsigned>(mask)); }
 
@@ -358,45 +377,64 @@ uint64_t changed(const uint8_t* a, const uint8_t* b) {
 
 // Half of the partial sums: those of lanes 0-3 or of lanes 4-7 of every stride.
 struct HalfSums {
-    __m256d squared_difference = _mm256_setzero_pd();
-    __m256d absolute_difference = _mm256_setzero_pd();
-    __m256d dot = _mm256_setzero_pd();
-    __m256d squared_a = _mm256_setzero_pd();
-    __m256d squared_b = _mm256_setzero_pd();
+    __m256d squared_difference, absolute_difference, dot, squared_a, squared_b;
+
+    HalfSums(const PartialSums& sums, size_t first)
+        : squared_difference(_mm256_loadu_pd(sums.squared_difference + first)),
+          absolute_difference(_mm256_loadu_pd(sums.absolute_difference + first)),
+          dot(_mm256_loadu_pd(sums.dot + first)),
+          squared_a(_mm256_loadu_pd(sums.squared_a + first)),
+          squared_b(_mm256_loadu_pd(sums.squared_b + first)) {}
+
+    void store(PartialSums& sums, size_t first) const {
+        _mm256_storeu_pd(sums.squared_difference + first, squared_difference);
+        _mm256_storeu_pd(sums.absolute_difference + first, absolute_difference);
+        _mm256_storeu_pd(sums.dot + first, dot);
+        _mm256_storeu_pd(sums.squared_a + first, squared_a);
+        _mm256_storeu_pd(sums.squared_b + first, squared_b);
+    }
 
     // `largest` is one for both halves: a maximum does not depend on the order, and this loop is short of registers.
+    template <bool same>
     void add(__m256d x, __m256d y, __m256d& largest) {
-        const __m256d difference = _mm256_sub_pd(x, y);
-        const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), difference);
-        squared_difference = _mm256_add_pd(squared_difference, _mm256_mul_pd(difference, difference));
-        absolute_difference = _mm256_add_pd(absolute_difference, magnitude);
-        // Of a NaN and a number this gives the second, the number.
-        largest = _mm256_max_pd(magnitude, largest);
+        if constexpr (!same) {
+            const __m256d difference = _mm256_sub_pd(x, y);
+            const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), difference);
+            squared_difference = _mm256_add_pd(squared_difference, _mm256_mul_pd(difference, difference));
+            absolute_difference = _mm256_add_pd(absolute_difference, magnitude);
+            // Of a NaN and a number this gives the second, the number.
+            largest = _mm256_max_pd(magnitude, largest);
+        }
         dot = _mm256_add_pd(dot, _mm256_mul_pd(x, y));
         squared_a = _mm256_add_pd(squared_a, _mm256_mul_pd(x, x));
         squared_b = _mm256_add_pd(squared_b, _mm256_mul_pd(y, y));
     }
 };
 
-void store(double (&to)[stride], __m256d low, __m256d high) {
-    _mm256_storeu_pd(to, low);
-    _mm256_storeu_pd(to + 4, high);
+// Whether any difference was a NaN.
+bool has_nan(const HalfSums& low, const HalfSums& high) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(low.absolute_difference, high.absolute_difference, _CMP_UNORD_Q)) != 0;
 }
 
-template <size_t lanes_per_element, class Lane>
-Moments moments_of(const uint8_t* a, const uint8_t* b, size_t n, Lane lane) {
+// Subtracts without asking whether the bits are equal, which is only wrong for lanes that are not finite. Those show as
+// the first NaN of all differences: then this is false, and the sums are as they were. `same`: b is a itself.
+template <bool same, size_t lanes_per_element, class Lane>
+bool add_finite(const uint8_t* a, const uint8_t* b, size_t n, Lane lane, PartialSums& sums) {
     constexpr size_t element = lanes_per_element * Lane::width;
-    constexpr size_t half = 4 * Lane::width;
-    constexpr size_t step = 2 * half;
+    constexpr size_t step = stride * Lane::width;
     const size_t nbytes = n * element;
-    HalfSums low, high;
-    __m256d largest = _mm256_setzero_pd();
+    if constexpr (same) b = a;
+    HalfSums low(sums, 0), high(sums, 4);
+    const bool had_nan = has_nan(low, high);
+    __m256d largest =
+        _mm256_max_pd(_mm256_loadu_pd(sums.largest_difference), _mm256_loadu_pd(sums.largest_difference + 4));
     uint64_t differing = 0;
     size_t at = 0;
     for (; at + step <= nbytes; at += step) {
-        low.add(lane.four(a + at), lane.four(b + at), largest);
-        high.add(lane.four(a + at + half), lane.four(b + at + half), largest);
-        differing += changed<element, step>(a + at, b + at);
+        const Eight x = eight(lane, a + at), y = eight(lane, b + at);
+        low.add<same>(x.low, y.low, largest);
+        high.add<same>(x.high, y.high, largest);
+        if constexpr (!same) differing += changed<element, step>(a + at, b + at);
     }
     if (at < nbytes) {
         // Lanes past the end count as +0.0, which changes no sum. They are masked because a byte 0 may mean another
@@ -408,66 +446,69 @@ Moments moments_of(const uint8_t* a, const uint8_t* b, size_t n, Lane lane) {
         for (size_t i = 0; i < (nbytes - at) / Lane::width; ++i) inside[i] = ~uint64_t{0};
         const __m256d in_low = _mm256_loadu_pd(reinterpret_cast<const double*>(inside));
         const __m256d in_high = _mm256_loadu_pd(reinterpret_cast<const double*>(inside + 4));
-        low.add(_mm256_and_pd(lane.four(tail_a), in_low), _mm256_and_pd(lane.four(tail_b), in_low), largest);
-        high.add(_mm256_and_pd(lane.four(tail_a + half), in_high), _mm256_and_pd(lane.four(tail_b + half), in_high),
-                 largest);
-        differing += changed<element, step>(tail_a, tail_b);
+        const Eight x = eight(lane, tail_a), y = eight(lane, tail_b);
+        low.add<same>(_mm256_and_pd(x.low, in_low), _mm256_and_pd(y.low, in_low), largest);
+        high.add<same>(_mm256_and_pd(x.high, in_high), _mm256_and_pd(y.high, in_high), largest);
+        if constexpr (!same) differing += changed<element, step>(tail_a, tail_b);
     }
-    PartialSums partial;
-    store(partial.squared_difference, low.squared_difference, high.squared_difference);
-    store(partial.absolute_difference, low.absolute_difference, high.absolute_difference);
-    store(partial.largest_difference, largest, _mm256_setzero_pd());
-    store(partial.dot, low.dot, high.dot);
-    store(partial.squared_a, low.squared_a, high.squared_a);
-    store(partial.squared_b, low.squared_b, high.squared_b);
-    return finish(partial, differing);
+    if (!had_nan && has_nan(low, high)) return false;
+    low.store(sums, 0);
+    high.store(sums, 4);
+    _mm256_storeu_pd(sums.largest_difference, largest);
+    _mm256_storeu_pd(sums.largest_difference + 4, _mm256_setzero_pd());
+    sums.changed += differing;
+    return true;
 }
 
-Moments all_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table) {
+template <size_t lanes_per_element, class Lane>
+bool add(const uint8_t* a, const uint8_t* b, size_t n, Lane lane, PartialSums& sums) {
+    return a == b ? add_finite<true, lanes_per_element>(a, b, n, lane, sums)
+                  : add_finite<false, lanes_per_element>(a, b, n, lane, sums);
+}
+
+bool add_any(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table, PartialSums& sums) {
     switch (kind) {
         case Kind::table8:
-            return moments_of<1>(a, b, n, Table8{table});
+            return add<1>(a, b, n, Table8{table}, sums);
         case Kind::int16:
-            return moments_of<1>(a, b, n, Int16{});
+            return add<1>(a, b, n, Int16{}, sums);
         case Kind::uint16:
-            return moments_of<1>(a, b, n, UInt16{});
+            return add<1>(a, b, n, UInt16{}, sums);
         case Kind::int32:
-            return moments_of<1>(a, b, n, Int32{});
+            return add<1>(a, b, n, Int32{}, sums);
         case Kind::uint32:
-            return moments_of<1>(a, b, n, UInt32{});
+            return add<1>(a, b, n, UInt32{}, sums);
         case Kind::int64:
-            return moments_of<1>(a, b, n, Integer64<std::int64_t>{});
+            return add<1>(a, b, n, Integer64<std::int64_t>{}, sums);
         case Kind::uint64:
-            return moments_of<1>(a, b, n, Integer64<uint64_t>{});
+            return add<1>(a, b, n, Integer64<uint64_t>{}, sums);
         case Kind::float16:
-            return moments_of<1>(a, b, n, Float16{});
+            return add<1>(a, b, n, Float16{}, sums);
         case Kind::bfloat16:
-            return moments_of<1>(a, b, n, BFloat16{});
+            return add<1>(a, b, n, BFloat16{}, sums);
         case Kind::float32:
-            return moments_of<1>(a, b, n, Float32{});
+            return add<1>(a, b, n, Float32{}, sums);
         case Kind::float64:
-            return moments_of<1>(a, b, n, Float64{});
+            return add<1>(a, b, n, Float64{}, sums);
         case Kind::complex64:
-            return moments_of<2>(a, b, n, Float32{});
+            return add<2>(a, b, n, Float32{}, sums);
         case Kind::complex128:
-            return moments_of<2>(a, b, n, Float64{});
+            return add<2>(a, b, n, Float64{}, sums);
     }
-    return {};
+    return true;
 }
 
-Moments moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table) noexcept {
-    const Moments result = all_moments(a, b, n, kind, table);
-    // The loop above subtracts without asking whether the bits are equal, which is only wrong for lanes that are not
-    // finite. Those show as a NaN, are rare in weights, and get the careful definition.
-    const bool nan = result.absolute_difference != result.absolute_difference;
-    return nan ? scalar_kernels.moments(a, b, n, kind, table) : result;
+void add_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table,
+                 PartialSums& sums) noexcept {
+    // What is not finite is rare in weights, and gets the careful definition.
+    if (!add_any(a, b, n, kind, table, sums)) scalar_kernels.add_moments(a, b, n, kind, table, sums);
 }
 
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2",    split_planes,   xor_split, residual_split,    merge_planes,
-    xor_merge, residual_merge, moments,   &rans::avx2_loops,
+    "avx2",    split_planes,   xor_split,   residual_split,    merge_planes,
+    xor_merge, residual_merge, add_moments, &rans::avx2_loops, &floats::avx2_loops,
 };
 
 }  // namespace lamella

@@ -3,13 +3,16 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <variant>
 #include <vector>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "rans.hpp"
 
@@ -106,7 +109,8 @@ std::size_t lanes(std::size_t nbytes, std::size_t width) {
 
 std::size_t coder_workspace(std::size_t nbytes, std::size_t width) {
     const std::size_t n = lanes(nbytes, width);
-    return std::max(lamella::rans::encoder_workspace(n, width), lamella::rans::decoder_workspace(n));
+    return std::max({lamella::rans::encoder_workspace(n, width), lamella::rans::decoder_workspace(n),
+                     lamella::floats::encoder_workspace(n, width), lamella::floats::decoder_workspace(n)});
 }
 
 std::size_t residual_encode(Bytes src, Bytes base, std::size_t width, Out workspace, Out out) {
@@ -129,6 +133,65 @@ std::optional<const char*> residual_decode(Bytes payload, Bytes base, std::size_
                                  workspace.data(), out.data());
 }
 
+void cast(Bytes src, lamella::Cast how, Out out) {
+    const std::size_t n = src.size() / lamella::source_width(how);
+    require(src.size() == n * lamella::source_width(how), "src must be whole lanes");
+    require(out.size() == n * lamella::target_width(how), "out must have as many lanes as src");
+    nb::gil_scoped_release release;
+    lamella::cast(src.data(), n, how, out.data());
+}
+
+const std::uint8_t* guide_of(const std::optional<Bytes>& guide, std::size_t nbytes) {
+    require(!guide || guide->size() == nbytes, "guide must be as long as the lanes");
+    return guide ? guide->data() : nullptr;
+}
+
+std::size_t float_encode(Bytes src, std::optional<Bytes> guide, std::size_t width, Out workspace, Out out) {
+    const std::size_t n = lanes(src.size(), width);
+    const std::uint8_t* guiding = guide_of(guide, src.size());
+    require(n != 0, "src must not be empty");
+    require(workspace.size() >= lamella::floats::encoder_workspace(n, width), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::floats::encode(*lamella::active().float_coder, src.data(), guiding, n, width, workspace.data(),
+                                   out.data(), out.size());
+}
+
+std::optional<const char*> float_decode(Bytes payload, std::optional<Bytes> guide, std::size_t width, Out workspace,
+                                        Out out) {
+    const std::size_t n = lanes(out.size(), width);
+    const std::uint8_t* guiding = guide_of(guide, out.size());
+    require(n != 0, "out must not be empty");
+    require(workspace.size() >= lamella::floats::decoder_workspace(n), "workspace must be large enough");
+    nb::gil_scoped_release release;
+    return lamella::floats::decode(*lamella::active().float_coder, payload.data(), payload.size(), guiding, n, width,
+                                   workspace.data(), out.data());
+}
+
+void require_singles(std::size_t nbytes, const Bytes& decayed, const Out& out) {
+    require(nbytes % 4 == 0, "lanes must be of four bytes");
+    require(decayed.size() == nbytes && out.size() == nbytes, "all must be of one length");
+}
+
+void decay(Bytes base, std::uint32_t factor, unsigned halvings, Out out) {
+    require_singles(base.size(), base, out);
+    require(factor >> 31 != 0, "factor must be at least 2^31");
+    require(halvings < 8, "halvings must be less than 8");
+    nb::gil_scoped_release release;
+    lamella::decay(base.data(), base.size() / 4, factor, halvings, out.data());
+}
+
+void decay_fold(Bytes src, Bytes decayed, Out out) {
+    require_singles(src.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_fold(src.data(), decayed.data(), src.size() / 4, out.data());
+}
+
+void decay_unfold(Bytes folded, Bytes decayed, Out out) {
+    require_singles(folded.size(), decayed, out);
+    nb::gil_scoped_release release;
+    lamella::decay_unfold(folded.data(), decayed.data(), folded.size() / 4, out.data());
+}
+
 bool is_constant(Bytes src, std::size_t width) {
     require(width != 0 && src.size() % width == 0, "src must be whole lanes");
     nb::gil_scoped_release release;
@@ -137,18 +200,46 @@ bool is_constant(Bytes src, std::size_t width) {
 
 using MomentsTuple = std::tuple<std::size_t, std::uint64_t, double, double, double, double, double, double>;
 
-MomentsTuple moments(Bytes a, Bytes b, Kind kind, std::optional<Table> table) {
-    const std::size_t width = lamella::element_width(kind);
-    require(a.size() == b.size(), "a and b must be of one length");
-    require(a.size() % width == 0, "a must be whole elements");
+const double* require_elements(std::size_t nbytes, Kind kind, const std::optional<Table>& table) {
+    require(nbytes % lamella::element_width(kind) == 0, "a must be whole elements");
     require((kind == Kind::table8) == table.has_value(), "a table goes with TABLE8 and with nothing else");
-    lamella::Moments m;
+    return table ? table->data() : nullptr;
+}
+
+MomentsTuple as_tuple(std::size_t count, const lamella::PartialSums& sums) {
+    const lamella::Moments m = lamella::finish(sums);
+    return {count, m.changed,   m.squared_difference, m.absolute_difference, m.largest_difference,
+            m.dot, m.squared_a, m.squared_b};
+}
+
+MomentsTuple moments(Bytes a, Bytes b, Kind kind, std::optional<Table> table) {
+    require(a.size() == b.size(), "a and b must be of one length");
+    const double* values = require_elements(a.size(), kind, table);
+    const std::size_t count = a.size() / lamella::element_width(kind);
+    lamella::PartialSums sums = {};
     {
         nb::gil_scoped_release release;
-        m = lamella::active().moments(a.data(), b.data(), a.size() / width, kind, table ? table->data() : nullptr);
+        lamella::active().add_moments(a.data(), b.data(), count, kind, values, sums);
     }
-    return {a.size() / width,     m.changed, m.squared_difference, m.absolute_difference,
-            m.largest_difference, m.dot,     m.squared_a,          m.squared_b};
+    return as_tuple(count, sums);
+}
+
+std::variant<MomentsTuple, const char*> residual_moments(Bytes a, Bytes payload, Bytes base, std::size_t width,
+                                                         Out workspace, Kind kind, std::optional<Table> table) {
+    const std::size_t n = lanes(a.size(), width);
+    require(a.size() == base.size(), "base must be as long as a");
+    require(n != 0, "a must not be empty");
+    require(workspace.size() >= lamella::rans::decoder_workspace(n), "workspace must be large enough");
+    const double* values = require_elements(a.size(), kind, table);
+    lamella::PartialSums sums = {};
+    const char* fault;
+    {
+        nb::gil_scoped_release release;
+        fault = lamella::rans::add_moments(lamella::active(), payload.data(), payload.size(), base.data(), a.data(), n,
+                                           width, kind, values, workspace.data(), sums);
+    }
+    if (fault != nullptr) return fault;
+    return as_tuple(a.size() / lamella::element_width(kind), sums);
 }
 
 }  // namespace
@@ -171,6 +262,12 @@ NB_MODULE(_kernels, m) {
         .value("COMPLEX64", Kind::complex64)
         .value("COMPLEX128", Kind::complex128);
 
+    nb::enum_<lamella::Cast>(m, "Cast", "A conversion between floats.")
+        .value("FLOAT32_TO_BFLOAT16", lamella::Cast::float32_to_bfloat16)
+        .value("FLOAT32_TO_FLOAT16", lamella::Cast::float32_to_float16)
+        .value("BFLOAT16_TO_FLOAT32", lamella::Cast::bfloat16_to_float32)
+        .value("FLOAT16_TO_FLOAT32", lamella::Cast::float16_to_float32);
+
     m.def("isa", [] { return lamella::active().isa; }, "Name of the variant in use: \"avx2\" or \"scalar\".");
     m.def(
         "set_isa", [](const char* isa) { require(lamella::select(isa), "this build or CPU has no such variant"); },
@@ -190,7 +287,7 @@ NB_MODULE(_kernels, m) {
           "Inverse of residual_split.");
 
     m.def("coder_workspace", coder_workspace, "nbytes"_a, "width"_a,
-          "Bytes of workspace that residual_encode and residual_decode take for chunks of up to nbytes.");
+          "Bytes of workspace that the coders below take for chunks of up to nbytes.");
     m.def("residual_encode", residual_encode, "src"_a.noconvert(), "base"_a.noconvert(), "width"_a,
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Write the RESIDUAL_RANS payload of src to the front of out; return its bytes, or 0 if out is too short.");
@@ -198,7 +295,27 @@ NB_MODULE(_kernels, m) {
           "workspace"_a.noconvert(), "out"_a.noconvert(),
           "Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.");
 
+    m.def("cast", cast, "src"_a.noconvert(), "how"_a, "out"_a.noconvert(), "Convert lanes, each to one lane of out.");
+    m.def(
+        "float_encode", float_encode, "src"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
+        "workspace"_a.noconvert(), "out"_a.noconvert(),
+        "Write the FLOAT_RANS payload of src, or GUIDED_RANS with a guide, to the front of out; return its bytes, or 0"
+        " if out is too short.");
+    m.def("float_decode", float_decode, "payload"_a.noconvert(), "guide"_a.noconvert().none(), "width"_a,
+          "workspace"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.");
+
+    m.def("decay", decay, "base"_a.noconvert(), "factor"_a, "halvings"_a, "out"_a.noconvert(),
+          "out = base * factor / 2^(32 + halvings), lanes being float32.");
+    m.def("decay_fold", decay_fold, "src"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Move lanes that are above a decayed base such that their residuals have no sign.");
+    m.def("decay_unfold", decay_unfold, "folded"_a.noconvert(), "decayed"_a.noconvert(), "out"_a.noconvert(),
+          "Inverse of decay_fold; out may be folded.");
+
     m.def("is_constant", is_constant, "src"_a.noconvert(), "width"_a, "Whether all lanes of src are equal.");
     m.def("moments", moments, "a"_a.noconvert(), "b"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
           "Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).");
+    m.def("residual_moments", residual_moments, "a"_a.noconvert(), "payload"_a.noconvert(), "base"_a.noconvert(),
+          "width"_a, "workspace"_a.noconvert(), "kind"_a, "table"_a.noconvert() = nb::none(),
+          "Return moments of a and of what residual_decode gives, or what is wrong with the payload.");
 }

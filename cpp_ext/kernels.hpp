@@ -16,6 +16,9 @@ namespace lamella {
 namespace rans {
 struct Loops;
 }
+namespace floats {
+struct Loops;
+}
 
 // What a lane is to `moments`.
 enum class Kind : std::uint8_t {
@@ -35,7 +38,7 @@ enum class Kind : std::uint8_t {
 };
 
 // Bytes of one element and of one lane; they differ for complex kinds.
-constexpr std::size_t element_width(Kind kind) {
+static constexpr std::size_t element_width(Kind kind) {
     switch (kind) {
         case Kind::table8:
             return 1;
@@ -59,6 +62,22 @@ constexpr std::size_t element_width(Kind kind) {
     return 0;
 }
 
+// Conversions between floats of 2 and 4 bytes, in integers alone, so that every machine gives the same bits. To a
+// narrower type: the nearest value, ties to even; what is too large becomes infinite; NaN keeps its sign and the
+// highest bits of its payload, with the quiet bit set. To a wider type: exactly, NaN payloads too.
+enum class Cast : std::uint8_t {
+    float32_to_bfloat16,
+    float32_to_float16,
+    bfloat16_to_float32,
+    float16_to_float32,
+};
+
+// Bytes of a lane before and after.
+constexpr std::size_t source_width(Cast how) {
+    return how == Cast::float32_to_bfloat16 || how == Cast::float32_to_float16 ? 4 : 2;
+}
+constexpr std::size_t target_width(Cast how) { return 6 - source_width(how); }
+
 // Sums over the lanes of a and b, all in float64. A NaN is always the one quiet NaN without payload.
 struct Moments {
     std::uint64_t changed;       // elements whose bits differ
@@ -70,10 +89,11 @@ struct Moments {
     double squared_b;            // sum b^2
 };
 
-// The sums while `moments` runs: lane i is added to the sums at i % stride, and `finish` adds those up in one fixed
+// The same while elements are added: lane i goes to the sums at i % stride, and `finish` adds those up in one fixed
 // order. Eight float64 are two AVX2 registers, enough to hide the latency of an addition.
 inline constexpr std::size_t stride = 8;
 struct PartialSums {
+    std::uint64_t changed;
     double squared_difference[stride];
     double absolute_difference[stride];
     double largest_difference[stride];  // ignores NaN, which the absolute difference remembers
@@ -81,7 +101,7 @@ struct PartialSums {
     double squared_a[stride];
     double squared_b[stride];
 };
-Moments finish(const PartialSums& partial, std::uint64_t changed) noexcept;
+Moments finish(const PartialSums& partial) noexcept;
 
 struct Kernels {
     const char* isa;
@@ -109,14 +129,19 @@ struct Kernels {
     void (*residual_merge)(const std::uint8_t* const* planes, const std::uint8_t* base, std::size_t n,
                            std::size_t width, std::uint8_t* out) noexcept;
 
-    // Moments of n *elements*. The difference of two lanes with the same bits is 0, even for NaN and infinity: what did
-    // not change is at distance 0. `table` has 256 entries for Kind::table8 and is not read otherwise. 64-bit integers
-    // are rounded to float64.
-    Moments (*moments)(const std::uint8_t* a, const std::uint8_t* b, std::size_t n, Kind kind,
-                       const double* table) noexcept;
+    // Add n *elements* to sums of Moments, which begin as zeros. Adding runs of elements one after the other gives the
+    // sums of all of them, bit for bit, if every run but the last is whole strides of lanes. The difference of two
+    // lanes with the same bits is 0, even for NaN and infinity: what did not change is at distance 0, and where a is b
+    // itself differences cost nothing. `table` has 256 entries for Kind::table8 and is not read otherwise. 64-bit
+    // integers are rounded to float64.
+    void (*add_moments)(const std::uint8_t* a, const std::uint8_t* b, std::size_t n, Kind kind, const double* table,
+                        PartialSums& sums) noexcept;
 
     // The loops of the residual coder, which rans.hpp defines.
     const rans::Loops* coder;
+
+    // The loops of the float coder, which floats.hpp defines.
+    const floats::Loops* float_coder;
 };
 
 extern const Kernels scalar_kernels;
@@ -129,6 +154,21 @@ const Kernels& active() noexcept;
 
 // Uses the table named "scalar" or "avx2" from now on, in all threads. False if this build or CPU lacks it.
 bool select(const char* isa) noexcept;
+
+// Converts n lanes.
+void cast(const std::uint8_t* src, std::size_t n, Cast how, std::uint8_t* out) noexcept;
+
+// What is left of floats of four bytes after a decay: out[i] = base[i] * factor / 2^(32 + halvings), rounded towards 0,
+// with factor from 2^31 on; numbers that would come near 0, infinity and NaN stay what they are (FORMAT.md).
+void decay(const std::uint8_t* base, std::size_t n, std::uint32_t factor, unsigned halvings,
+           std::uint8_t* out) noexcept;
+
+// Lanes that grow from what is left of their base are above it: a residual would spend a bit to say so. out[i] is the
+// lane whose residual against decayed[i] is the d of src[i] + decay_slack, so that rounding may leave it a little
+// below. Of residuals, 0 and decay_slack change places: a lane that is its base folds to its base.
+inline constexpr std::uint32_t decay_slack = 16;
+void decay_fold(const std::uint8_t* src, const std::uint8_t* decayed, std::size_t n, std::uint8_t* out) noexcept;
+void decay_unfold(const std::uint8_t* folded, const std::uint8_t* decayed, std::size_t n, std::uint8_t* out) noexcept;
 
 // Whether all lanes of src (nbytes bytes, a multiple of width) are equal; true for none.
 bool is_constant(const std::uint8_t* src, std::size_t nbytes, std::size_t width) noexcept;

@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.hpp"
 #include "lanes.hpp"
 
 namespace lamella::rans {
@@ -65,6 +66,9 @@ static constexpr unsigned raw_bits(unsigned symbol) { return symbol < direct ? 0
 // Tables of all widths are laid out for as many symbols as a byte holds, or fewer where that is enough.
 static constexpr unsigned symbol_stride(std::size_t width) { return width <= 2 ? 64 : width == 4 ? 128 : 256; }
 
+// Which table codes a lane, by the class of its block and its own context.
+using TableMap = std::uint8_t[classes][contexts];
+
 // All that a payload's header says about how residuals are modelled.
 struct Model {
     unsigned width;    // bytes of a lane
@@ -74,7 +78,7 @@ struct Model {
     bool drift;  // whether `offsets` are used
     std::int32_t offsets[contexts];
     unsigned tables;
-    std::uint8_t table_of[classes][contexts];
+    TableMap table_of;
 };
 
 // Where a drifting lane's context and offset are: the five bits above this one, the highest of a float32's mantissa.
@@ -88,6 +92,7 @@ struct Source {
     const std::uint8_t* words;  // 16 bits each
     const std::uint8_t* words_end;
     std::uint32_t states[max_streams];
+    std::size_t patching;  // how many symbols of patched blocks have been read, of which each takes the next state
 };
 
 // What decoding takes from a state. False if the words end before it is whole again.
@@ -137,6 +142,7 @@ static inline Symbols from_lane(const Symbols& of, std::size_t at, std::size_t w
 struct Sink {
     std::uint8_t* words;
     std::uint32_t states[max_streams];
+    std::size_t patching;  // how many symbols of patched blocks are left to write
 };
 
 // Blocks with no more changed lanes than this are patched. A patch costs 7 bits to say where it is, and reading one
@@ -156,17 +162,18 @@ struct Loops {
     // expected of the context. Blocks of other kinds are left out.
     void (*measure)(const Symbols& of, const std::uint8_t* expected, std::size_t n, std::int32_t* activities) noexcept;
 
-    // Count the symbols of all dense blocks. A symbol of a class and context has two
-    // counters, classes * contexts * symbol_stride(width) apart: which of them counts a lane is the variant's affair.
+    // Count the symbols of all dense blocks. A symbol of a class and context has two counters, classes * contexts *
+    // symbol_stride(width) apart: which of them counts a lane is the variant's affair.
     void (*count)(const Symbols& of, const std::uint8_t* block_classes, std::size_t n, std::size_t width,
                   std::uint32_t* counters) noexcept;
 
-    // Code the lanes of all dense blocks, from the last to the first. `steps` holds symbol_stride(width) of them a
-    // table.
+    // Code all blocks that are not equal to their base, from the last lane to the first. `steps` holds
+    // symbol_stride(width) of them a table.
     void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,
                   std::size_t n, Sink& to) noexcept;
 
-    // Lanes of n from block `first` on, but for those of patched blocks. False if the source ends before the lanes do.
+    // Lanes of n from block `first` on. False if the source ends before the lanes do, or patches what is no lane. A
+    // chunk may be read in runs of whole blocks, one after the other.
     bool (*read)(const Model& model, const Slot* slots, const std::uint8_t* block_classes, Source& from,
                  const std::uint8_t* base, std::size_t first, std::size_t n, std::uint8_t* out) noexcept;
 };
@@ -202,6 +209,62 @@ class BitWriter {
     std::size_t bit_ = 0;
 };
 
+// Reads what a BitWriter wrote; what it takes from past the end is 0, and it has failed.
+class BitReader {
+  public:
+    BitReader(const std::uint8_t* from, std::size_t nbytes) : from_(from), end_(8 * std::uint64_t{nbytes}) {}
+    std::uint64_t take(unsigned bits);
+    int take_near();             // of differences within +-31; beyond them this fails
+    std::int64_t take_signed();  // of numbers of 33 bits
+    bool is_padded() const;      // whether nothing but zeros is left of the last byte
+    bool failed() const { return failed_; }
+    std::size_t nbytes() const { return static_cast<std::size_t>((bit_ + 7) / 8); }
+
+  private:
+    unsigned next();
+    int fail();
+
+    const std::uint8_t* from_;
+    std::uint64_t end_;
+    std::uint64_t bit_ = 0;
+    bool failed_ = false;
+};
+
+// The parts of which payloads consist, for the float coder too (floats.hpp). What returns a text returns nullptr, or
+// what is wrong.
+
+// The tables of classes, and, as bits, which classes other than 0 they give a frequency.
+const char* read_class_tables(BitReader& from, Slot* slots, unsigned& used);
+unsigned write_class_tables(BitWriter& to, const Table* class_tables);
+
+// The tables of lanes, and the map from `contexts_of_class` contexts of each used class to them.
+const char* read_tables(BitReader& from, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned& tables,
+                        TableMap& table_of, Slot* slots);
+void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned tables,
+                  const TableMap& table_of, const Table* all_tables);
+
+// Whether all of a header was there.
+const char* end_header(const BitReader& from);
+
+// The states and words of `to`, which end a payload.
+const char* read_states(const std::uint8_t* at, const std::uint8_t* end, unsigned streams, Source& to);
+
+unsigned log_of(unsigned streams);
+
+// What a decoder's workspace is cut into.
+struct Room {
+    Slot* class_slots;
+    Slot* slots;
+    std::uint8_t* block_classes;
+};
+Room decoder_room(std::uint8_t* workspace);
+
+// The classes of all blocks. False if the words end before they do.
+bool read_classes(const Slot* class_slots, unsigned streams, Source& from, std::size_t blocks, std::uint8_t* to);
+
+// Whether no word is left over, and every state is the one that the encoder began with.
+bool ends(const Source& from, unsigned streams);
+
 // A table for counts, such that it can be written and every symbol that occurs has a frequency.
 void normalize(const std::uint32_t* counts, unsigned symbols, Table& to) noexcept;
 void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept;
@@ -217,14 +280,14 @@ void code_bits(unsigned value, unsigned bits, std::uint32_t& state, std::uint8_t
 bool find_patches(const std::uint8_t* src, const std::uint8_t* base, std::size_t count, std::size_t width,
                   const Symbols& block) noexcept;
 
-// The patched blocks of n lanes. A table of theirs is that of patched_class and of how many patches come before in the
-// block, as a context.
-void count_patches(const Symbols& of, std::size_t n, std::size_t width, std::uint32_t* counters) noexcept;
-void write_patches(const Model& model, const Step* steps, const Symbols& from, std::size_t n, Sink& to) noexcept;
+// Count the symbols of all patched blocks of n lanes as Loops::count does; returns how many there are. Their contexts
+// are how many patches come before in the block.
+std::size_t count_patches(const Symbols& of, std::size_t n, std::size_t width, std::uint32_t* counters) noexcept;
 
-// Whole blocks are written. nullptr, or what is wrong.
-const char* read_patches(const Model& model, const Slot* slots, const std::uint8_t* block_classes, Source& from,
-                         const std::uint8_t* base, std::size_t n, std::uint8_t* out) noexcept;
+// One patched block. Reading is false if the source ends before the patches do, or they are none of `count` lanes.
+void write_patches(const Model& model, const Step* steps, const Symbols& block, Sink& to) noexcept;
+bool read_patches(const Model& model, const Slot* slots, Source& from, const std::uint8_t* base, std::size_t count,
+                  std::uint8_t* out) noexcept;
 
 // Bytes of memory that reading or writing n lanes takes, whatever they hold.
 std::size_t decoder_workspace(std::size_t n) noexcept;
@@ -233,6 +296,14 @@ std::size_t encoder_workspace(std::size_t n, std::size_t width) noexcept;
 // Decode a payload into n lanes of out. nullptr if it was one, else what is wrong with it: then out is undefined.
 const char* decode(const Loops& loops, const std::uint8_t* payload, std::size_t nbytes, const std::uint8_t* base,
                    std::size_t n, std::size_t width, std::uint8_t* workspace, std::uint8_t* out) noexcept;
+
+// Add to `sums` the moments of `other`'s elements against those of the n lanes that a payload stands for, as if they
+// had been decoded first. No more than a slice of them ever is, and blocks equal to the base are not even copied. n
+// lanes are whole elements of `kind`, whose lanes may be of another width. nullptr, or what is wrong with the payload:
+// then the sums are undefined.
+const char* add_moments(const Kernels& kernels, const std::uint8_t* payload, std::size_t nbytes,
+                        const std::uint8_t* base, const std::uint8_t* other, std::size_t n, std::size_t width,
+                        Kind kind, const double* table, std::uint8_t* workspace, PartialSums& sums) noexcept;
 
 // Encode n lanes, at least one; return the bytes of the payload, or 0 if it has more than `room`.
 std::size_t encode(const Loops& loops, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,

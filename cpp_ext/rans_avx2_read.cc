@@ -67,7 +67,9 @@ struct Window {
     // Whether the last block found all that it took.
     bool holds() const { return words <= words_end; }
 
+    // Between the calls of these two it is the source that is read.
     void give_back(Source& to) const { to.words = to.words_end - (words_end - words); }
+    void take_back(const Source& from) { words = words_end - (from.words_end - from.words); }
 };
 
 // Steps of all R registers go side by side: one register alone would wait for itself, and the next one with it.
@@ -201,30 +203,53 @@ void read_block(const Model& model, const Slot* slots, const uint8_t* tables, Ve
     from.words = words;
 }
 
+// Dense blocks from `first` to before `end`. False if the words end before they do.
 template <size_t W, size_t R>
-bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
-          size_t first, size_t n, uint8_t* out) {
-    Window window(from);
-    const Tables tables(model);
+bool read_dense(const Model& model, const Slot* slots, const Tables& tables, const uint8_t* block_classes,
+                uint32_t* states_of, Window& window, const uint8_t* base, size_t first, size_t end, uint8_t* out) {
     Vector states[R];
-    for (size_t r = 0; r < R; ++r) states[r] = load_vector(from.states + 8 * r);
-    size_t k = first;
-    for (; k < n / block_lanes; ++k) {
-        const unsigned block_class = block_classes[k];
+    for (size_t r = 0; r < R; ++r) states[r] = load_vector(states_of + 8 * r);
+    for (size_t k = first; k < end; ++k) {
         const uint8_t* lanes = base + k * block_lanes * W;
         uint8_t* to = out + k * block_lanes * W;
-        if (block_class == equal_class) std::memcpy(to, lanes, block_lanes * W);
-        if (!is_dense(block_class)) continue;
+        const uint8_t* of_class = tables.of_class[block_classes[k]];
         window.prepare_block();
-        const uint8_t* of_class = tables.of_class[block_class];
-        if (W == 4 && block_class == drift_class) {
+        if (W == 4 && block_classes[k] == drift_class) {
             read_block<W, R, W == 4>(model, slots, of_class, states, window, lanes, to);
         } else {
             read_block<W, R, false>(model, slots, of_class, states, window, lanes, to);
         }
         if (!window.holds()) return false;
     }
-    for (size_t r = 0; r < R; ++r) store_vector(from.states + 8 * r, states[r]);
+    for (size_t r = 0; r < R; ++r) store_vector(states_of + 8 * r, states[r]);
+    return true;
+}
+
+template <size_t W, size_t R>
+bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
+          size_t first, size_t n, uint8_t* out) {
+    Window window(from);
+    const Tables tables(model);
+    const size_t whole = n / block_lanes;
+    size_t k = first;
+    while (k < whole) {
+        size_t end = k;
+        while (end < whole && is_dense(block_classes[end])) ++end;
+        if (k < end) {
+            if (!read_dense<W, R>(model, slots, tables, block_classes, from.states, window, base, k, end, out))
+                return false;
+            k = end;
+            continue;
+        }
+        const size_t at = k * block_lanes * W;
+        if (block_classes[k++] == equal_class) {
+            std::memcpy(out + at, base + at, block_lanes * W);
+            continue;
+        }
+        window.give_back(from);
+        if (!read_patches(model, slots, from, base + at, block_lanes, out + at)) return false;
+        window.take_back(from);
+    }
     window.give_back(from);
     return scalar_loops.read(model, slots, block_classes, from, base, k, n, out);
 }

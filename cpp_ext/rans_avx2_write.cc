@@ -108,7 +108,7 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         const Symbols block = from_lane(to, at, W);
         const unsigned changed = count_changed<W>(x, b);
         if (changed <= most_patches) {
-            *block.kinds = changed == 0 ? equal_class : patched_class;
+            *block.kinds = static_cast<uint8_t>(changed == 0 ? equal_class : patched_class);
             if (changed != 0) find_patches(x, b, block_lanes, W, block);
             continue;
         }
@@ -285,17 +285,14 @@ template <size_t W, size_t R>
     }
 }
 
+// Dense blocks from `first` to before `end`.
 template <size_t W, size_t R>
-void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
-           Sink& to) {
-    const size_t whole = n / block_lanes * block_lanes;
-    const Symbols rest = from_lane(from, whole, W);
-    scalar_loops.write(model, steps, block_classes + whole / block_lanes, rest, n - whole, to);
+void write_dense(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t first,
+                 size_t end, Sink& to) {
     Vector states[R];
     for (size_t r = 0; r < R; ++r) states[r] = load_vector(to.states + 8 * r);
     uint8_t* words = to.words;
-    for (size_t k = whole / block_lanes; k-- > 0;) {
-        if (!is_dense(block_classes[k])) continue;
+    for (size_t k = end; k-- > first;) {
         const Lookup table_of(model.table_of[block_classes[k]]);
         for (size_t i = (k + 1) * block_lanes; i > k * block_lanes;) {
             i -= run_lanes;
@@ -313,6 +310,24 @@ void write(const Model& model, const Step* steps, const uint8_t* block_classes, 
     }
     to.words = words;
     for (size_t r = 0; r < R; ++r) store_vector(to.states + 8 * r, states[r]);
+}
+
+template <size_t W, size_t R>
+void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
+           Sink& to) {
+    const size_t whole = n / block_lanes;
+    scalar_loops.write(model, steps, block_classes + whole, from_lane(from, whole * block_lanes, W),
+                       n - whole * block_lanes, to);
+    for (size_t end = whole; end > 0;) {
+        size_t first = end;
+        while (first > 0 && is_dense(block_classes[first - 1])) --first;
+        if (first < end) {
+            write_dense<W, R>(model, steps, block_classes, from, first, end, to);
+        } else if (block_classes[--first] == patched_class) {
+            write_patches(model, steps, from_lane(from, first * block_lanes, W), to);
+        }
+        end = first;
+    }
 }
 
 template <size_t W>

@@ -8,6 +8,7 @@ namespace lamella::rans {
 namespace {
 
 using std::size_t;
+using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
@@ -21,62 +22,6 @@ constexpr unsigned longest_frequency = probability_bits;
 
 // What a frequency's length is expected to be where no other frequency tells.
 constexpr unsigned expected_length = 6;
-
-class BitReader {
-  public:
-    BitReader(const uint8_t* from, size_t nbytes) : from_(from), end_(8 * static_cast<uint64_t>(nbytes)) {}
-
-    uint64_t take(unsigned bits) {
-        uint64_t value = 0;
-        for (unsigned i = 0; i < bits; ++i) value |= static_cast<uint64_t>(next()) << i;
-        return value;
-    }
-
-    // Inverse of put_near, for differences within +-31; beyond them this fails.
-    int take_near() {
-        int magnitude = 0;
-        while (next() == 0) {
-            if (++magnitude == 32 || failed_) return fail();
-        }
-        return magnitude != 0 && next() != 0 ? -magnitude : magnitude;
-    }
-
-    // Inverse of put_signed, for numbers of 33 bits.
-    std::int64_t take_signed() {
-        unsigned length = 0;
-        while (next() == 0) {
-            if (++length == 35 || failed_) return fail();
-        }
-        const uint64_t z = (uint64_t{1} << length | take(length)) - 1;
-        return static_cast<std::int64_t>((z >> 1) ^ (0 - (z & 1)));
-    }
-
-    // Whether nothing but zeros is left of the last byte.
-    bool is_padded() const { return bit_ % 8 == 0 || from_[bit_ / 8] >> (bit_ % 8) == 0; }
-
-    bool failed() const { return failed_; }
-    size_t nbytes() const { return static_cast<size_t>((bit_ + 7) / 8); }
-
-  private:
-    unsigned next() {
-        if (bit_ == end_) {
-            failed_ = true;
-            return 0;
-        }
-        const unsigned bit = from_[bit_ / 8] >> (bit_ % 8) & 1;
-        ++bit_;
-        return bit;
-    }
-    int fail() {
-        failed_ = true;
-        return 0;
-    }
-
-    const uint8_t* from_;
-    uint64_t end_;
-    uint64_t bit_ = 0;
-    bool failed_ = false;
-};
 
 // Lengths of frequencies are written against that of the symbol two before, which for residuals is the next one of the
 // same sign.
@@ -92,7 +37,9 @@ class Expectation {
     unsigned two_before_ = expected_length, before_ = expected_length;
 };
 
-// nullptr, or what is wrong.
+// A class that no block had as its predecessor has no table; whatever follows it is equal to its base.
+constexpr Slot always_equal = scale;
+
 const char* read_table(BitReader& from, unsigned symbols, Frequencies& to) {
     std::memset(to, 0, sizeof to);
     const auto field = static_cast<unsigned>(std::bit_width(symbols - 1));
@@ -112,11 +59,11 @@ const char* read_table(BitReader& from, unsigned symbols, Frequencies& to) {
         if (length == 0) continue;
         const unsigned below = static_cast<unsigned>(length) - 1;
         const unsigned kept = below < kept_bits - 1 ? below : kept_bits - 1;
-        to[s] = static_cast<std::uint16_t>((1u << kept | from.take(kept)) << (below - kept));
+        to[s] = static_cast<uint16_t>((1u << kept | from.take(kept)) << (below - kept));
         sum += to[s];
     }
     if (sum >= scale) return "table whose frequencies are more than all";
-    to[peak] = static_cast<std::uint16_t>(scale - sum);
+    to[peak] = static_cast<uint16_t>(scale - sum);
     return nullptr;
 }
 
@@ -124,25 +71,6 @@ void make_slots(const Frequencies& frequencies, unsigned symbols, Slot* slots) {
     for (unsigned s = 0; s < symbols; ++s) {
         for (uint32_t i = 0; i < frequencies[s]; ++i) *slots++ = s << 24 | i << 12 | frequencies[s];
     }
-}
-
-// A class that no block had as its predecessor has no table; whatever follows it is equal to its base.
-constexpr Slot always_equal = scale;
-
-const char* read_class_tables(BitReader& from, Slot* slots, unsigned& used) {
-    used = 0;
-    for (unsigned c = 0; c < classes; ++c, slots += scale) {
-        if (from.take(1) == 0) {
-            for (uint32_t i = 0; i < scale; ++i) slots[i] = always_equal | i << 12;
-            continue;
-        }
-        Frequencies frequencies;
-        if (const char* fault = read_table(from, classes, frequencies)) return fault;
-        for (unsigned s = 0; s < classes; ++s) used |= (frequencies[s] != 0 ? 1u : 0u) << s;
-        make_slots(frequencies, classes, slots);
-    }
-    used &= ~(1u << equal_class);
-    return nullptr;
 }
 
 const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* slots) {
@@ -163,45 +91,47 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
     unsigned used;
     if (const char* fault = read_class_tables(from, class_slots, used)) return fault;
     if (!model.drift && (used >> drift_class & 1) != 0) return "drifting block without a drift";
-    model.tables = static_cast<unsigned>(from.take(tables_bits));
-    if (model.tables > max_tables || (model.tables == 0 && used != 0)) return "more tables than 16, or none";
-    for (unsigned t = 0; t < model.tables; ++t, slots += scale) {
-        Frequencies frequencies;
-        if (const char* fault = read_table(from, symbol_count(model.width), frequencies)) return fault;
-        make_slots(frequencies, symbol_count(model.width), slots);
-    }
-    std::memset(model.table_of, 0, sizeof model.table_of);
-    int table = 0;
-    for (unsigned c = 0; c < classes && model.tables > 1; ++c) {
-        if ((used >> c & 1) == 0) continue;
-        for (unsigned i = 0; i < contexts; ++i) {
-            table += from.take_near();
-            if (table < 0 || table >= static_cast<int>(model.tables)) return "context without a table";
-            model.table_of[c][i] = static_cast<uint8_t>(table);
-        }
-    }
-    if (from.failed()) return "payload that ends within its header";
-    return from.is_padded() ? nullptr : "header that ends in the middle of a byte";
+    if (const char* fault =
+            read_tables(from, symbol_count(model.width), used, contexts, model.tables, model.table_of, slots))
+        return fault;
+    return end_header(from);
 }
 
-bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t blocks, uint8_t* to) {
-    unsigned before = equal_class;
-    for (size_t k = 0; k < blocks; ++k) {
-        unsigned block_class;
-        if (!take_symbol(from, from.states[k % streams], slots + (before << probability_bits), block_class))
-            return false;
-        to[k] = static_cast<uint8_t>(before = block_class);
-    }
-    return true;
+constexpr size_t block_count(size_t n) { return (n + block_lanes - 1) / block_lanes; }
+
+constexpr const char* short_stream = "payload that ends before its lanes, or patches what is none";
+
+// A payload of which all that stands before its lanes has been read.
+struct Reading {
+    Model model;
+    Source from;
+    const Slot* slots;
+    const uint8_t* block_classes;
+};
+
+// nullptr, or what is wrong.
+const char* begin(const uint8_t* payload, size_t nbytes, size_t n, size_t width, uint8_t* workspace, Reading& to) {
+    const auto [class_slots, slots, block_classes] = decoder_room(workspace);
+    to.slots = slots;
+    to.block_classes = block_classes;
+
+    Model& model = to.model;
+    Source& from = to.from;
+    model.width = static_cast<unsigned>(width);
+    BitReader header(payload, nbytes);
+    if (const char* fault = read_header(header, model, class_slots, slots)) return fault;
+    if (const char* fault = read_states(payload + header.nbytes(), payload + nbytes, model.streams, from)) return fault;
+    return read_classes(class_slots, model.streams, from, block_count(n), block_classes) ? nullptr : short_stream;
 }
 
-// Whether nothing is left over, and every state is the one that the encoder began with.
-bool is_used_up(const Source& from, unsigned streams) {
-    for (unsigned i = 0; i < streams; ++i) {
-        if (from.states[i] != low_state) return false;
-    }
-    return from.words == from.words_end;
+// nullptr if all lanes have been read and nothing is left, else what is wrong.
+const char* end(const Reading& reading) {
+    return ends(reading.from, reading.model.streams) ? nullptr : "payload that does not end with its lanes";
 }
+
+// What is decoded at a time to be measured: base, other and slice together stay in the smallest cache beside the tables
+// in use.
+constexpr size_t slice_nbytes = 4096;
 
 void write_table(BitWriter& to, const Table& table, unsigned symbols) {
     const auto& [present, peak, frequencies] = table;
@@ -227,38 +157,160 @@ void write_table(BitWriter& to, const Table& table, unsigned symbols) {
 
 }  // namespace
 
+uint64_t BitReader::take(unsigned bits) {
+    uint64_t value = 0;
+    for (unsigned i = 0; i < bits; ++i) value |= static_cast<uint64_t>(next()) << i;
+    return value;
+}
+
+int BitReader::take_near() {
+    int magnitude = 0;
+    while (next() == 0) {
+        if (++magnitude == 32 || failed_) return fail();
+    }
+    return magnitude != 0 && next() != 0 ? -magnitude : magnitude;
+}
+
+std::int64_t BitReader::take_signed() {
+    unsigned length = 0;
+    while (next() == 0) {
+        if (++length == 35 || failed_) return fail();
+    }
+    const uint64_t z = (uint64_t{1} << length | take(length)) - 1;
+    return static_cast<std::int64_t>((z >> 1) ^ (0 - (z & 1)));
+}
+
+bool BitReader::is_padded() const { return bit_ % 8 == 0 || from_[bit_ / 8] >> (bit_ % 8) == 0; }
+
+unsigned BitReader::next() {
+    if (bit_ == end_) {
+        failed_ = true;
+        return 0;
+    }
+    const unsigned bit = from_[bit_ / 8] >> (bit_ % 8) & 1;
+    ++bit_;
+    return bit;
+}
+
+int BitReader::fail() {
+    failed_ = true;
+    return 0;
+}
+
+const char* read_class_tables(BitReader& from, Slot* slots, unsigned& used) {
+    used = 0;
+    for (unsigned c = 0; c < classes; ++c, slots += scale) {
+        if (from.take(1) == 0) {
+            for (uint32_t i = 0; i < scale; ++i) slots[i] = always_equal | i << 12;
+            continue;
+        }
+        Frequencies frequencies;
+        if (const char* fault = read_table(from, classes, frequencies)) return fault;
+        for (unsigned s = 0; s < classes; ++s) used |= (frequencies[s] != 0 ? 1u : 0u) << s;
+        make_slots(frequencies, classes, slots);
+    }
+    used &= ~(1u << equal_class);
+    return nullptr;
+}
+
+const char* read_tables(BitReader& from, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned& tables,
+                        TableMap& table_of, Slot* slots) {
+    tables = static_cast<unsigned>(from.take(tables_bits));
+    if (tables > max_tables || (tables == 0 && used != 0)) return "more tables than 16, or none";
+    for (unsigned t = 0; t < tables; ++t, slots += scale) {
+        Frequencies frequencies;
+        if (const char* fault = read_table(from, symbols, frequencies)) return fault;
+        make_slots(frequencies, symbols, slots);
+    }
+    std::memset(table_of, 0, sizeof table_of);
+    int table = 0;
+    for (unsigned c = 0; c < classes && tables > 1; ++c) {
+        if ((used >> c & 1) == 0) continue;
+        for (unsigned i = 0; i < contexts_of_class; ++i) {
+            table += from.take_near();
+            if (table < 0 || table >= static_cast<int>(tables)) return "context without a table";
+            table_of[c][i] = static_cast<uint8_t>(table);
+        }
+    }
+    return nullptr;
+}
+
+const char* end_header(const BitReader& from) {
+    if (from.failed()) return "payload that ends within its header";
+    return from.is_padded() ? nullptr : "header that ends in the middle of a byte";
+}
+
+const char* read_states(const uint8_t* at, const uint8_t* end, unsigned streams, Source& to) {
+    const size_t nbytes = static_cast<size_t>(end - at), states_nbytes = sizeof(uint32_t) * streams;
+    if (nbytes < states_nbytes || nbytes % 2 != 0) return "payload that ends within its states";
+    std::memcpy(to.states, at, states_nbytes);
+    to.words = at + states_nbytes;
+    to.words_end = end;
+    to.patching = 0;
+    for (unsigned i = 0; i < streams; ++i) {
+        if (to.states[i] < low_state || to.states[i] >= 1u << 31) return "state out of range";
+    }
+    return nullptr;
+}
+
+bool ends(const Source& from, unsigned streams) {
+    for (unsigned i = 0; i < streams; ++i) {
+        if (from.states[i] != low_state) return false;
+    }
+    return from.words == from.words_end;
+}
+
+bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t blocks, uint8_t* to) {
+    unsigned before = equal_class;
+    for (size_t k = 0; k < blocks; ++k) {
+        uint32_t& state = from.states[k % streams];
+        if (!take_symbol(from, state, slots + (before << probability_bits), before)) return false;
+        to[k] = static_cast<uint8_t>(before);
+    }
+    return true;
+}
+
+Room decoder_room(uint8_t* workspace) {
+    workspace += (alignof(Slot) - reinterpret_cast<std::uintptr_t>(workspace) % alignof(Slot)) % alignof(Slot);
+    Slot* class_slots = reinterpret_cast<Slot*>(workspace);
+    Slot* slots = class_slots + classes * scale;
+    return {class_slots, slots, reinterpret_cast<uint8_t*>(slots + max_tables * scale)};
+}
+
 size_t decoder_workspace(size_t n) noexcept {
-    return sizeof(Slot) * (classes + max_tables) * scale + (n + block_lanes - 1) / block_lanes + alignof(Slot);
+    return sizeof(Slot) * (classes + max_tables) * scale + block_count(n) + alignof(Slot);
 }
 
 const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, const uint8_t* base, size_t n,
                    size_t width, uint8_t* workspace, uint8_t* out) noexcept {
-    workspace += (alignof(Slot) - reinterpret_cast<std::uintptr_t>(workspace) % alignof(Slot)) % alignof(Slot);
-    Slot* class_slots = reinterpret_cast<Slot*>(workspace);
-    Slot* slots = class_slots + classes * scale;
-    auto* block_classes = reinterpret_cast<uint8_t*>(slots + max_tables * scale);
-
-    Model model;
-    model.width = static_cast<unsigned>(width);
-    Source from;
-    BitReader header(payload, nbytes);
-    if (const char* fault = read_header(header, model, class_slots, slots)) return fault;
-    const size_t states_nbytes = sizeof(uint32_t) * model.streams;
-    const size_t rest = nbytes - header.nbytes();
-    if (rest < states_nbytes || rest % 2 != 0) return "payload that ends within its states";
-    std::memcpy(from.states, payload + header.nbytes(), states_nbytes);
-    from.words = payload + header.nbytes() + states_nbytes;
-    from.words_end = payload + nbytes;
-    for (unsigned i = 0; i < model.streams; ++i) {
-        if (from.states[i] < low_state || from.states[i] >= 1u << 31) return "state out of range";
-    }
-
-    const char* short_stream = "payload that ends before its lanes";
-    const size_t blocks = (n + block_lanes - 1) / block_lanes;
-    if (!read_classes(class_slots, model.streams, from, blocks, block_classes)) return short_stream;
-    if (const char* fault = read_patches(model, slots, block_classes, from, base, n, out)) return fault;
+    Reading reading;
+    if (const char* fault = begin(payload, nbytes, n, width, workspace, reading)) return fault;
+    auto& [model, from, slots, block_classes] = reading;
     if (!loops.read(model, slots, block_classes, from, base, 0, n, out)) return short_stream;
-    return is_used_up(from, model.streams) ? nullptr : "payload that does not end with its lanes";
+    return end(reading);
+}
+
+const char* add_moments(const Kernels& kernels, const uint8_t* payload, size_t nbytes, const uint8_t* base,
+                        const uint8_t* other, size_t n, size_t width, Kind kind, const double* table,
+                        uint8_t* workspace, PartialSums& sums) noexcept {
+    Reading reading;
+    if (const char* fault = begin(payload, nbytes, n, width, workspace, reading)) return fault;
+    auto& [model, from, slots, block_classes] = reading;
+    uint8_t slice[slice_nbytes];
+    const size_t blocks = block_count(n), most = slice_nbytes / (block_lanes * width);
+    for (size_t k = 0, next; k < blocks; k = next) {
+        const bool equal = block_classes[k] == equal_class;
+        for (next = k + 1; next < blocks && (block_classes[next] == equal_class) == equal; ++next) {
+            if (!equal && next - k == most) break;
+        }
+        const size_t lanes = (next == blocks ? n : next * block_lanes) - k * block_lanes;
+        const size_t at = k * block_lanes * width;
+        if (!equal && !kernels.coder->read(model, slots, block_classes + k, from, base + at, 0, lanes, slice))
+            return short_stream;
+        kernels.add_moments(other + at, equal ? base + at : slice, lanes * width / element_width(kind), kind, table,
+                            sums);
+    }
+    return end(reading);
 }
 
 void BitWriter::put(uint64_t value, unsigned bits) {
@@ -314,7 +366,7 @@ void normalize(const uint32_t* counts, unsigned symbols, Table& table) noexcept 
             f = (f + (1u << (length - kept_bits - 1))) >> (length - kept_bits) << (length - kept_bits);
         if (f == 0) f = 1;
         carry += share - static_cast<std::int64_t>(f) * unit;
-        to[s] = static_cast<std::uint16_t>(f);
+        to[s] = static_cast<uint16_t>(f);
         sum += f;
     }
     // The most frequent symbol gets what is left, and must not starve: many rare symbols were rounded up to 1.
@@ -326,10 +378,10 @@ void normalize(const uint32_t* counts, unsigned symbols, Table& table) noexcept 
         if (to[rich] <= 1) break;  // then sum < symbols, and far from scale
         const auto length = static_cast<unsigned>(std::bit_width(static_cast<unsigned>(to[rich]) - 1));
         const uint32_t step = length > kept_bits ? 1u << (length - kept_bits) : 1;
-        to[rich] = static_cast<std::uint16_t>(to[rich] - step);
+        to[rich] = static_cast<uint16_t>(to[rich] - step);
         sum -= step;
     }
-    to[peak] = static_cast<std::uint16_t>(scale - sum);
+    to[peak] = static_cast<uint16_t>(scale - sum);
 }
 
 void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept {
@@ -352,14 +404,7 @@ void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept {
     }
 }
 
-void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables) {
-    to.put(model.shift, shift_bits);
-    to.put(model.low, low_bits);
-    to.put(static_cast<unsigned>(std::bit_width(model.streams)) - 1, streams_bits);
-    to.put(model.drift, 1);
-    for (unsigned i = 0; model.drift && i < contexts; ++i) {
-        to.put_signed(std::int64_t{model.offsets[i]} - (i == 0 ? 0 : model.offsets[i - 1]));
-    }
+unsigned write_class_tables(BitWriter& to, const Table* class_tables) {
     unsigned used = 0;
     for (unsigned c = 0; c < classes; ++c) {
         to.put(class_tables[c].present, 1);
@@ -367,19 +412,35 @@ void write_header(BitWriter& to, const Model& model, const Table* class_tables, 
         write_table(to, class_tables[c], classes);
         for (unsigned s = 0; s < classes; ++s) used |= (class_tables[c].frequencies[s] != 0 ? 1u : 0u) << s;
     }
-    used &= ~(1u << equal_class);
-    to.put(model.tables, tables_bits);
-    for (unsigned t = 0; t < model.tables; ++t) {
-        write_table(to, tables[t], symbol_count(model.width));
-    }
+    return used & ~(1u << equal_class);
+}
+
+void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned contexts_of_class, unsigned tables,
+                  const TableMap& table_of, const Table* all_tables) {
+    to.put(tables, tables_bits);
+    for (unsigned t = 0; t < tables; ++t) write_table(to, all_tables[t], symbols);
     int table = 0;
-    for (unsigned c = 0; c < classes && model.tables > 1; ++c) {
+    for (unsigned c = 0; c < classes && tables > 1; ++c) {
         if ((used >> c & 1) == 0) continue;
-        for (unsigned i = 0; i < contexts; ++i) {
-            to.put_near(model.table_of[c][i] - table);
-            table = model.table_of[c][i];
+        for (unsigned i = 0; i < contexts_of_class; ++i) {
+            to.put_near(table_of[c][i] - table);
+            table = table_of[c][i];
         }
     }
+}
+
+unsigned log_of(unsigned streams) { return static_cast<unsigned>(std::bit_width(streams)) - 1; }
+
+void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables) {
+    to.put(model.shift, shift_bits);
+    to.put(model.low, low_bits);
+    to.put(log_of(model.streams), streams_bits);
+    to.put(model.drift, 1);
+    for (unsigned i = 0; model.drift && i < contexts; ++i) {
+        to.put_signed(std::int64_t{model.offsets[i]} - (i == 0 ? 0 : model.offsets[i - 1]));
+    }
+    const unsigned used = write_class_tables(to, class_tables);
+    write_tables(to, symbol_count(model.width), used, contexts, model.tables, model.table_of, tables);
 }
 
 }  // namespace lamella::rans

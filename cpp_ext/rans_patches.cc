@@ -63,72 +63,46 @@ size_t symbols_in(const Symbols& block) {
 }
 
 template <class U>
-void write(const Model& model, const Step* steps, const Symbols& from, size_t n, Sink& to) {
-    const size_t blocks = (n + block_lanes - 1) / block_lanes;
-    size_t at = 0;
-    for (size_t k = 0; k < blocks; ++k) {
-        if (from.kinds[k] == patched_class) at += symbols_in(from_lane(from, k * block_lanes, sizeof(U)));
-    }
-    for (size_t k = blocks; k-- > 0;) {
-        if (from.kinds[k] != patched_class) continue;
-        const Symbols block = from_lane(from, k * block_lanes, sizeof(U));
-        for (size_t j = symbols_in(block); j-- > 0;) {
-            uint32_t& state = to.states[--at & (model.streams - 1)];
-            const unsigned symbol = block.symbols[j];
-            if (symbol != end_of_patches) {
-                const U z = load<U>(block.residuals + j * sizeof(U));
-                for (unsigned bits = raw_bits(symbol); bits > 0;) {
-                    const unsigned last = (bits - 1) % most_raw_bits + 1;
-                    bits -= last;
-                    code_bits(static_cast<unsigned>(z >> bits) & ((1u << last) - 1), last, state, to.words);
-                }
-                code_bits(block.contexts[j], position_bits, state, to.words);
+void write(const Model& model, const Step* steps, const Symbols& block, Sink& to) {
+    for (size_t j = symbols_in(block); j-- > 0;) {
+        uint32_t& state = to.states[--to.patching & (model.streams - 1)];
+        const unsigned symbol = block.symbols[j];
+        if (symbol != end_of_patches) {
+            const U z = load<U>(block.residuals + j * sizeof(U));
+            for (unsigned bits = raw_bits(symbol); bits > 0;) {
+                const unsigned last = (bits - 1) % most_raw_bits + 1;
+                bits -= last;
+                code_bits(static_cast<unsigned>(z >> bits) & ((1u << last) - 1), last, state, to.words);
             }
-            const unsigned table = model.table_of[patched_class][context_of_patch(j)];
-            code(steps[table * symbol_stride(sizeof(U)) + symbol], state, to.words);
+            code_bits(block.contexts[j], position_bits, state, to.words);
         }
+        const unsigned table = model.table_of[patched_class][context_of_patch(j)];
+        code(steps[table * symbol_stride(sizeof(U)) + symbol], state, to.words);
     }
 }
 
-constexpr const char* short_stream = "payload that ends before its patches";
-
 template <class U>
-const char* read(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
-                 size_t n, uint8_t* out) {
-    size_t at = 0;
-    for (size_t first = 0; first < n; first += block_lanes) {
-        if (block_classes[first / block_lanes] != patched_class) continue;
-        const size_t count = n - first < block_lanes ? n - first : block_lanes;
-        const uint8_t* reference = base + first * sizeof(U);
-        uint8_t* lanes = out + first * sizeof(U);
-        if (count == block_lanes) {
-            std::memcpy(lanes, reference, block_lanes * sizeof(U));
-        } else {
-            std::memcpy(lanes, reference, count * sizeof(U));
+bool read(const Model& model, const Slot* slots, Source& from, const uint8_t* base, size_t count, uint8_t* out) {
+    size_t free = 0;  // the first lane that the next patch may be of
+    for (size_t before = 0;; ++before) {
+        uint32_t& state = from.states[from.patching++ & (model.streams - 1)];
+        const unsigned table = model.table_of[patched_class][context_of_patch(before)];
+        unsigned symbol, position;
+        if (!take_symbol(from, state, slots + (table << probability_bits), symbol)) return false;
+        if (symbol == end_of_patches) return true;
+        if (!take_bits(from, state, position_bits, position) || position < free || position >= count) return false;
+        free = position + 1;
+        const unsigned bits = raw_bits(symbol);
+        uint64_t z = symbol < direct ? symbol : uint64_t{2 | (symbol & 1)} << bits;
+        for (unsigned done = 0; done < bits; done += most_raw_bits) {
+            const unsigned taken = bits - done < most_raw_bits ? bits - done : most_raw_bits;
+            unsigned value;
+            if (!take_bits(from, state, taken, value)) return false;
+            z |= uint64_t{value} << done;
         }
-        size_t free = 0;  // the first lane that the next patch may be of
-        for (size_t before = 0;; ++before) {
-            uint32_t& state = from.states[at++ & (model.streams - 1)];
-            const unsigned table = model.table_of[patched_class][context_of_patch(before)];
-            unsigned symbol, position, value;
-            if (!take_symbol(from, state, slots + (table << probability_bits), symbol)) return short_stream;
-            if (symbol == end_of_patches) break;
-            if (!take_bits(from, state, position_bits, position)) return short_stream;
-            if (position < free || position >= count) return "patch outside of its block, or before another";
-            free = position + 1;
-            const unsigned bits = raw_bits(symbol);
-            uint64_t z = symbol < direct ? symbol : uint64_t{2 | (symbol & 1)} << bits;
-            for (unsigned done = 0; done < bits; done += most_raw_bits) {
-                if (!take_bits(from, state, bits - done < most_raw_bits ? bits - done : most_raw_bits, value)) {
-                    return short_stream;
-                }
-                z |= uint64_t{value} << done;
-            }
-            const U b = load<U>(reference + position * sizeof(U));
-            store(lanes + position * sizeof(U), from_delta(from_zigzag(static_cast<U>(z)), b));
-        }
+        const U reference = load<U>(base + position * sizeof(U));
+        store(out + position * sizeof(U), from_delta(from_zigzag(static_cast<U>(z)), reference));
     }
-    return nullptr;
 }
 
 }  // namespace
@@ -137,7 +111,8 @@ bool find_patches(const uint8_t* src, const uint8_t* base, size_t count, size_t 
     return with_lane(width, [&](auto lane) { return find_patches<decltype(lane)>(src, base, count, block); });
 }
 
-void count_patches(const Symbols& of, size_t n, size_t width, uint32_t* counters) noexcept {
+size_t count_patches(const Symbols& of, size_t n, size_t width, uint32_t* counters) noexcept {
+    size_t total = 0;
     for (size_t first = 0; first < n; first += block_lanes) {
         const Symbols block = from_lane(of, first, width);
         if (*block.kinds != patched_class) continue;
@@ -146,17 +121,26 @@ void count_patches(const Symbols& of, size_t n, size_t width, uint32_t* counters
             const unsigned context = patched_class * contexts + context_of_patch(j);
             ++counters[context * symbol_stride(width) + block.symbols[j]];
         }
+        total += count;
     }
+    return total;
 }
 
-void write_patches(const Model& model, const Step* steps, const Symbols& from, size_t n, Sink& to) noexcept {
-    with_lane(model.width, [&](auto lane) { write<decltype(lane)>(model, steps, from, n, to); });
+void write_patches(const Model& model, const Step* steps, const Symbols& block, Sink& to) noexcept {
+    with_lane(model.width, [&](auto lane) { write<decltype(lane)>(model, steps, block, to); });
 }
 
-const char* read_patches(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from,
-                         const uint8_t* base, size_t n, uint8_t* out) noexcept {
-    return with_lane(model.width,
-                     [&](auto lane) { return read<decltype(lane)>(model, slots, block_classes, from, base, n, out); });
+bool read_patches(const Model& model, const Slot* slots, Source& from, const uint8_t* base, size_t count,
+                  uint8_t* out) noexcept {
+    return with_lane(model.width, [&](auto lane) {
+        // Most blocks are whole, and to copy as many bytes as the compiler knows of takes no call.
+        if (count == block_lanes) {
+            std::memcpy(out, base, block_lanes * sizeof lane);
+        } else {
+            std::memcpy(out, base, count * sizeof lane);
+        }
+        return read<decltype(lane)>(model, slots, from, base, count, out);
+    });
 }
 
 }  // namespace lamella::rans

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cstring>
 
-#include "rans.hpp"
+#include "rans_plan.hpp"
 
 namespace lamella::rans {
 namespace {
@@ -36,10 +36,6 @@ constexpr std::array<uint32_t, 257> make_logarithms() {
 }
 constexpr auto logarithms = make_logarithms();
 
-// The unit of costs: 2^-16 bits.
-using Cost = int64_t;
-constexpr Cost one_bit = 1 << 16;
-
 // v log2 v.
 constexpr Cost compute_entropy_term(uint64_t v) {
     if (v < 2) return 0;
@@ -58,8 +54,6 @@ constexpr std::array<uint32_t, small_counts> make_small_terms() {
     return table;
 }
 constexpr auto small_terms = make_small_terms();
-
-Cost entropy_term(uint64_t v) { return v < small_counts ? small_terms[v] : compute_entropy_term(v); }
 
 uint32_t square_root(uint64_t v) {
     uint64_t root = 0;
@@ -91,6 +85,7 @@ struct Plan {
     int32_t* activities;  // of blocks
     uint32_t* counts;     // of symbols, by class and context
     Step* steps;
+    size_t patch_symbols;  // of all patched blocks
     uint8_t* words_end;
     Table class_tables[classes];
     Table tables[max_tables];
@@ -122,23 +117,6 @@ Layouts layouts_of(size_t width) {
         default:
             return {1, {52, 0}};
     }
-}
-
-// Contexts end with the highest exponent that is not rare, and begin 31 below it.
-uint32_t lowest_context(const Plan& plan, unsigned shift) {
-    const unsigned bits = 8 * static_cast<unsigned>(plan.width) - 1 - shift;
-    if (bits <= 5) return 0;
-    uint32_t* seen = plan.counts;  // not in use yet, and larger
-    const size_t values = size_t{1} << bits;
-    std::memset(seen, 0, values * sizeof *seen);
-    const size_t step = std::max<size_t>(1, plan.n >> 10);
-    uint32_t total = 0;
-    for (size_t i = 0; i < plan.n; i += step, ++total) {
-        ++seen[lane_at(plan.base, i, plan.width) >> shift & (values - 1)];
-    }
-    size_t highest = values - 1;
-    for (uint32_t above = 0; highest > 0 && above + seen[highest] <= total / 1024; --highest) above += seen[highest];
-    return highest < contexts ? 0 : static_cast<uint32_t>(highest) - (contexts - 2);
 }
 
 // The chunk's first lanes and a few from all over it.
@@ -180,7 +158,7 @@ void choose_contexts(Plan& plan) {
     Model best{};
     for (unsigned i = 0; i < layouts.count; ++i) {
         plan.model.shift = layouts.mantissa_bits[i];
-        plan.model.low = lowest_context(plan, plan.model.shift);
+        plan.model.low = lowest_context(plan.base, plan.n, plan.width, plan.model.shift, plan.counts);
         const Cost cost = layouts.count == 1 ? 0 : sampled_cost(plan);
         if (i == 0 || cost < least) least = cost, best = plan.model;
     }
@@ -299,14 +277,11 @@ void count_symbols(Plan& plan) {
     std::memset(plan.counts, 0, 2 * counters * sizeof *plan.counts);
     plan.loops.count(plan.lanes, plan.block_classes, plan.n, plan.width, plan.counts);
     for (size_t i = 0; i < counters; ++i) plan.counts[i] += plan.counts[counters + i];
-    count_patches(plan.lanes, plan.n, plan.width, plan.counts);
+    plan.patch_symbols = count_patches(plan.lanes, plan.n, plan.width, plan.counts);
 }
 
 // Tables: contexts in the order of their mean symbols, and the neighbours that lose least by sharing a table merged
 // until no more than 16 are left and sharing no longer pays.
-
-// A context with less than this share of a chunk's lanes has no say.
-constexpr unsigned few_lanes = 1 << 10;
 
 struct Group {
     uint32_t* counts;
@@ -321,6 +296,9 @@ struct Group {
     Cost loss;    // of merging it with `next`
 };
 constexpr uint16_t none = 0xffff;
+
+// A context with less than this share of a chunk's symbols has no say in which others it shares a table with.
+constexpr unsigned few_symbols = 1 << 10;
 
 Cost cost_of(const Group& a) {
     Cost cost = 16 * one_bit + entropy_term(a.total);
@@ -349,30 +327,85 @@ void merge(Group& a, Group& b) {
 
 void choose_tables(Plan& plan) {
     const unsigned symbols = symbol_count(plan.width);
+    uint32_t* merged[max_tables];
+    plan.model.tables = merge_tables(plan.counts, contexts, plan.stride, symbols, plan.model.table_of, merged);
+    for (unsigned t = 0; t < plan.model.tables; ++t) {
+        normalize(merged[t], symbols, plan.tables[t]);
+        make_steps(plan.tables[t], symbols, plan.steps + t * plan.stride);
+    }
+}
+
+uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
+    const size_t padded = plan.blocks * block_lanes + slack;
+    Arena arena(workspace);
+    plan.lanes.symbols = arena.take<uint8_t>(padded);
+    plan.lanes.contexts = arena.take<uint8_t>(padded);
+    plan.lanes.residuals = arena.take<uint8_t>(padded * plan.width);
+    plan.lanes.kinds = arena.take<uint8_t>(plan.blocks);
+    plan.block_classes = arena.take<uint8_t>(plan.blocks);
+    plan.activities = arena.take<int32_t>(plan.blocks);
+    plan.counts = arena.take<uint32_t>(2 * all_counts * plan.stride);
+    plan.steps = arena.take<Step>(max_tables * plan.stride);
+    // At most one word of two bytes for the class of a block, for the symbol of a lane, and for so many of its raw
+    // bits; the few patches of a block take fewer than its lanes would.
+    const size_t words =
+        2 * (plan.blocks + plan.n * (1 + (8 * plan.width + most_raw_bits - 1) / most_raw_bits)) + slack;
+    plan.words_end = arena.take<uint8_t>(words) + words;
+    return arena.at();
+}
+
+Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* base, size_t n, size_t width) {
+    Plan plan{
+        loops, src, base, n,  width, (n + block_lanes - 1) / block_lanes, symbol_stride(width), {}, {}, {}, {}, {},
+        {},    {},  {},   {}, {}};
+    plan.model.width = static_cast<unsigned>(width);
+    return plan;
+}
+
+}  // namespace
+
+Cost entropy_term(uint64_t v) { return v < small_counts ? small_terms[v] : compute_entropy_term(v); }
+
+uint32_t lowest_context(const uint8_t* lanes, size_t n, size_t width, unsigned shift, uint32_t* scratch) {
+    const unsigned bits = 8 * static_cast<unsigned>(width) - 1 - shift;
+    if (bits <= 5) return 0;
+    const size_t values = size_t{1} << bits;
+    std::memset(scratch, 0, values * sizeof *scratch);
+    const size_t step = std::max<size_t>(1, n >> 10);
+    uint32_t total = 0;
+    for (size_t i = 0; i < n; i += step, ++total) ++scratch[lane_at(lanes, i, width) >> shift & (values - 1)];
+    size_t highest = values - 1;
+    for (uint32_t above = 0; highest > 0 && above + scratch[highest] <= total / 1024; --highest) {
+        above += scratch[highest];
+    }
+    return highest < contexts ? 0 : static_cast<uint32_t>(highest) - (contexts - 2);
+}
+
+unsigned merge_tables(uint32_t* counts, unsigned contexts_of_class, size_t stride, unsigned symbols, TableMap& table_of,
+                      uint32_t* (&merged)[max_tables]) {
     Group groups[all_counts];
     uint16_t count = 0;
-    for (unsigned i = 0; i < all_counts; ++i) {
-        uint32_t* counts = plan.counts + i * plan.stride;
+    uint64_t all = 0;
+    for (unsigned i = 0; i < classes * contexts_of_class; ++i) {
+        uint32_t* of_context = counts + i * stride;
         uint64_t total = 0, weighted = 0;
         uint32_t past = 0;
         for (unsigned s = 0; s < symbols; ++s) {
-            total += counts[s];
-            weighted += uint64_t{s} * counts[s];
-            past = counts[s] != 0 ? s + 1 : past;
+            total += of_context[s];
+            weighted += uint64_t{s} * of_context[s];
+            past = of_context[s] != 0 ? s + 1 : past;
         }
         if (total == 0) continue;
-        groups[count++] = {
-            counts, past, static_cast<uint32_t>(256 * weighted / total), total, static_cast<uint16_t>(i), 0, 0, false,
-            0,      0};
+        const auto mean = static_cast<uint32_t>(256 * weighted / total);
+        groups[count++] = {of_context, past, mean, total, static_cast<uint16_t>(i), 0, 0, false, 0, 0};
+        all += total;
     }
     std::sort(groups, groups + count, [](const Group& a, const Group& b) {
         return a.mean != b.mean ? a.mean < b.mean : a.context < b.context;
     });
-    // A context of few lanes can lose little, and joins the one after it without being asked.
-    const uint64_t few = plan.n / few_lanes;
     uint16_t last = none, left = 0;
     for (uint16_t i = 0; i < count; ++i) {
-        if (last != none && groups[last].total <= few) {
+        if (last != none && groups[last].total <= all / few_symbols) {
             merge(groups[last], groups[i]);
             continue;
         }
@@ -411,33 +444,37 @@ void choose_tables(Plan& plan) {
 
     // Contexts that do not occur get the table of their neighbour, which costs the fewest bits in the header.
     constexpr uint8_t absent = 0xff;
-    std::memset(plan.model.table_of, absent, sizeof plan.model.table_of);
-    plan.model.tables = 0;
+    std::memset(table_of, absent, sizeof table_of);
+    unsigned tables = 0;
     for (uint16_t i = 0; i < count; ++i) {
-        if (!groups[i].merged) {
-            normalize(groups[i].counts, symbols, plan.tables[plan.model.tables]);
-            make_steps(plan.tables[plan.model.tables], symbols, plan.steps + plan.model.tables * plan.stride);
-            ++plan.model.tables;
-        }
-        plan.model.table_of[groups[i].context / contexts][groups[i].context % contexts] =
-            static_cast<uint8_t>(plan.model.tables - 1);
+        if (!groups[i].merged) merged[tables++] = groups[i].counts;
+        table_of[groups[i].context / contexts_of_class][groups[i].context % contexts_of_class] =
+            static_cast<uint8_t>(tables - 1);
     }
     uint8_t table = 0;
-    for (auto& of_class : plan.model.table_of) {
+    for (auto& of_class : table_of) {
         for (auto& of_context : of_class) of_context = table = of_context == absent ? table : of_context;
+    }
+    return tables;
+}
+
+void choose_class_tables(const uint8_t* block_classes, size_t blocks, Table* tables, Step* steps) {
+    uint32_t counts[classes][classes] = {};
+    unsigned before = equal_class;
+    for (size_t k = 0; k < blocks; ++k) {
+        ++counts[before][block_classes[k]];
+        before = block_classes[k];
+    }
+    for (unsigned c = 0; c < classes; ++c) {
+        normalize(counts[c], classes, tables[c]);
+        make_steps(tables[c], classes, steps + c * classes);
     }
 }
 
-void choose_class_tables(Plan& plan, Step* steps) {
-    uint32_t counts[classes][classes] = {};
-    unsigned before = equal_class;
-    for (size_t k = 0; k < plan.blocks; ++k) {
-        ++counts[before][plan.block_classes[k]];
-        before = plan.block_classes[k];
-    }
-    for (unsigned c = 0; c < classes; ++c) {
-        normalize(counts[c], classes, plan.class_tables[c]);
-        make_steps(plan.class_tables[c], classes, steps + c * classes);
+void write_classes(const Step* class_steps, const uint8_t* block_classes, size_t blocks, unsigned streams, Sink& to) {
+    for (size_t k = blocks; k-- > 0;) {
+        const unsigned before = k == 0 ? equal_class : block_classes[k - 1];
+        code(class_steps[before * classes + block_classes[k]], to.states[k % streams], to.words);
     }
 }
 
@@ -449,54 +486,18 @@ unsigned streams_for(size_t coded_lanes) {
     return 32;
 }
 
-// Cuts a workspace into arrays.
-class Arena {
-  public:
-    explicit Arena(uint8_t* at) : at_(at) {}
-    template <class T>
-    T* take(size_t count) {
-        constexpr size_t alignment = 64;
-        at_ += (alignment - reinterpret_cast<std::uintptr_t>(at_) % alignment) % alignment;
-        T* found = reinterpret_cast<T*>(at_);
-        at_ += count * sizeof(T);
-        return found;
-    }
-    uint8_t* at() const { return at_; }
-
-  private:
-    uint8_t* at_;
-};
-
-// Vectors write up to this many bytes more than there are.
-constexpr size_t slack = 64;
-
-uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
-    const size_t padded = plan.blocks * block_lanes + slack;
-    Arena arena(workspace);
-    plan.lanes.symbols = arena.take<uint8_t>(padded);
-    plan.lanes.contexts = arena.take<uint8_t>(padded);
-    plan.lanes.residuals = arena.take<uint8_t>(padded * plan.width);
-    plan.lanes.kinds = arena.take<uint8_t>(plan.blocks);
-    plan.block_classes = arena.take<uint8_t>(plan.blocks);
-    plan.activities = arena.take<int32_t>(plan.blocks);
-    plan.counts = arena.take<uint32_t>(2 * all_counts * plan.stride);
-    plan.steps = arena.take<Step>(max_tables * plan.stride);
-    // At most one word of two bytes for the class of a block, for the symbol of a lane, and for so many of its raw
-    // bits.
-    const size_t words =
-        2 * (plan.blocks + plan.n * (1 + (8 * plan.width + most_raw_bits - 1) / most_raw_bits)) + slack;
-    plan.words_end = arena.take<uint8_t>(words) + words;
-    return arena.at();
+size_t finish_payload(const BitWriter& header, const uint8_t* raw, size_t raw_nbytes, const Sink& from,
+                      const uint8_t* words_end, unsigned streams, uint8_t* out, size_t room) {
+    const auto words_nbytes = static_cast<size_t>(words_end - from.words);
+    const size_t states_nbytes = sizeof(uint32_t) * streams;
+    const size_t nbytes = header.nbytes() + raw_nbytes + states_nbytes + words_nbytes;
+    if (!header.fits() || nbytes > room) return 0;
+    out += header.nbytes();
+    if (raw_nbytes != 0) std::memcpy(out, raw, raw_nbytes);
+    std::memcpy(out + raw_nbytes, from.states, states_nbytes);
+    std::memcpy(out + raw_nbytes + states_nbytes, from.words, words_nbytes);
+    return nbytes;
 }
-
-Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* base, size_t n, size_t width) {
-    Plan plan{loops, src, base, n,  width, (n + block_lanes - 1) / block_lanes, symbol_stride(width), {}, {}, {}, {},
-              {},    {},  {},   {}, {}};
-    plan.model.width = static_cast<unsigned>(width);
-    return plan;
-}
-
-}  // namespace
 
 size_t encoder_workspace(size_t n, size_t width) noexcept {
     Plan plan = make_plan(scalar_loops, nullptr, nullptr, n, width);
@@ -515,30 +516,19 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* base, size_
     count_symbols(plan);
     choose_tables(plan);
     Step class_steps[classes * classes];
-    choose_class_tables(plan, class_steps);
+    choose_class_tables(plan.block_classes, plan.blocks, plan.class_tables, class_steps);
 
     const auto dense =
         static_cast<size_t>(std::count_if(plan.block_classes, plan.block_classes + plan.blocks, is_dense));
     plan.model.streams = streams_for(dense * block_lanes);
-    Sink sink{plan.words_end, {}};
+    Sink sink{plan.words_end, {}, plan.patch_symbols};
     std::fill(sink.states, sink.states + max_streams, low_state);
     loops.write(plan.model, plan.steps, plan.block_classes, plan.lanes, n, sink);
-    write_patches(plan.model, plan.steps, plan.lanes, n, sink);
-    for (size_t k = plan.blocks; k-- > 0;) {
-        const unsigned before = k == 0 ? equal_class : plan.block_classes[k - 1];
-        code(class_steps[before * classes + plan.block_classes[k]], sink.states[k % plan.model.streams], sink.words);
-    }
+    write_classes(class_steps, plan.block_classes, plan.blocks, plan.model.streams, sink);
 
-    const auto words_nbytes = static_cast<size_t>(plan.words_end - sink.words);
-    const size_t states_nbytes = sizeof(uint32_t) * plan.model.streams;
     BitWriter header(out, room);
     write_header(header, plan.model, plan.class_tables, plan.tables);
-    const size_t nbytes = header.nbytes() + states_nbytes + words_nbytes;
-    if (!header.fits() || nbytes > room) return 0;
-    out += header.nbytes();
-    std::memcpy(out, sink.states, states_nbytes);
-    std::memcpy(out + states_nbytes, sink.words, words_nbytes);
-    return nbytes;
+    return finish_payload(header, nullptr, 0, sink, plan.words_end, plan.model.streams, out, room);
 }
 
 }  // namespace lamella::rans

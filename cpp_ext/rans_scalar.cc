@@ -57,7 +57,7 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         if (std::memcmp(x, b, count * sizeof(U)) == 0) continue;
         kind = patched_class;
         if (find_patches(x, b, count, sizeof(U), from_lane(to, at, sizeof(U)))) continue;
-        kind = drifts<U>(model, x, b, count) ? drift_class : ordinary_kind;
+        kind = static_cast<uint8_t>(drifts<U>(model, x, b, count) ? drift_class : ordinary_kind);
         for (size_t j = 0; j < count; ++j) {
             const U reference = load<U>(b + j * sizeof(U));
             const U z = residual_of(model, kind, load<U>(x + j * sizeof(U)), reference);
@@ -99,6 +99,9 @@ void write(const Model& model, const Step* steps, const uint8_t* block_classes, 
     for (size_t end = n; end > 0;) {
         const size_t first = (end - 1) / run_lanes * run_lanes;
         const unsigned block_class = block_classes[first / block_lanes];
+        if (block_class == patched_class && first % block_lanes == 0) {
+            write_patches(model, steps, from_lane(from, first, sizeof(U)), to);
+        }
         if (is_dense(block_class)) {
             for (unsigned done = rounds * most_raw_bits; done > 0;) {
                 done -= most_raw_bits;
@@ -155,8 +158,10 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
     for (size_t at = first * block_lanes; at < n; at += block_lanes) {
         const size_t end = n - at < block_lanes ? n : at + block_lanes;
         const unsigned block_class = block_classes[at / block_lanes];
-        if (block_class == equal_class)
-            std::memcpy(out + at * sizeof(U), base + at * sizeof(U), (end - at) * sizeof(U));
+        const uint8_t* lanes = base + at * sizeof(U);
+        uint8_t* to = out + at * sizeof(U);
+        if (block_class == equal_class) std::memcpy(to, lanes, (end - at) * sizeof(U));
+        if (block_class == patched_class && !read_patches(model, slots, from, lanes, end - at, to)) return false;
         if (!is_dense(block_class)) continue;
         for (size_t run = at; run < end; run += run_lanes) {
             const size_t count = end - run < run_lanes ? end - run : run_lanes;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "floats.hpp"
 #include "kernels.hpp"
 #include "lanes.hpp"
 #include "rans.hpp"
@@ -129,8 +130,7 @@ struct Float16 {
 };
 
 template <class Lane>
-Moments moments_of(const uint8_t* a, const uint8_t* b, size_t n, size_t lanes_per_element, Lane lane) {
-    PartialSums sums = {};
+void add(const uint8_t* a, const uint8_t* b, size_t n, size_t lanes_per_element, Lane lane, PartialSums& sums) {
     for (size_t i = 0; i < n * lanes_per_element; ++i) {
         const uint8_t *pa = a + i * Lane::width, *pb = b + i * Lane::width;
         const double x = lane.value(pa), y = lane.value(pb);
@@ -144,49 +144,47 @@ Moments moments_of(const uint8_t* a, const uint8_t* b, size_t n, size_t lanes_pe
         sums.squared_a[j] += x * x;
         sums.squared_b[j] += y * y;
     }
-    uint64_t changed = 0;
     const size_t element = lanes_per_element * Lane::width;
-    for (size_t i = 0; i < n; ++i) changed += std::memcmp(a + i * element, b + i * element, element) != 0;
-    return finish(sums, changed);
+    for (size_t i = 0; i < n; ++i) sums.changed += std::memcmp(a + i * element, b + i * element, element) != 0;
 }
 
-Moments moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table) noexcept {
+void add_moments(const uint8_t* a, const uint8_t* b, size_t n, Kind kind, const double* table,
+                 PartialSums& sums) noexcept {
     switch (kind) {
         case Kind::table8:
-            return moments_of(a, b, n, 1, Table8{table});
+            return add(a, b, n, 1, Table8{table}, sums);
         case Kind::int16:
-            return moments_of(a, b, n, 1, Number<std::int16_t>{});
+            return add(a, b, n, 1, Number<std::int16_t>{}, sums);
         case Kind::uint16:
-            return moments_of(a, b, n, 1, Number<uint16_t>{});
+            return add(a, b, n, 1, Number<uint16_t>{}, sums);
         case Kind::int32:
-            return moments_of(a, b, n, 1, Number<std::int32_t>{});
+            return add(a, b, n, 1, Number<std::int32_t>{}, sums);
         case Kind::uint32:
-            return moments_of(a, b, n, 1, Number<uint32_t>{});
+            return add(a, b, n, 1, Number<uint32_t>{}, sums);
         case Kind::int64:
-            return moments_of(a, b, n, 1, Number<std::int64_t>{});
+            return add(a, b, n, 1, Number<std::int64_t>{}, sums);
         case Kind::uint64:
-            return moments_of(a, b, n, 1, Number<uint64_t>{});
+            return add(a, b, n, 1, Number<uint64_t>{}, sums);
         case Kind::float16:
-            return moments_of(a, b, n, 1, Float16{});
+            return add(a, b, n, 1, Float16{}, sums);
         case Kind::bfloat16:
-            return moments_of(a, b, n, 1, BFloat16{});
+            return add(a, b, n, 1, BFloat16{}, sums);
         case Kind::float32:
-            return moments_of(a, b, n, 1, Number<float>{});
+            return add(a, b, n, 1, Number<float>{}, sums);
         case Kind::float64:
-            return moments_of(a, b, n, 1, Number<double>{});
+            return add(a, b, n, 1, Number<double>{}, sums);
         case Kind::complex64:
-            return moments_of(a, b, n, 2, Number<float>{});
+            return add(a, b, n, 2, Number<float>{}, sums);
         case Kind::complex128:
-            return moments_of(a, b, n, 2, Number<double>{});
+            return add(a, b, n, 2, Number<double>{}, sums);
     }
-    return {};
 }
 
 }  // namespace
 
 const Kernels scalar_kernels = {
-    "scalar",  split_planes,   xor_split, residual_split,      merge_planes,
-    xor_merge, residual_merge, moments,   &rans::scalar_loops,
+    "scalar",  split_planes,   xor_split,   residual_split,      merge_planes,
+    xor_merge, residual_merge, add_moments, &rans::scalar_loops, &floats::scalar_loops,
 };
 
 }  // namespace lamella

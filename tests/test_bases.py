@@ -12,9 +12,11 @@ from support import write_pack as write
 from lamella_engine import codecs
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packs import StoredBlob
+from lamella_engine.content_store.push import LONGEST_CHAIN
 from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError, StorageError
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.pack import MAX_DEPTH, BlobRow
+from lamella_engine.model import Cell
 from lamella_engine.objects.memory import MemoryObjects
 
 X = noise(0, 3_000)
@@ -222,7 +224,23 @@ def test_chains_stop_at_the_depth_that_the_repository_allows(max_depth):
     assert repo.verify(deep=True).problems == []
 
 
-@pytest.mark.parametrize("max_depth", [-1, MAX_DEPTH + 1])
+def test_chains_are_short_where_deltas_save_little():
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    store = store_of(repo)
+    weights = noise(0, 20_000)
+    depths = []
+    for seed in range(1, 13):
+        id = repo.push({"w": weights}, "m@main").id
+        (located,) = store.locate(id, [Cell("w", 0)])
+        full, *deltas = (blob.encoded_nbytes for blob in located[1])
+        assert full + sum(deltas) <= 1.01 * LONGEST_CHAIN * full  # the last is as long as the one before, about
+        depths.append(len(deltas))
+        weights = weights * (1 + noise(seed, 20_000) * np.float32(0.1))
+    assert depths == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize("max_depth", [-1, MAX_DEPTH])
 def test_a_repository_deeper_than_the_format_allows_is_refused_before_anything_is_written(max_depth):
     objects = MemoryObjects()
     with pytest.raises(InvalidInputError):

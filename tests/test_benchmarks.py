@@ -1,8 +1,10 @@
 """The demo and the benchmarks, on a model small enough to run here: so that they cannot rot unseen."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -10,14 +12,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import corpora, memory, minilm, partial, peers, push_checkout
-from benchmarks.corpora import PRECISIONS, Checkpoint
+from benchmarks import codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
+from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
+from lamella_engine.chunking import grid
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "_", *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 WIDTH = 32
 LAYERS = 3
+SHAPE = gpt.Shape(layers=1, width=gpt.HEAD_WIDTH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads gain nothing on a model this small, and on a busy machine wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +123,96 @@ def test_a_family_on_disk_is_not_made_again(base: Path, family: tuple[Checkpoint
     assert made == []
 
 
+@pytest.fixture(scope="module")
+def pairs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Every pair, of models that are small and hardly trained, by its name and dtype."""
+    data = tmp_path_factory.mktemp("pairs")
+    runs = (corpora.FineTunes(base, data, steps=2, seed=0), corpora.Pretrainings(SHAPE, data, steps=10, seed=0))
+    return {f"{pair.name} {pair.dtype}": pair for run in runs for pair in run.pairs()}
+
+
+def test_the_checkpoints_of_a_pair_differ_in_nothing_but_bits(pairs: dict[str, Pair]):
+    for pair in pairs.values():
+        before, after = load_file(pair.base), load_file(pair.child)
+        assert bits(before) != bits(after)
+        assert {name: (x.shape, x.dtype) for name, x in before.items()} == {
+            name: (x.shape, x.dtype) for name, x in after.items()
+        }
+        assert {x.dtype for x in after.values() if x.is_floating_point()} == {getattr(torch, pair.dtype)}
+
+
+def test_a_pair_in_sixteen_bits_is_the_same_pair_rounded(pairs: dict[str, Pair]):
+    for name in ("fine-tune 2e-05", "frozen", "continued", "merged LoRA", "gpt 0.999, 9/8"):
+        whole, rounded = (load_file(pairs[f"{name} {dtype}"].child) for dtype in ("float32", "bfloat16"))
+        floats = {key: value for key, value in whole.items() if value.is_floating_point()}
+        assert bits({key: value.bfloat16() for key, value in floats.items()}) == bits(
+            {key: rounded[key] for key in floats}
+        )
+
+
+def test_a_merged_lora_changes_matrices_of_the_encoder_by_low_rank(pairs: dict[str, Pair]):
+    pair = pairs["merged LoRA float32"]
+    before, after = load_file(pair.base), load_file(pair.child)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if name.startswith("encoder.") and after[name].ndim == 2}
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-2) <= 8
+
+
+def test_a_training_checkpoint_has_both_moments_of_every_weight(pairs: dict[str, Pair]):
+    state = load_file(pairs["gpt 0.95, 5/4, w+m+v float32"].child)
+    weights = load_file(pairs["gpt 0.95, 5/4 float32"].child)
+    for name, weight in weights.items():
+        assert torch.equal(state[f"model.{name}"], weight)
+        assert (
+            state[f"optim.state.{name}.exp_avg"].shape == state[f"optim.state.{name}.exp_avg_sq"].shape == weight.shape
+        )
+        assert state[f"optim.state.{name}.step"] == 5
+    assert len(state) == 4 * len(weights)
+
+
+def test_a_gpt_learns():
+    data = gpt.text()[:129].long()[None]
+    weights = gpt.initial(SHAPE, "seed")
+    untrained = gpt.loss(weights, data).item()
+    assert untrained == pytest.approx(np.log(256), abs=0.1)
+    optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in weights.values()], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.autograd.backward(gpt.loss(weights, data))
+        optimizer.step()
+    assert gpt.loss(weights, data).item() < untrained - 1
+
+
+def test_what_a_gpt_expects_of_the_next_byte_adds_up_to_one():
+    weights = {name: 10 * weight for name, weight in gpt.initial(SHAPE, "seed").items()}
+
+    def total(text: Tensor) -> float:
+        return (text.shape[1] - 1) * gpt.loss(weights, text).item()
+
+    known = gpt.text()[:10].long()[None]
+    before = total(known)  # which is part of what follows only if no guess sees what comes after it
+    guesses = [before - total(torch.cat([known, torch.tensor([[byte]])], dim=1)) for byte in range(256)]
+    assert np.exp(guesses).sum() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_same_seed_trains_the_same_and_only_what_is_wanted(pairs: dict[str, Pair], base: Path, tmp_path: Path):
+    for seed, same in ((0, True), (1, False)):
+        (tuned,) = corpora.FineTunes(
+            base, tmp_path, steps=2, seed=seed, wanted="fine-tune 5e-06 float16".__eq__
+        ).pairs()
+        (late,) = corpora.Pretrainings(
+            SHAPE, tmp_path, steps=10, seed=seed, wanted="gpt 0.95, 9/8, w+m+v float32".__eq__
+        ).pairs()
+        for pair in (tuned, late):
+            made = pairs[f"{pair.name} {pair.dtype}"]
+            assert (pair.child.read_bytes() == made.child.read_bytes()) is same
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "published",
+        *(f"{run}-seed-{seed}" for run in ("fine-tune-5e-06", "gpt-1x64-0.95") for seed in (0, 1)),
+    }
+
+
 def test_the_demo_gets_back_what_it_pushed(family: tuple[Checkpoint, ...], tmp_path: Path):
     text = io.StringIO()
     demo.demonstrate(family, str(tmp_path / "repository"), Console(file=text, width=200))
@@ -185,3 +288,64 @@ def test_a_part_is_read_by_both_in_processes_of_their_own(
     assert row.nbytes == len(VOCABULARY) * WIDTH * 2  # fewer rows than would be picked from the middle
     assert partial.table([row], "tiny").row_count == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_and_lamella_measure_the_same_distances(
+    family: tuple[Checkpoint, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distance, "THREADS", (1,))
+    for precision in PRECISIONS:
+        rows = distance.compare(family, precision, folder=tmp_path, rounds=1)
+        assert [row.pair for row in rows] == list(distance.PAIRS)
+        shared = {row.pair: row.shared for row in rows}
+        assert shared["base", "main-1"] < shared["base", "frozen-1"] < shared["base", distance.PART] < 1
+        assert distance.table(rows, "tiny").row_count == len(rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_coder_gives_back_a_pair_and_the_missing_are_left_out(pairs: dict[str, Pair], tmp_path: Path):
+    wanted = [pairs["fine-tune 2e-05 bfloat16"], pairs["gpt 0.999, 9/8, w+m+v float32"]]
+    outcomes = {pair: codec.measure(pair, folder=tmp_path, rounds=1) for pair in wanted}
+    for pair, outcome in outcomes.items():
+        whole, *parts = outcome.sizes
+        assert (
+            {"zstd-3", "planes + zstd-3", "BitX", "lamella alone", "lamella"} <= set(whole.stored) <= set(coders.CODERS)
+        )
+        assert whole.nbytes == sum(x.nbytes for x in load_file(pair.child).values() if x.is_floating_point())
+        assert [part.part for part in parts] == (["w", "m", "v"] if "m" in pair.name else [])
+        for coder, stored in whole.stored.items():
+            assert not parts or stored == sum(part.stored[coder] for part in parts)
+        assert outcome.speed is not None
+        assert min(*outcome.speed.rates.values(), *outcome.speed.scaling.values()) > 0
+        assert outcome.pushed is not None
+    tables = [table(outcomes) for table in (codec.size_table, codec.speed_table, codec.repository_table)]
+    assert [table.row_count for table in tables] == [5, 2, 2]
+    missing = {coder for coder, version in outcome.versions.items() if version is None}
+    assert missing == set(coders.CODERS) - set(whole.stored)
+    assert all(f"{coder} is not installed" in str(tables[0].caption) for coder in missing)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [coders.Zstd, coders.Planes, coders.BitX, coders.Lamella, coders.LamellaAlone])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_a_coder_that_gives_back_other_bits_is_found_out(
+    kind: type[coders.Coder], dtype: str, width: int, tmp_path: Path
+):
+    class Wrong(kind):  # type: ignore[misc, valid-type]
+        def decode(self, stored, base, out):
+            super().decode(stored, base, out)
+            out[-1] ^= 1
+
+    for seed, name in enumerate(("child", "base")):
+        np.random.default_rng(seed).integers(0, 256, 3000 * width, np.uint8).tofile(tmp_path / name)
+    job = coders.Job("", str(tmp_path), dtype, width, [(0, 1000 * width), (1000 * width, 3000 * width)])
+    sizes = coders.Bench(job, kind(job)).answer("check")
+    assert len(sizes) == 2
+    with pytest.raises(ValueError, match="run 0 did not come back"):
+        coders.Bench(job, Wrong(job)).answer("check")
+
+
+def test_a_coder_that_fails_says_why(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codec, "grid", lambda shape, itemsize: grid((1,), 1))
+    with pytest.raises(RuntimeError, match=r"(?s)lamella alone fails: .*1 bytes are no chunk"):
+        codec.measure(pairs["fine-tune 2e-05 bfloat16"], ("sizes",), folder=tmp_path)

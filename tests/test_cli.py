@@ -135,10 +135,15 @@ def process(*arguments, **options):
 
 def test_init_makes_a_repository_that_the_other_verbs_open(tmp_path, call, answer):
     assert answer("init", tmp_path / "one") == {"repository": str(tmp_path / "one")}
-    assert call("-C", tmp_path / "two", "init")[0] == 0
+    assert call("-C", tmp_path / "two", "init", "--max-depth", 3)[0] == 0
     for name in ("one", "two"):
         with lamella.open(tmp_path / name) as repo:
             assert repo.models() == []
+
+
+def test_a_depth_out_of_bounds_is_refused_and_nothing_is_made(tmp_path, fails):
+    assert fails(2, "init", tmp_path / "one", "--max-depth", 32)["kind"] == "bad_option"
+    assert not (tmp_path / "one").exists()
 
 
 def test_push_stores_the_file_and_everything_said_about_it(answer, url, files, tmp_path):

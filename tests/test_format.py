@@ -432,7 +432,7 @@ def test_an_entry_of_a_newer_format_is_unsupported(at, to):
     ("at", "to", "kind"),
     [
         ("n", 1, "bad_entry"),
-        ("max_depth", pack.MAX_DEPTH + 1, "bad_entry"),
+        ("max_depth", pack.MAX_DEPTH, "bad_entry"),
         ("repository", "0f", "bad_entry"),
         ("created", None, "bad_field"),
         ("features", "none", "bad_field"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import ChunkPair, chunk_pairs
 
 from lamella_engine import _kernels
-from lamella_engine.codecs import moments
 from lamella_engine.dtypes import DTYPES, Dtype, dtype_named
+from lamella_engine.moments import moments
 
 MEASURED = tuple(dtype for dtype in DTYPES if not dtype.opaque)
 

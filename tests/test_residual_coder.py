@@ -2,10 +2,10 @@
 however it lies, gives anything but a CorruptionError."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from coders import Bits, Writer, running, variants, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ChunkPair, chunk_pairs, lanes
@@ -15,30 +15,6 @@ from lamella_engine.codecs import Encoding, decode, encode
 from lamella_engine.errors import CorruptionError
 
 WIDTHS = (1, 2, 4, 8)
-
-
-def variants() -> list[str]:
-    """Name the variants that this build and CPU have."""
-    found = []
-    before = _kernels.isa()
-    for isa in ("scalar", "avx2"):
-        try:
-            _kernels.set_isa(isa)
-        except ValueError:
-            continue
-        found.append(isa)
-    _kernels.set_isa(before)
-    return found
-
-
-@contextmanager
-def running(isa: str) -> Iterator[None]:
-    before = _kernels.isa()
-    _kernels.set_isa(isa)
-    try:
-        yield
-    finally:
-        _kernels.set_isa(before)
 
 
 @pytest.fixture(scope="module", params=variants())
@@ -70,16 +46,6 @@ def decoded(payload: bytes, base) -> bytes:
     finally:
         assert set(memory[:64]) == set(memory[-64:]) == {0xA5}
     return out.tobytes()
-
-
-def weights(count: int, dtype: str, *, seed: int = 0) -> np.ndarray:
-    """Return floats as lanes: ``bf16``, or a NumPy name."""
-    values = np.random.default_rng(seed).standard_normal(count) * 0.05
-    if dtype == "bf16":
-        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    if dtype == "e4m3":
-        return (values.astype(np.float16).view(np.uint16) >> 7).astype(np.uint8)
-    return values.astype(dtype).view(f"<u{np.dtype(dtype).itemsize}")
 
 
 def nudged(base: np.ndarray, *, seed: int, spread: float, share: float = 1.0) -> np.ndarray:
@@ -233,47 +199,6 @@ def test_blocks_that_equal_their_base_are_free():
 # The format, read as FORMAT.md says, by something that knows nothing else.
 
 
-class Bits:
-    def __init__(self, data: bytes) -> None:
-        self.value, self.length, self.at = int.from_bytes(data, "little"), 8 * len(data), 0
-
-    def take(self, count: int) -> int:
-        assert self.at + count <= self.length
-        found = self.value >> self.at & (1 << count) - 1
-        self.at += count
-        return found
-
-    def zeros(self) -> int:
-        count = 0
-        while not self.take(1):
-            count += 1
-        return count
-
-    def near(self) -> int:
-        magnitude = self.zeros()
-        return -magnitude if magnitude and self.take(1) else magnitude
-
-    def far(self) -> int:
-        k = self.zeros()
-        u = 1 << k | self.take(k)
-        return (u - 1) // 2 if u % 2 else -(u // 2)
-
-    def table(self, symbols: int) -> list[int]:
-        field = (symbols - 1).bit_length()
-        last, peak = self.take(field), self.take(field)
-        frequencies, lengths = [0] * symbols, [6, 6]
-        for symbol in range(last + 1):
-            length = 11
-            if symbol != peak:
-                length = lengths[-2] + self.near()
-                if length:
-                    kept = min(length - 1, 3)
-                    frequencies[symbol] = (1 << kept | self.take(kept)) << (length - 1 - kept)
-            lengths.append(length)
-        frequencies[peak] = 2048 - sum(frequencies)
-        return frequencies
-
-
 def documented_decode(payload: bytes, base: np.ndarray) -> list[int]:
     bits = 8 * base.itemsize
     mask, sign = (1 << bits) - 1, 1 << (bits - 1)
@@ -322,42 +247,46 @@ def documented_decode(payload: bytes, base: np.ndarray) -> list[int]:
     for block in range((base.size + 127) // 128):
         block_classes.append(symbol(block, class_tables[block_classes[-1]]))
     out = base.tolist()
-    at = 0
-    for start in range(0, base.size, 128):
+    patching = 0
+
+    def patch_block(block: range) -> None:
+        nonlocal patching
         before, previous = 0, -1
-        while block_classes[1 + start // 128] == 1:
-            found = symbol(at, tables[table_of.get((1, min(31, before)), 0)])
-            if found:
-                position = raw(at, 7)
-                assert previous < position < min(128, base.size - start)
-                parts = range(0, raw_bits(found), 15)
-                below = sum(raw(at, min(15, raw_bits(found) - done)) << done for done in parts)
-                out[start + position] = lane(out[start + position], residual(found, below), 0)
-                before, previous = before + 1, position
-            at += 1
-            if not found:
-                break
-    for start in range(0, base.size, 32):
-        block_class = block_classes[1 + start // 128]
-        if block_class <= 1:
-            continue
-        run = range(start, min(start + 32, base.size))
-        of_class7 = [out[i] >> 18 & 31 for i in run]
-        exponents = [min(31, max(0, ((out[i] & ~sign) >> shift) - low)) for i in run]
-        found_contexts = of_class7 if block_class == 7 else exponents
-        symbols = [
-            symbol(i, tables[table_of.get((block_class, context), 0)])
-            for i, context in zip(run, found_contexts, strict=True)
-        ]
-        raw_of = [0] * len(run)
+        while found := symbol(patching, tables[table_of.get((1, min(31, before)), 0)]):
+            position = raw(patching, 7)
+            assert previous < position < len(block)
+            parts = range(0, raw_bits(found), 15)
+            below = sum(raw(patching, min(15, raw_bits(found) - done)) << done for done in parts)
+            i = block[position]
+            out[i] = lane(out[i], residual(found, below), 0)
+            before, previous, patching = before + 1, position, patching + 1
+        patching += 1
+
+    def read_run(run: range, block_class: int) -> None:
+        if block_class == 7:
+            found_contexts = [out[i] >> 18 & 31 for i in run]
+        else:
+            found_contexts = [min(31, max(0, ((out[i] & ~sign) >> shift) - low)) for i in run]
+        symbols, raws = [], [0] * len(run)
+        for i, context in zip(run, found_contexts, strict=True):
+            symbols.append(symbol(i, tables[table_of.get((block_class, context), 0)]))
         for done in range(0, bits, 15):
             for j, i in enumerate(run):
                 count = min(15, raw_bits(symbols[j]) - done)
                 if count > 0:
-                    raw_of[j] |= raw(i, count) << done
+                    raws[j] |= raw(i, count) << done
         for j, i in enumerate(run):
             offset = offsets[found_contexts[j]] if block_class == 7 else 0
-            out[i] = lane(out[i], residual(symbols[j], raw_of[j]), offset)
+            out[i] = lane(out[i], residual(symbols[j], raws[j]), offset)
+
+    for start in range(0, base.size, 128):
+        block_class = block_classes[1 + start // 128]
+        block = range(start, min(start + 128, base.size))
+        if block_class == 1:
+            patch_block(block)
+        elif block_class > 1:
+            for at in range(0, len(block), 32):
+                read_run(block[at : at + 32], block_class)
     assert words.at == words.length
     assert states == [1 << 15] * streams
     return out
@@ -448,25 +377,6 @@ def test_damage_anywhere_never_escapes(pair: ChunkPair, data):
             refused_or_decoded(bytes(payload), other)
 
 
-class Writer:
-    """Bits by hand."""
-
-    def __init__(self) -> None:
-        self.value = self.length = 0
-
-    def put(self, value: int, count: int) -> "Writer":
-        self.value |= value << self.length
-        self.length += count
-        return self
-
-    def near(self, value: int) -> "Writer":
-        self.put(1 << abs(value), abs(value) + 1)
-        return self.put(value < 0, 1) if value else self
-
-    def bytes(self) -> bytes:
-        return self.value.to_bytes((self.length + 7) // 8, "little")
-
-
 def header(*, shift=7, low=100, log_streams=0, drift=0) -> Writer:
     return Writer().put(shift, 6).put(low, 12).put(log_streams, 3).put(drift, 1)
 
@@ -506,13 +416,13 @@ def patches(symbol: int, *, bits: int = 0) -> Writer:
 
 
 LIES = {
-    "a patch before another": (patches(1, bits=5 | 5 << 7).bytes() + bytes(8), "patch outside"),
+    "a patch before another": (patches(1, bits=5 | 5 << 7).bytes() + bytes(8), "patches what is none"),
     "a patch outside of its block": (
         patches(1, bits=126 | 127 << 7).bytes() + (1 | 1 << 7).to_bytes(2, "little"),
-        "patch outside",
+        "patches what is none",
     ),
-    "patches that end before their places": (patches(1, bits=5 | 6 << 7).bytes(), "before its patches"),
-    "patches that end within a residual": (patches(53).bytes(), "before its patches"),
+    "patches that end before their places": (patches(1, bits=5 | 6 << 7).bytes(), "patches what is none"),
+    "patches that end within a residual": (patches(53).bytes(), "patches what is none"),
     "nothing": (b"", r"header|symbols|frequency|table"),
     "a context outside of the lane": (header(shift=16).put(0, 400).bytes(), "context"),
     "64 streams": (header(log_streams=6).put(0, 400).bytes(), "streams"),

@@ -39,6 +39,17 @@ class Kind(enum.Enum):
 
     COMPLEX128 = 12
 
+class Cast(enum.Enum):
+    """A conversion between floats."""
+
+    FLOAT32_TO_BFLOAT16 = 0
+
+    FLOAT32_TO_FLOAT16 = 1
+
+    BFLOAT16_TO_FLOAT32 = 2
+
+    FLOAT16_TO_FLOAT32 = 3
+
 def isa() -> str:
     """Name of the variant in use: "avx2" or "scalar"."""
 
@@ -67,7 +78,7 @@ def residual_merge(planes: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(
 
 def coder_workspace(nbytes: int, width: int) -> int:
     """
-    Bytes of workspace that residual_encode and residual_decode take for chunks of up to nbytes.
+    Bytes of workspace that the coders below take for chunks of up to nbytes.
     """
 
 def residual_encode(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> int:
@@ -80,10 +91,39 @@ def residual_decode(payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,),
     Inverse of residual_encode. Return None, or what is wrong with the payload: then out is undefined.
     """
 
+def cast(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], how: Cast, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Convert lanes, each to one lane of out."""
+
+def float_encode(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], guide: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> int:
+    """
+    Write the FLOAT_RANS payload of src, or GUIDED_RANS with a guide, to the front of out; return its bytes, or 0 if out is too short.
+    """
+
+def float_decode(payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], guide: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> str | None:
+    """
+    Inverse of float_encode. Return None, or what is wrong with the payload: then out is undefined.
+    """
+
+def decay(base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], factor: int, halvings: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """out = base * factor / 2^(32 + halvings), lanes being float32."""
+
+def decay_fold(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], decayed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """
+    Move lanes that are above a decayed base such that their residuals have no sign.
+    """
+
+def decay_unfold(folded: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], decayed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Inverse of decay_fold; out may be folded."""
+
 def is_constant(src: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> bool:
     """Whether all lanes of src are equal."""
 
 def moments(a: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], b: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], kind: Kind, table: Annotated[NDArray[numpy.float64], dict(shape=(256), order='C', device='cpu', writable=False)] | None = None) -> tuple[int, int, float, float, float, float, float, float]:
     """
     Return (count, changed, sum (a-b)^2, sum |a-b|, max |a-b|, sum ab, sum a^2, sum b^2).
+    """
+
+def residual_moments(a: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int, workspace: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], kind: Kind, table: Annotated[NDArray[numpy.float64], dict(shape=(256), order='C', device='cpu', writable=False)] | None = None) -> tuple[int, int, float, float, float, float, float, float] | str:
+    """
+    Return moments of a and of what residual_decode gives, or what is wrong with the payload.
     """

@@ -1,7 +1,7 @@
-"""How a chunk becomes a blob's payload and back, and what two chunks measure against each other. Pure functions.
+"""How a chunk becomes a blob's payload and back, or is measured on the way back. Pure functions.
 
-A payload is one of six encodings. All integers are little-endian; a *lane* is one machine number of ``width`` bytes, a
-chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p = 0 is the least significant).
+A payload is of one of the encodings below. All integers are little-endian; a *lane* is one machine number of ``width``
+bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p = 0 is the least significant).
 
 ======================  ==  ============================================================================================
 ``RAW``                 0   the chunk's bytes; the only encoding of an empty chunk
@@ -10,6 +10,12 @@ chunk is L lanes, and plane p of a sequence of lanes is the L bytes p of each (p
 ``XOR_PLANES``          3   the planes of chunk ^ base
 ``RESIDUAL_PLANES``     4   the planes of residual(chunk, base), lane by lane
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
+``FLOAT_RANS``          6   the chunk's floats, their highest bits entropy-coded: ``cpp_ext/floats.hpp``, and FORMAT.md
+``GUIDED_RANS``         7   the same, with the lanes of the base, then called guide, as contexts
+``DECAYED_RANS``        11  a decay of the base, and residual(chunk, what it leaves of the base) without signs, coded as
+                            ``RESIDUAL_RANS``
+``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
+                            ``RESIDUAL_RANS`` payload against it
 ======================  ==  ============================================================================================
 
 Planes follow one another in order, ``width`` of them, with nothing before, between or after. Each is
@@ -28,24 +34,24 @@ bit is set, which orders floats as integers do and is a bijection, NaN and -0.0 
 negated if the sign bit of ``base`` is set. The residual is 2d if d >= 0 as two's complement, else -2d - 1.
 """
 
-import math
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import cache
-from typing import Any, NamedTuple
+from enum import Enum, IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from lamella_engine import _kernels
+from lamella_engine import _kernels, casts, decays
+from lamella_engine.casts import Cast
 from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.decays import Decay
 from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 from lamella_engine.model import Buffer
+from lamella_engine.moments import Moments, elements
 
 _Bytes = NDArray[np.uint8]
 
@@ -59,9 +65,22 @@ class Encoding(IntEnum):
     XOR_PLANES = 3
     RESIDUAL_PLANES = 4
     RESIDUAL_RANS = 5
+    FLOAT_RANS = 6
+    GUIDED_RANS = 7
+    CAST = 9
+    DECAYED_RANS = 11
 
 
 _ENCODINGS = frozenset(Encoding)
+_CASTS = frozenset(Cast)
+
+
+class Against(Enum):
+    """What a payload was made against, and what it is decoded with."""
+
+    NOTHING = "nothing"
+    BASE = "base"
+    GUIDE = "guide"
 
 
 class Encoded(NamedTuple):
@@ -69,6 +88,13 @@ class Encoded(NamedTuple):
 
     encoding: Encoding
     payload: bytes
+
+    @property
+    def against(self) -> Against:
+        """Which of the arguments of :func:`encode` is the base of :func:`decode`."""
+        if self.encoding is Encoding.GUIDED_RANS:
+            return Against.GUIDE
+        return Against.BASE if needs_base(self.encoding) else Against.NOTHING
 
 
 class _Form(IntEnum):
@@ -114,11 +140,38 @@ class _Worker(threading.local):
         self.others = _compressor(3)
         self.decompressor = zstandard.ZstdDecompressor()
         self.scratch = np.empty(MAX_CELL_NBYTES, np.uint8)
+        self._derived = np.empty(0, np.uint8)
+        self._folded = np.empty(0, np.uint8)
         self._workspace = np.empty(0, np.uint8)
 
     def planes(self, width: int, lanes: int) -> NDArray[np.uint8]:
         """Return memory for ``width`` planes, which the thread's next call of this overwrites."""
         return self.scratch[: width * lanes].reshape(width, lanes)
+
+    def cast(self, cast: Cast, source: _Bytes, nbytes: int) -> _Bytes:
+        """Return what a cast makes of ``source``: ``nbytes``, which the thread's next call of this overwrites."""
+        derived = self._derive(nbytes)
+        casts.apply(cast, source, derived)
+        return derived
+
+    def decay(self, decay: Decay, source: _Bytes) -> _Bytes:
+        """Return what a decay leaves of ``source``, which the thread's next call of this or of ``cast`` overwrites."""
+        derived = self._derive(source.size)
+        decays.apply(decay, source, derived)
+        return derived
+
+    def _derive(self, nbytes: int) -> _Bytes:
+        if self._derived.size < nbytes:
+            self._derived = np.empty(MAX_CELL_NBYTES, np.uint8)
+        return self._derived[:nbytes]
+
+    def fold(self, source: _Bytes, decayed: _Bytes) -> _Bytes:
+        """Return ``source`` folded, which the thread's next call of this overwrites."""
+        if self._folded.size < source.size:
+            self._folded = np.empty(MAX_CELL_NBYTES, np.uint8)
+        folded = self._folded[: source.size]
+        _kernels.decay_fold(source, decayed, folded)
+        return folded
 
     def workspace(self, nbytes: int, width: int) -> NDArray[np.uint8]:
         """Return what the residual coder needs to code a chunk of ``nbytes``, with whatever it last held."""
@@ -133,15 +186,35 @@ _worker = _Worker()
 
 def needs_base(encoding: int) -> bool:
     """Whether a payload of this encoding can only be decoded with its base."""
-    return encoding in (Encoding.XOR_PLANES, Encoding.RESIDUAL_PLANES, Encoding.RESIDUAL_RANS)
+    return encoding in _NEEDS_BASE
 
 
-def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None) -> Encoded:
+_NEEDS_BASE = frozenset(
+    (
+        Encoding.XOR_PLANES,
+        Encoding.RESIDUAL_PLANES,
+        Encoding.RESIDUAL_RANS,
+        Encoding.GUIDED_RANS,
+        Encoding.CAST,
+        Encoding.DECAYED_RANS,
+    )
+)
+
+
+def fits(base_nbytes: int, nbytes: int, *, floating: bool) -> bool:
+    """Whether a chunk can be encoded against a base of that length: the same, or that of floats of another width."""
+    return base_nbytes == nbytes or (floating and 2 * min(base_nbytes, nbytes) == max(base_nbytes, nbytes))
+
+
+def encode(
+    chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = None, guide: Buffer | None = None
+) -> Encoded:
     """Encode a chunk as the smallest of its candidates.
 
     Candidates are ``RAW``, ``CONSTANT`` and ``PLANES``; with a base also ``XOR_PLANES`` and, for floats,
-    ``RESIDUAL_PLANES`` and, from 128 lanes on, ``RESIDUAL_RANS``. Each plane is stored in its smallest form. Planes of
-    a long chunk of floats are only tried if those of a sample of it come near what the residual coder took.
+    ``RESIDUAL_PLANES``. From 128 lanes on, floats have ``FLOAT_RANS``, with a base ``RESIDUAL_RANS``, and with a guide
+    ``GUIDED_RANS``. Each plane is stored in its smallest form. What is likely to lose is only tried if a sample of a
+    long chunk says that it could win.
 
     Parameters
     ----------
@@ -152,7 +225,11 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
     floating
         Whether lanes are floats (``Dtype.floating``).
     base
-        Decoded bytes of another chunk of the same length, expected to be like this one.
+        Decoded bytes of another chunk of as many lanes, expected to be like this one: of lanes as long, or of floats
+        half or twice as long, of which it may be a cast.
+    guide
+        Decoded bytes of another chunk of the same length, whose lanes say how large those of this one are: of the
+        second moments of an optimizer, whose first moments this holds.
 
     Raises
     ------
@@ -169,44 +246,96 @@ def encode(chunk: Buffer, *, width: int, floating: bool, base: Buffer | None = N
             width=width,
         )
     reference = None if base is None else _bytes(base, what="base")
+    if reference is not None and not fits(reference.size, source.size, floating=floating):
+        raise _misfit("base", reference.size, source.size)
+    guiding = None if guide is None else _bytes(guide, what="guide")
+    if guiding is not None and guiding.size != source.size:
+        raise _misfit("guide", guiding.size, source.size)
     if reference is not None and reference.size != source.size:
-        raise InvalidInputError(
-            f"a base of {reference.size} bytes does not fit a chunk of {source.size}: leave it out",
-            kind="base_length",
-            expected=source.size,
-            actual=reference.size,
-        )
+        return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
-    candidates = [Encoding.PLANES]
-    if reference is not None:
-        candidates.insert(0, Encoding.XOR_PLANES)
-        if floating:
-            candidates.insert(0, Encoding.RESIDUAL_PLANES)
     # The likeliest winner goes first, so that the others are given up early.
+    against: list[tuple[Encoding, _Bytes | None]] = []
+    if floating and source.size >= _FEWEST_CODED * width:
+        if reference is not None:
+            if width == _DECAYING_WIDTH:
+                against.append((Encoding.DECAYED_RANS, reference))
+            against.append((Encoding.RESIDUAL_RANS, reference))
+        if guiding is not None:
+            against.append((Encoding.GUIDED_RANS, guiding))
+        against.append((Encoding.FLOAT_RANS, None))
+    if reference is not None:
+        if floating:
+            against.append((Encoding.RESIDUAL_PLANES, reference))
+        against.append((Encoding.XOR_PLANES, reference))
+    against.append((Encoding.PLANES, None))
     best, size = Encoded(Encoding.RAW, b""), source.size
-    if reference is not None and floating and source.size >= _FEWEST_CODED * width:
-        payload = _encode_residuals(source, reference, width=width)
-        if payload is not None and len(payload) < size:
-            best, size = Encoded(Encoding.RESIDUAL_RANS, payload), len(payload)
-            candidates = [
-                encoding
-                for encoding in candidates
-                if _plausible(encoding, source, reference, width=width, floating=floating, limit=size)
-            ]
-    for encoding in candidates:
-        payload = _encode_planes(encoding, source, reference, width=width, floating=floating, limit=size)
+    for encoding, other in against:
+        if best.payload and floating and not _plausible(encoding, source, other, width=width, limit=size):
+            continue
+        payload = _encode_as(encoding, source, other, width=width, floating=floating, limit=size)
         if payload is not None:
             best, size = Encoded(encoding, payload), len(payload)
     return best if best.payload else Encoded(Encoding.RAW, source.tobytes())
 
 
-def _encode_residuals(source: _Bytes, base: _Bytes, *, width: int) -> bytes | None:
-    """Return the payload of the residual coder, or None if it is longer than the chunk."""
-    out = _worker.scratch[: source.size]
-    nbytes = _kernels.residual_encode(source, base, width, _worker.workspace(source.size, width), out)
-    return out[:nbytes].tobytes() if nbytes else None
+def _misfit(what: str, actual: int, expected: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"a {what} of {actual} bytes does not fit a chunk of {expected}: leave it out",
+        kind="base_length",
+        expected=expected,
+        actual=actual,
+    )
 
+
+def _encode_cast(source: _Bytes, base: _Bytes, *, width: int) -> Encoded:
+    """Encode floats against a base of another width, if one is near a cast of the other."""
+    cast = casts.likeliest(base, source, width)
+    if cast is None:
+        return encode(source.data, width=width, floating=True)
+    reference = _worker.cast(cast, base, source.size)
+    number = bytes([cast])
+    if np.array_equal(source, reference):
+        return Encoded(Encoding.CAST, number)
+    payload = None
+    if source.size >= _FEWEST_CODED * width:
+        payload = _encode_as(Encoding.RESIDUAL_RANS, source, reference, width=width, floating=True, limit=source.size)
+    alone = encode(source.data, width=width, floating=True)
+    if payload is not None and len(number) + len(payload) < len(alone.payload):
+        return Encoded(Encoding.CAST, number + payload)
+    return alone
+
+
+def _encode_as(
+    encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, floating: bool, limit: int
+) -> bytes | None:
+    """Return the payload of one encoding, or None if it is not shorter than ``limit``."""
+    if encoding not in _CODED:
+        return _encode_planes(encoding, source, other, width=width, floating=floating, limit=limit)
+    out = _worker.scratch[: max(limit - 1, 0)]
+    prefix = b""
+    workspace = _worker.workspace(source.size, width)
+    if encoding is Encoding.DECAYED_RANS:
+        assert other is not None
+        decay = decays.likeliest(other, source)
+        if decay is None:
+            return None
+        prefix = decays.LAYOUT.pack(*decay)
+        other = _worker.decay(decay, other)
+        source = _worker.fold(source, other)
+        encoding = Encoding.RESIDUAL_RANS
+    if encoding is Encoding.RESIDUAL_RANS:
+        assert other is not None
+        nbytes = _kernels.residual_encode(source, other, width, workspace, out)
+    else:
+        nbytes = _kernels.float_encode(source, other, width, workspace, out)
+    return prefix + out[:nbytes].tobytes() if nbytes and nbytes + len(prefix) < limit else None
+
+
+# Lanes of what decays: optimizers keep their moments in float32.
+_DECAYING_WIDTH = 4
+_CODED = frozenset((Encoding.DECAYED_RANS, Encoding.RESIDUAL_RANS, Encoding.FLOAT_RANS, Encoding.GUIDED_RANS))
 
 # Lanes of one block. What the coder could save on fewer of them a blob's row in its pack takes three times over.
 _FEWEST_CODED = 128
@@ -218,21 +347,24 @@ _RUNS = 64
 _SHORTEST_RUN = 32
 # A sample is off by a few per cent, and by its headers too long. The coder usually wins by 10 to 40.
 _DOUBT = 0.96
+# Bytes that a coder needs for tables and states, whatever it codes.
+_CODED_HEADER = 256
 
 
-def _plausible(encoding: Encoding, source: _Bytes, base: _Bytes, *, width: int, floating: bool, limit: int) -> bool:
-    """Whether the payload of a planes encoding could be shorter than ``limit``, judged from a sample."""
+def _plausible(encoding: Encoding, source: _Bytes, other: _Bytes | None, *, width: int, limit: int) -> bool:
+    """Whether the payload of floats in an encoding could be shorter than ``limit``, judged from a sample."""
     lanes = source.size // width
     between = lanes // _RUNS
     run = max(_SHORTEST_RUN, between // _SAMPLE)
     if between < 4 * run:
         return True
-    first_lanes = (slice(None), slice(run * width))
-    sample, sampled_base = (
-        whole[: _RUNS * between * width].reshape(_RUNS, -1)[first_lanes].reshape(-1) for whole in (source, base)
+    sample, sampled_other = (
+        None if whole is None else whole[: _RUNS * between * width].reshape(_RUNS, -1)[:, : run * width].reshape(-1)
+        for whole in (source, other)
     )
-    room = int(limit * sample.size / source.size / _DOUBT)
-    return _encode_planes(encoding, sample, sampled_base, width=width, floating=floating, limit=room) is not None
+    assert sample is not None
+    room = int(limit * sample.size / source.size / _DOUBT) + (_CODED_HEADER if encoding in _CODED else 0)
+    return _encode_as(encoding, sample, sampled_other, width=width, floating=True, limit=room) is not None
 
 
 def _encode_planes(
@@ -293,7 +425,7 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
     target = _bytes(out, what="out")
     if not target.flags.writeable:
         raise InvalidInputError("out is read-only: pass writable memory", kind="read_only")
-    _check(_is_chunk(target.size, width), f"{target.size} bytes of lanes of {width} are no chunk")
+    _check_chunk(target.size, width)
     stored = _bytes(payload, what="payload")
     if encoding == Encoding.RAW:
         _check(stored.size == target.size, f"raw payload of {stored.size} bytes for a chunk of {target.size}")
@@ -308,19 +440,106 @@ def decode(encoding: int, payload: Buffer, out: Buffer | _Bytes, *, width: int, 
         _check(stored.size == width, f"constant payload of {stored.size} bytes for lanes of {width}")
         target.reshape(-1, width)[:] = stored
         return
+    if encoding == Encoding.FLOAT_RANS:
+        fault = _kernels.float_decode(stored, None, width, _worker.workspace(target.size, width), target)
+        _check(fault is None, str(fault))
+        return
     if encoding == Encoding.PLANES:
         _kernels.merge_planes(_decode_planes(stored, width, target.size // width), target)
         return
     reference = None if base is None else _bytes(base, what="base")
-    if reference is None or reference.size != target.size:
-        found = "no base" if reference is None else f"a base of {reference.size} bytes"
-        raise _corrupt(f"delta of {target.size} bytes with {found}")
-    if encoding == Encoding.RESIDUAL_RANS:
-        fault = _kernels.residual_decode(stored, reference, width, _worker.workspace(target.size, width), target)
+    if encoding == Encoding.CAST:
+        stored, reference = _decode_cast(stored, reference, width, target.size)
+        if not stored.size:
+            target[:] = reference
+            return
+        encoding = Encoding.RESIDUAL_RANS
+    reference = _fitting(reference, target.size)
+    if encoding == Encoding.DECAYED_RANS:
+        stored, reference = _decode_decay(stored, reference, width)
+    if encoding in (Encoding.RESIDUAL_RANS, Encoding.DECAYED_RANS, Encoding.GUIDED_RANS):
+        coder = _kernels.float_decode if encoding == Encoding.GUIDED_RANS else _kernels.residual_decode
+        fault = coder(stored, reference, width, _worker.workspace(target.size, width), target)
         _check(fault is None, str(fault))
+        if encoding == Encoding.DECAYED_RANS:
+            _kernels.decay_unfold(target, reference, target)
         return
     merge = _kernels.xor_merge if encoding == Encoding.XOR_PLANES else _kernels.residual_merge
     merge(_decode_planes(stored, width, target.size // width), reference, target)
+
+
+def is_measurable(encoding: int) -> bool:
+    """Whether :func:`measure` takes payloads of this encoding."""
+    return encoding == Encoding.RESIDUAL_RANS
+
+
+def measure(payload: Buffer, other: Buffer, dtype: Dtype, *, width: int, base: Buffer | None) -> Moments:
+    """Measure another chunk against the one that a payload stands for: ``moments(other, decoded)``, bit for bit.
+
+    The chunk is measured while it is decoded, a few KiB at a time; blocks that equal the base not even that, if the
+    other chunk is the base.
+
+    Parameters
+    ----------
+    payload
+        Of an encoding that :func:`is_measurable`; trusted in nothing, as by :func:`decode`.
+    other
+        Decoded bytes as long as the chunk, whole elements of ``dtype``; ``base`` itself is fastest.
+    width, base
+        As for :func:`decode`.
+
+    Raises
+    ------
+    CorruptionError
+        As :func:`decode`.
+    InvalidInputError
+        ``other`` is not whole elements, or the dtype is opaque.
+    """
+    left = _bytes(other, what="other")
+    kind, table = elements(dtype, left.size)
+    _check_chunk(left.size, width)
+    _check(left.size > 0, "empty chunk that is not stored raw")
+    reference = _fitting(None if base is None else _bytes(base, what="base"), left.size)
+    stored = _bytes(payload, what="payload")
+    workspace = _worker.workspace(left.size, width)
+    found = _kernels.residual_moments(left, stored, reference, width, workspace, kind, table)
+    if isinstance(found, str):
+        raise _corrupt(found)
+    return Moments.of_kernel(found)
+
+
+def _fitting(base: _Bytes | None, nbytes: int) -> _Bytes:
+    """Return the base of a delta that is ``nbytes`` long decoded, which has to be as long."""
+    if base is None or base.size != nbytes:
+        found = "no base" if base is None else f"a base of {base.size} bytes"
+        raise _corrupt(f"delta of {nbytes} bytes with {found}")
+    return base
+
+
+def _decode_cast(payload: _Bytes, base: _Bytes | None, width: int, nbytes: int) -> tuple[_Bytes, _Bytes]:
+    """Return the rest of a payload of ``CAST``, and what the cast makes of the base, in this thread's scratch."""
+    _check(payload.size > 0, "empty payload of a cast")
+    number = int(payload[0])
+    if number not in _CASTS:
+        raise UnsupportedFormatError(
+            f"cast {number} is newer than this lamella: upgrade it", kind="unknown_encoding", encoding=number
+        )
+    cast = Cast(number)
+    _check(width == cast.width, f"cast to lanes of {cast.width} bytes for lanes of {width}")
+    found = "no base" if base is None else f"a base of {base.size} bytes"
+    if base is None or base.size * cast.width != nbytes * cast.source_width:
+        raise _corrupt(f"cast to {nbytes} bytes with {found}")
+    return payload[1:], _worker.cast(cast, base, nbytes)
+
+
+def _decode_decay(payload: _Bytes, base: _Bytes, width: int) -> tuple[_Bytes, _Bytes]:
+    """Return the rest of a payload of ``DECAYED_RANS``, and what its decay leaves of the base, in scratch."""
+    _check(width == _DECAYING_WIDTH, f"decay of lanes of {width} bytes")
+    _check(payload.size >= decays.LAYOUT.size, "payload that ends within its decay")
+    decay = Decay(*decays.LAYOUT.unpack_from(payload.data))
+    possible = decay.halvings <= decays.MOST_HALVINGS and decay.factor >= 1 << 31
+    _check(possible, f"decay by {decay.factor} and {decay.halvings} halvings")
+    return payload[decays.LAYOUT.size :], _worker.decay(decay, base)
 
 
 def _decode_planes(payload: _Bytes, width: int, length: int) -> Sequence[_Bytes]:
@@ -393,6 +612,10 @@ def _is_chunk(nbytes: int, width: int) -> bool:
     return width in _WIDTHS and nbytes % width == 0 and nbytes <= MAX_CELL_NBYTES
 
 
+def _check_chunk(nbytes: int, width: int) -> None:
+    _check(_is_chunk(nbytes, width), f"{nbytes} bytes of lanes of {width} are no chunk")
+
+
 def _check(holds: bool, lie: str) -> None:
     if not holds:
         raise _corrupt(lie)
@@ -400,113 +623,3 @@ def _check(holds: bool, lie: str) -> None:
 
 def _corrupt(lie: str) -> CorruptionError:
     return CorruptionError(f"blob is damaged: {lie}; restore it from another copy", kind="bad_payload")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """What two runs of elements a and b measure against each other, from one pass over both.
-
-    Sums are float64 over lanes (a complex number is two), in an order that depends on the lengths alone: the same on
-    every CPU, bit for bit. Lanes with the same bits differ by 0, even if they are NaN or infinite. Add the moments of
-    consecutive runs in their order to get those of the whole.
-    """
-
-    count: int = 0
-    """Elements."""
-    changed: int = 0
-    """Elements whose bits differ."""
-    squared_difference: float = 0.0
-    """Sum of (a - b)^2."""
-    absolute_difference: float = 0.0
-    """Sum of |a - b|."""
-    largest_difference: float = 0.0
-    """Maximum of |a - b|; NaN if any difference is."""
-    dot: float = 0.0
-    """Sum of a * b."""
-    squared_a: float = 0.0
-    """Sum of a^2."""
-    squared_b: float = 0.0
-    """Sum of b^2."""
-
-    @classmethod
-    def equal(cls, chunk: Buffer, dtype: Dtype) -> "Moments":
-        """Return the moments of a chunk against itself; see :func:`moments`."""
-        return moments(chunk, chunk, dtype)
-
-    def __add__(self, later: "Moments") -> "Moments":
-        largest = max(self.largest_difference, later.largest_difference)
-        nan = math.isnan(self.largest_difference) or math.isnan(later.largest_difference)
-        return Moments(
-            count=self.count + later.count,
-            changed=self.changed + later.changed,
-            squared_difference=self.squared_difference + later.squared_difference,
-            absolute_difference=self.absolute_difference + later.absolute_difference,
-            largest_difference=math.nan if nan else largest,
-            dot=self.dot + later.dot,
-            squared_a=self.squared_a + later.squared_a,
-            squared_b=self.squared_b + later.squared_b,
-        )
-
-
-_KINDS = {
-    "int16": _kernels.Kind.INT16,
-    "uint16": _kernels.Kind.UINT16,
-    "int32": _kernels.Kind.INT32,
-    "uint32": _kernels.Kind.UINT32,
-    "int64": _kernels.Kind.INT64,
-    "uint64": _kernels.Kind.UINT64,
-    "float16": _kernels.Kind.FLOAT16,
-    "bfloat16": _kernels.Kind.BFLOAT16,
-    "float32": _kernels.Kind.FLOAT32,
-    "float64": _kernels.Kind.FLOAT64,
-    "complex64": _kernels.Kind.COMPLEX64,
-    "complex128": _kernels.Kind.COMPLEX128,
-}
-
-
-@cache
-def _byte_values(dtype: "np.dtype[Any]") -> NDArray[np.float64]:
-    """Return the value of each of the 256 elements of a one-byte dtype."""
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
-
-
-def moments(a: Buffer, b: Buffer, dtype: Dtype) -> Moments:
-    """Measure two chunks against each other in one pass.
-
-    64-bit integers are rounded to float64 first.
-
-    Parameters
-    ----------
-    a, b
-        Decoded bytes of one length, whole elements of ``dtype``.
-
-    Raises
-    ------
-    InvalidInputError
-        The lengths break these rules, or the dtype is opaque.
-    """
-    left, right = _bytes(a, what="a"), _bytes(b, what="b")
-    if dtype.numpy is None:
-        raise InvalidInputError(
-            f"{dtype.name} elements have no value to measure: compare their bytes",
-            kind="opaque_dtype",
-            dtype=dtype.name,
-        )
-    if left.size != right.size or left.size % dtype.numpy.itemsize:
-        raise InvalidInputError(
-            f"chunks of {left.size} and {right.size} bytes are not as many elements of {dtype.name}",
-            kind="chunk_length",
-        )
-    kind = _KINDS.get(dtype.name, _kernels.Kind.TABLE8)
-    table = _byte_values(dtype.numpy) if kind is _kernels.Kind.TABLE8 else None
-    count, changed, squared, absolute, largest, dot, squared_a, squared_b = _kernels.moments(left, right, kind, table)
-    return Moments(
-        count=count,
-        changed=changed,
-        squared_difference=squared,
-        absolute_difference=absolute,
-        largest_difference=largest,
-        dot=dot,
-        squared_a=squared_a,
-        squared_b=squared_b,
-    )

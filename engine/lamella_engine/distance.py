@@ -7,9 +7,10 @@ from functools import cached_property
 from math import prod
 from types import MappingProxyType
 
-from lamella_engine.codecs import Moments, moments
+from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec, VersionId
+from lamella_engine.moments import Moments
 from lamella_engine.reading import Reader, Selection
 
 
@@ -44,14 +45,14 @@ class Distance:
 
     @cached_property
     def cosine(self) -> float:
-        """Cosine similarity: sum ab / (|a| |b|); NaN if either is all zeros.
+        """Cosine similarity: sum ab / (|a| |b|); NaN if either is all zeros or not finite.
 
         Unlike the rest it depends on chunks that are equal in both versions too, so asking for it reads them, once.
         """
         whole = self._complete()
         norms = math.sqrt(whole.squared_a) * math.sqrt(whole.squared_b)
-        # Rounding may carry two equal vectors past 1.
-        return max(-1.0, min(1.0, whole.dot / norms)) if norms else math.nan
+        # Rounding may carry two equal vectors past 1. A NaN has to come first: min and max keep what they cannot order.
+        return min(max(whole.dot / norms, -1.0), 1.0) if norms else math.nan
 
 
 def measure(reader: Reader, a: VersionId, b: VersionId, selection: Selection) -> Distance:
@@ -123,17 +124,13 @@ def _sums(
     sums = {spec.name: Moments() for spec in specs}
     dtypes = {spec.name: spec.dtype for spec in specs}
 
-    def cells() -> Iterator[Cell]:
+    def cells() -> Iterator[tuple[Cell, Dtype]]:
         left, right = reader.store.manifest(a), reader.store.manifest(b)
         for name in sums:
             for one, other in zip(left.rows(name), right.rows(name), strict=True):
                 if (one.content == other.content) == equal:
-                    yield one.cell
+                    yield one.cell, dtypes[name]
 
-    def measured(cell: Cell, one: memoryview, other: memoryview) -> tuple[str, Moments]:
-        name = cell.tensor or ""
-        return name, moments(one, other, dtypes[name])
-
-    for name, found in reader.map_pairs(measured, a, b, cells()):
-        sums[name] += found
+    for cell, found in reader.measure_pairs(a, b, cells()):
+        sums[cell.tensor or ""] += found
     return sums

@@ -52,7 +52,8 @@ class Cell(NamedTuple):
     tensor: str | None
     """Name of the tensor; None for the chunks of a version's own manifest."""
     number: int
-    """Number of the element in C order; for the manifest, the place in ``Description.manifest_chunks``."""
+    """Number of the element in C order; for the manifest, the place in ``Description.manifest_chunks``. A push, which
+    does not know the places of sketches yet, gives them minus the width of their lanes."""
 
 
 AttachmentRole: TypeAlias = Literal["file", "safetensors_header"]

@@ -5,8 +5,8 @@ A pipeline with a bounded number of cells in it: read and hash (threads), plan (
 will be read.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -15,8 +15,9 @@ from typing import Any
 from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
+from lamella_engine.companions import companions
 from lamella_engine.content_store.log import now, principal
-from lamella_engine.content_store.seam import Blob, Missing, Push, Recorded
+from lamella_engine.content_store.seam import Blob, Missing, Planned, Push, Recorded
 from lamella_engine.errors import ConflictError, InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
@@ -28,8 +29,9 @@ from lamella_engine.format.manifest import (
     structure_id,
     structure_pages,
 )
-from lamella_engine.format.version import AttachmentPages, Description
-from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress
+from lamella_engine.format.version import AttachmentPages, Description, SketchLanes
+from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress, TensorSpec
+from lamella_engine.sketches import Sketch, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +53,61 @@ class _Place:
     """Returns the bytes; may use the memory it is given."""
     width: int = 1
     floating: bool = False
+    companion: "_Place | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """A chunk on its way into the store."""
 
-    cell: Cell
+    place: _Place
     id: ChunkId
     data: Buffer
-    width: int
-    floating: bool
     memory: bytearray | None
     """The memory that ``data`` lies in, if it is to be used again."""
+
+
+class _Parameters:
+    """The cell tables and the digest over all cells, in manifest order, whatever order the cells come in.
+
+    Parameters
+    ----------
+    structure
+        The structure's id, with which the digest begins.
+    pages
+        The table of each structure page, with its tensors.
+    """
+
+    def __init__(self, structure: str, pages: Iterable[tuple[CellTable, Sequence[TensorSpec]]]) -> None:
+        self._digester = Digester(Context.PARAMETERS)
+        self._digester.update(bytes.fromhex(structure))
+        self._turns = ((spec.name, spec.grid.cell_count, table) for table, specs in pages for spec in specs)
+        self._waiting: defaultdict[str | None, deque[tuple[bytes, ChunkId]]] = defaultdict(deque)
+        self._tensor: str | None = None
+        self._cells_left = 0
+        self._table = CellTable(0)
+
+    def add(self, cell: Cell, row: bytes, chunk: ChunkId) -> None:
+        """Enter the next cell of its tensor."""
+        self._waiting[cell.tensor].append((row, chunk))
+        while True:
+            while not self._cells_left:
+                turn = next(self._turns, None)
+                if turn is None:
+                    return
+                self._waiting.pop(self._tensor, None)
+                self._tensor, self._cells_left, self._table = turn
+            waiting = self._waiting[self._tensor]
+            if not waiting:
+                return
+            row, chunk = waiting.popleft()
+            self._table.add(row)
+            self._digester.update(chunk)
+            self._cells_left -= 1
+
+    def id(self) -> str:
+        """Return the digest, once all cells are in."""
+        return self._digester.digest().hex()
 
 
 def push_checkpoint(
@@ -117,7 +161,6 @@ class _Pushing:
         self._checkpoint = checkpoint
         self._executor = executor
         self._attachments = sorted((*checkpoint.attachments, *files), key=lambda item: item.path)
-        self._parameters = Digester(Context.PARAMETERS)
         self._free: list[bytearray] = []
         self._progress = progress
         self._decoded_nbytes = sum(spec.nbytes for spec in checkpoint.structure)
@@ -130,20 +173,15 @@ class _Pushing:
         structure = self._checkpoint.structure
         cut = list(structure_pages(structure))
         structure_digest = structure_id(page for page, _ in cut)
-        self._parameters.update(bytes.fromhex(structure_digest))
         counts = (sum(spec.grid.cell_count for spec in specs) for _, specs in cut)
         *firsts, cell_count = accumulate(counts, initial=0)
         tables = [CellTable(first) for first in firsts]
-
-        def places() -> Iterator[tuple[_Place, CellTable]]:
-            for (_, specs), table in zip(cut, tables, strict=True):
-                for spec in specs:
-                    for number, region in enumerate(spec.grid.regions()):
-                        read = partial(self._checkpoint.read, spec, region)
-                        cell = Cell(spec.name, number)
-                        yield _Place(cell, region.nbytes, read, spec.dtype.lane, spec.dtype.floating), table
-
-        self._store(self._cells(places()))
+        sketch = Sketch({})
+        if self._checkpoint.random_access:
+            sketch = take(structure, self._checkpoint.read)
+            self._push.consider(sketch)
+        parameters = _Parameters(structure_digest, zip(tables, (specs for _, specs in cut), strict=True))
+        self._store(self._cells(parameters))
         own: list[bytes] = []
 
         def keep(data: bytes) -> ChunkId:
@@ -155,13 +193,13 @@ class _Pushing:
             chunk = keep(page)
             cells = tuple(CellPage(keep(rows), len(rows), first) for rows, first in table.pages())
             pages.append(StructurePage(chunk, len(page), specs[0].name, table.first_cell, cells))
-        attachments = self._store_manifest(own)
+        attachments, lanes = self._store_manifest(own, sketch.lanes())
         self._checkpoint.check_unchanged()
         return Description(
             model=self._push.model,
             push=self._push.id,
             structure_id=structure_digest,
-            parameters_id=self._parameters.digest().hex(),
+            parameters_id=parameters.id(),
             tensor_count=len(structure),
             cell_count=cell_count,
             decoded_nbytes=self._decoded_nbytes,
@@ -173,29 +211,45 @@ class _Pushing:
             created=now(),
             metrics=notes.metrics,
             recipe=notes.recipe,
+            sketches=lanes,
         )
 
-    def _cells(self, places: Iterable[tuple[_Place, CellTable]]) -> Iterator[_Chunk]:
-        """Enter every cell in its table and in the digest; yield those that do not stand in their row."""
-        tables: deque[CellTable] = deque()
-
-        def untabled() -> Iterator[_Place]:
-            for place, table in places:
-                tables.append(table)
-                yield place
-
-        for chunk in self._chunks(untabled()):
-            table = tables.popleft()
-            self._parameters.update(chunk.id)
-            if len(chunk.data) <= INLINE_NBYTES:
-                table.add(bytes(chunk.data))
-            else:
-                table.add(chunk.id)
+    def _cells(self, parameters: _Parameters) -> Iterator[_Chunk]:
+        """Enter every cell; yield those that do not stand in their row."""
+        for chunk in self._chunks(self._places()):
+            short = len(chunk.data) <= INLINE_NBYTES
+            parameters.add(chunk.place.cell, bytes(chunk.data) if short else chunk.id, chunk.id)
+            if not short:
                 yield chunk
             self._report(len(chunk.data))
 
-    def _store_manifest(self, pages: Sequence[bytes]) -> tuple[AttachmentPages, ...]:
-        """Store the version's pages and attachments, piece by piece; return the latter as the version lists them."""
+    def _places(self) -> Iterator[_Place]:
+        """Yield every cell: tensors by name, but what has a companion cell by cell behind it."""
+        companion_of: dict[str, TensorSpec] = {}
+        if self._checkpoint.random_access:
+            companion_of = companions(self._checkpoint.structure, self._checkpoint.read)
+        followers: defaultdict[str, list[TensorSpec]] = defaultdict(list)
+        for spec in self._checkpoint.structure:
+            if spec.name in companion_of:
+                followers[companion_of[spec.name].name].append(spec)
+
+        def place(spec: TensorSpec, number: int, companion: _Place | None = None) -> _Place:
+            region = spec.grid.region(number)
+            read = partial(self._checkpoint.read, spec, region)
+            return _Place(Cell(spec.name, number), region.nbytes, read, spec.dtype.lane, spec.dtype.floating, companion)
+
+        for spec in self._checkpoint.structure:
+            if spec.name in companion_of:
+                continue
+            for number in range(spec.grid.cell_count):
+                first = place(spec, number)
+                yield first
+                yield from (place(follower, number, first) for follower in followers[spec.name])
+
+    def _store_manifest(
+        self, pages: Sequence[bytes], lanes: Mapping[int, bytes]
+    ) -> tuple[tuple[AttachmentPages, ...], tuple[SketchLanes, ...]]:
+        """Store the version's pages, attachments and sketch; return the last two as the version lists them."""
         chunks: dict[Cell, tuple[ChunkId, int]] = {}
         cells: list[list[Cell]] = []
 
@@ -210,18 +264,21 @@ class _Pushing:
                     cells[-1].append(Cell(None, place))
                     yield _Place(cells[-1][-1], stop - start, partial(_piece, item, start, stop))
                     place += 1
+            for width, sketch in lanes.items():
+                yield _Place(Cell(None, -width), len(sketch), partial(_page, sketch), width, floating=True)
 
         def noted() -> Iterator[_Chunk]:
             for at, chunk in enumerate(self._chunks(places())):
-                chunks[chunk.cell] = chunk.id, len(chunk.data)
+                chunks[chunk.place.cell] = chunk.id, len(chunk.data)
                 yield chunk
-                self._report(len(chunk.data) if at >= len(pages) else 0)
+                self._report(len(chunk.data) if at >= len(pages) and chunk.place.cell.number >= 0 else 0)
 
         self._store(noted())
-        return tuple(
+        attachments = tuple(
             AttachmentPages(item.path, item.role, tuple(chunks[cell] for cell in mine), item.prefix)
             for item, mine in zip(self._attachments, cells, strict=True)
         )
+        return attachments, tuple(SketchLanes(*chunks[Cell(None, -width)], width) for width in lanes)
 
     def _chunks(self, places: Iterable[_Place]) -> Iterator[_Chunk]:
         return map_batched(self._executor, self._read_and_hash, places, nbytes=lambda place: place.nbytes)
@@ -229,7 +286,7 @@ class _Pushing:
     def _read_and_hash(self, place: _Place) -> _Chunk:
         memory = self._memory() if place.nbytes >= POOLED_NBYTES else None
         data = place.read(memory)
-        return _Chunk(place.cell, chunk_id(data), data, place.width, place.floating, memory)
+        return _Chunk(place, chunk_id(data), data, memory)
 
     def _report(self, nbytes: int) -> None:
         self._done_nbytes += nbytes
@@ -242,24 +299,25 @@ class _Pushing:
         except IndexError:
             return bytearray(MAX_CELL_NBYTES)
 
-    def _release(self, chunk: _Chunk) -> None:
-        if chunk.memory is not None:
-            self._free.append(chunk.memory)
+    def _release(self, memory: bytearray | None) -> None:
+        if memory is not None:
+            self._free.append(memory)
 
     def _store(self, chunks: Iterable[_Chunk]) -> None:
         """Give the store those of ``chunks`` that it lacks."""
         asked: deque[_Chunk] = deque()
 
-        def cells() -> Iterator[tuple[Cell, ChunkId]]:
+        def cells() -> Iterator[Planned]:
             for chunk in chunks:
                 asked.append(chunk)
-                yield chunk.cell, chunk.id
+                companion = chunk.place.companion
+                yield Planned(chunk.place.cell, chunk.id, None if companion is None else companion.cell)
 
         def missing() -> Iterator[tuple[_Chunk, Missing]]:
             for answer in self._push.plan(cells()):
                 chunk = asked.popleft()
                 if answer is None:
-                    self._release(chunk)
+                    self._release(chunk.memory)
                 else:
                     yield chunk, answer
 
@@ -273,14 +331,25 @@ class _Pushing:
 
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
-        base = self._push.base(missing) if missing.base is not None else None
-        if base is not None and len(base) != len(chunk.data):
-            base = None  # the tensor grew or shrank at this place
-        encoding, payload = codecs.encode(chunk.data, width=chunk.width, floating=chunk.floating, base=base)
+        place = chunk.place
+        memory: bytearray | None = None
+        bases: list[tuple[ChunkId, Buffer]] = []
+        if missing.companion is not None and place.companion is not None:
+            memory = self._memory() if place.companion.nbytes >= POOLED_NBYTES else None
+            bases.append((missing.companion, place.companion.read(memory)))
+        if missing.base is not None:
+            bases.append((missing.base, self._push.base(missing)))
+        encode = partial(codecs.encode, chunk.data, width=place.width, floating=place.floating)
+        # One of another length stood here before the tensor grew or shrank.
+        bases = [base for base in bases if codecs.fits(len(base[1]), len(chunk.data), floating=place.floating)]
+        found: list[tuple[codecs.Encoded, ChunkId | None]] = [(encode(base=base), id) for id, base in bases]
+        found = found or [(encode(), None)]
+        best, id = min(found, key=lambda item: len(item[0].payload))
+        against = id if codecs.needs_base(best.encoding) else None
         nbytes = len(chunk.data)
-        self._release(chunk)
-        against = missing.base if codecs.needs_base(encoding) else None
-        return Blob(chunk.id, encoding, chunk.width, nbytes, payload, against)
+        self._release(chunk.memory)
+        self._release(memory)
+        return Blob(chunk.id, best.encoding, place.width, nbytes, best.payload, against)
 
 
 def _page(data: bytes, memory: bytearray | None) -> Buffer:

@@ -14,12 +14,14 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
-from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.decoding import decode_chain, measure_chains
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import ContentStore, Reading
+from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import InvalidInputError, LimitError, TensorNotFoundError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.model import Cell, TensorSpec, VersionId
+from lamella_engine.moments import Moments
 
 Result = TypeVar("Result")
 
@@ -95,9 +97,6 @@ class CellPair(threading.local):
         self.right = np.empty(MAX_CELL_NBYTES, np.uint8)
 
 
-_pair = CellPair()
-
-
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Reads decoded cells of one store.
@@ -166,34 +165,31 @@ class Reader:
             if out.nbytes >= POOLED_NBYTES:
                 free.append(memory)
 
-    def map_pairs(
-        self,
-        function: Callable[[Cell, memoryview, memoryview], Result],
-        a: VersionId,
-        b: VersionId,
-        cells: Iterable[Cell],
-    ) -> Iterator[Result]:
-        """Yield ``function(cell, bytes in a, bytes in b)`` for each cell, in order.
+    def measure_pairs(
+        self, a: VersionId, b: VersionId, cells: Iterable[tuple[Cell, Dtype]]
+    ) -> Iterator[tuple[Cell, Moments]]:
+        """Yield each cell with the moments of what stands in it in a and in b, in order.
 
-        The bytes are valid during the call only. Where the chain of the newer version's chunk goes through the older
-        one's, which is decoded anyway, only what follows it is read.
+        Where the chain of the newer version's chunk goes through the older one's, only what follows it is read. What
+        both chunks stand on is decoded once, and a chunk that is measured while it is decoded is written nowhere.
+
+        Parameters
+        ----------
+        cells
+            In both versions as long, with the dtype of their elements.
         """
-        ours, theirs = tee(cells)
+        ours, theirs, cells = tee(cells, 3)
         older, newer = sorted((a, b), key=lambda version: self.store.version(version).number)
 
-        def decode(pair: tuple[Reading, Reading]) -> Result:
-            first, second = pair
-            left = _pair.left.data[: first.chain[-1].decoded_nbytes]
-            decode_chain(first.chain, left, check=self.check)
-            right = left
-            if second.chain:
-                right = _pair.right.data[: second.chain[-1].decoded_nbytes]
-                base = None if second.chain[0].base is None else left
-                decode_chain(second.chain, right, base=base, check=self.check)
-            return function(first.cell, left, right) if older == a else function(first.cell, right, left)
+        def measure(item: tuple[tuple[Cell, Dtype], Reading, Reading]) -> tuple[Cell, Moments]:
+            (cell, dtype), first, second = item
+            found = measure_chains(first.chain, second.chain, dtype, check=self.check)
+            return cell, found if older == a else found.swapped
 
-        pairs = zip(self.read(older, ours), self.read(newer, theirs, have=older), strict=True)
-        return map_batched(self.executor, decode, pairs, nbytes=lambda pair: pair[0].chain[-1].decoded_nbytes)
+        first = self.read(older, (cell for cell, _ in ours))
+        second = self.read(newer, (cell for cell, _ in theirs), have=older)
+        pairs = zip(cells, first, second, strict=True)
+        return map_batched(self.executor, measure, pairs, nbytes=lambda item: item[1].chain[-1].decoded_nbytes)
 
     def tensors(self, version: VersionId, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:
         """Yield whole tensors: their little-endian C-order bytes, in new memory, writable.

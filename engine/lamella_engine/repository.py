@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lamella_engine import maintenance
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import Push, RefUpdate
@@ -444,13 +444,21 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return dict(stored)
 
 
-def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
+def init(
+    url: "str | PathLike[str]",
+    *,
+    max_depth: int = DEFAULT_MAX_DEPTH,
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+) -> Repository:
     """Make a repository.
 
     Parameters
     ----------
     url
         A directory path, ``file:///path``, or ``memory://name`` for one that lives as long as the process.
+    max_depth
+        Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
+        take fewer bytes, and more time to check out.
     memory_nbytes
         Bound of the memory for work in flight.
 
@@ -458,13 +466,18 @@ def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYT
     ------
     AlreadyExistsError
         There is one already.
+    InvalidInputError
+        ``max_depth`` is out of bounds.
     StorageError
         The place fails, or does not keep the promises that a repository needs.
     """
+    check_max_depth(max_depth)
     objects = open_objects(_place_of(url), create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
-        return Repository(PackedStore.create(objects, executor, index_path=_index_path(objects)), executor)
+        return Repository(
+            PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth), executor
+        )
     except AlreadyExistsError:
         raise AlreadyExistsError(
             f"{url} is a repository already: use it as it is, or choose another place",
@@ -474,7 +487,7 @@ def init(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYT
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
-    """Open a repository; see :func:`init` for the parameters. Raises RepositoryNotFoundError if there is none."""
+    """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
     try:
         objects = open_objects(_place_of(url))
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)

@@ -12,6 +12,7 @@ import lamella
 from lamella.cli import completion, terminal, text
 from lamella.cli.documents import answer, of_version
 from lamella.cli.parameters import AsJson, Include, Revision, open_repository
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
 
 
 def init(
@@ -19,11 +20,15 @@ def init(
     path: Annotated[
         str | None, typer.Argument(metavar="PATH", help="Where; by default as for the other verbs.")
     ] = None,
+    max_depth: Annotated[
+        int,
+        typer.Option(help="Longest chain of deltas, 0 to 31: longer ones take fewer bytes, and longer to check out."),
+    ] = DEFAULT_MAX_DEPTH,
     as_json: AsJson = False,
 ) -> None:
     """Make a repository."""
     url = context.obj if path is None else path
-    with lamella.init(url):
+    with lamella.init(url, max_depth=max_depth):
         answer({"repository": url}, lambda _: [f"made a repository in {url}"], as_json=as_json)
 
 

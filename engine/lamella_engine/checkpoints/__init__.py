@@ -57,6 +57,8 @@ class Checkpoint(Protocol):
     """The tensors, sorted by name (code points)."""
     attachments: tuple[Attachment, ...]
     """What else it takes to give the source back byte for byte."""
+    random_access: bool
+    """Whether any run of a tensor's bytes can be read for about what it is long, not only cells."""
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """Return the bytes of one cell, little-endian and in C order.
@@ -66,7 +68,7 @@ class Checkpoint(Protocol):
         tensor
             One of ``structure``.
         region
-            A place in ``tensor.grid``.
+            A place in ``tensor.grid``; with ``random_access`` any box that is one run of bytes.
         out : writable bytes, at least ``region.nbytes``, or None
             Memory to use if the source cannot lend its own. A caller that gives the same memory again and again spares
             the system new pages for every cell.

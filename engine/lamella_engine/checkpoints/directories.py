@@ -77,6 +77,7 @@ class DirectoryCheckpoint:
         self._file_of = {spec.name: file for file in self._weights for spec in file.structure}
         attachments = [attachment for file in self._weights for attachment in file.attachments]
         attachments += [self._attachment(name, file) for name, file in files]
+        self.random_access = True
         self.attachments: tuple[Attachment, ...] = tuple(sorted(attachments, key=lambda item: item.path))
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:

@@ -386,6 +386,7 @@ class SafetensorsCheckpoint:
             self.close()
             raise
         self.structure: tuple[TensorSpec, ...] = self.layout.named(prefix)
+        self.random_access = True
         self.attachments: tuple[Attachment, ...] = (
             Attachment.of_bytes(name, "safetensors_header", self.layout.header, prefix=prefix),
         )

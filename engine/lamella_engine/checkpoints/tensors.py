@@ -51,6 +51,7 @@ class MemoryCheckpoint:
             # Scalars of NumPy have no memory of their own.
             self._tensors[name] = np.asarray(value) if isinstance(value, np.generic) else value
         self.structure: tuple[TensorSpec, ...] = tuple(sorted(specs, key=lambda spec: spec.name))
+        self.random_access = True
         self.attachments: tuple[Attachment, ...] = ()
         self._change_counts = self._count_changes()
         self._closed = False

@@ -88,6 +88,7 @@ class ZarrCheckpoint:
         self.structure: tuple[TensorSpec, ...] = tuple(
             sorted((found.spec for found in self._sources.values()), key=lambda spec: spec.name)
         )
+        self.random_access = False
         self.attachments: tuple[Attachment, ...] = ()
         self._bands = _Bands()
         self._closed = False

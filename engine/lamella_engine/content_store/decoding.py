@@ -1,25 +1,28 @@
-"""From blobs to bytes: the one way in which a chain of deltas becomes a chunk."""
+"""From blobs to bytes: the one way in which a chain of deltas becomes a chunk, or two become a measurement."""
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 
 import numpy as np
 
 from lamella_engine import codecs
 from lamella_engine.content_store.seam import Blob
+from lamella_engine.dtypes import Dtype
 from lamella_engine.errors import CorruptionError
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.model import Buffer, ChunkId
+from lamella_engine.moments import Moments, moments
 
 
 class _Scratch(threading.local):
-    """Two buffers for each thread, for the bases of a chain.
+    """A few buffers for each thread: two for the bases of a chain, three for what is measured.
 
     They are used again and again, because first touch of fresh memory is slow.
     """
 
     def __init__(self) -> None:
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._buffers = [np.empty(0, np.uint8) for _ in range(5)]
 
     def buffer(self, which: int, nbytes: int) -> memoryview:
         if self._buffers[which].size < nbytes:
@@ -28,6 +31,9 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+# Which buffers hold what two chains begin with alike, and the chunk that each leads to.
+_SHARED, _FIRST, _SECOND = 2, 3, 4
 
 
 def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None = None, check: bool = False) -> None:
@@ -50,29 +56,94 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None 
     CorruptionError
         A payload breaks a rule of its encoding, the chain does not fit together, or (with ``check``) the id differs.
     """
+    _check_links(chain, held=base is not None)
     for at, blob in enumerate(chain):
-        if (blob.base is None) != (base is None) or (at > 0 and blob.base != chain[at - 1].chunk):
-            raise CorruptionError("a chain of deltas does not fit together", kind="bad_chain")
         last = at == len(chain) - 1
         target = out if last else _scratch.buffer(at % 2, blob.decoded_nbytes)
-        if len(target) != blob.decoded_nbytes:
-            raise CorruptionError(
-                f"a chunk of {blob.decoded_nbytes} bytes stands where {len(target)} belong", kind="bad_length"
-            )
+        _check_length(blob.decoded_nbytes, len(target))
         codecs.decode(blob.encoding, blob.payload, target, width=blob.width, base=base)
         base = target
     if check:
         check_chunk(chain[-1].chunk, out)
 
 
-def check_blob(blob: Blob, base: Buffer | None) -> None:
+def measure_chains(first: Sequence[Blob], second: Sequence[Blob], dtype: Dtype, *, check: bool = False) -> Moments:
+    """Measure the chunks that two chains lead to against each other.
+
+    What both begin with is decoded once; if one chunk stands directly on the other, or on what both stand on, it is
+    measured while it is decoded. Each way gives what :func:`~lamella_engine.moments.moments` gives, bit for bit.
+
+    Parameters
+    ----------
+    first, second
+        As for :func:`decode_chain`. ``second`` may also begin after the last blob of ``first``: with a delta against
+        it, or, where the chunks are the same, be empty.
+    dtype
+        What the chunks are made of.
+    check
+        Whether to compute the ids of both chunks again, for which both are decoded whole.
+
+    Raises
+    ------
+    CorruptionError
+        As :func:`decode_chain`; or the chunks are of different lengths.
+    """
+    if not second or second[0].base is not None:
+        second = (*first, *second)
+    for chain in (first, second):
+        _check_links(chain, held=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0].chunk == pair[1].chunk, zip(first, second, strict=False)))
+    trunk, first, second = first[:shared], first[shared:], second[shared:]
+    base = _decoded(trunk, None, _SHARED, check=check and not (first and second))
+    if not second:
+        return _measured(base, first, base, dtype, check=check).swapped
+    return _measured(_decoded(first, base, _FIRST, check=check), second, base, dtype, check=check)
+
+
+def _measured(
+    chunk: memoryview | None, chain: Sequence[Blob], base: memoryview | None, dtype: Dtype, *, check: bool
+) -> Moments:
+    """Measure a chunk against the one that a chain leads to from ``base``."""
+    assert chunk is not None
+    if not chain or check or not codecs.is_measurable(chain[-1].encoding):
+        decoded = _decoded(chain, base, _SECOND, check=check)
+        assert decoded is not None
+        _check_length(decoded.nbytes, chunk.nbytes)
+        return moments(chunk, decoded, dtype)
+    *stem, tip = chain
+    _check_length(tip.decoded_nbytes, chunk.nbytes)
+    return codecs.measure(tip.payload, chunk, dtype, width=tip.width, base=_decoded(stem, base, _SECOND, check=False))
+
+
+def _decoded(chain: Sequence[Blob], base: memoryview | None, which: int, *, check: bool) -> memoryview | None:
+    """Return the chunk that a chain leads to from ``base``, in a buffer; ``base`` itself if there is no chain."""
+    if not chain:
+        return base
+    out = _scratch.buffer(which, chain[-1].decoded_nbytes)
+    decode_chain(chain, out, base=base, check=check)
+    return out
+
+
+def _check_links(chain: Sequence[Blob], *, held: bool) -> None:
+    """Raise CorruptionError unless each blob is the base of the next, and the first has one only if it is held."""
+    fits = (chain[0].base is not None) == held and all(blob.base == base.chunk for base, blob in pairwise(chain))
+    if not fits:
+        raise CorruptionError("a chain of deltas does not fit together", kind="bad_chain")
+
+
+def _check_length(nbytes: int, expected: int) -> None:
+    if nbytes != expected:
+        raise CorruptionError(f"a chunk of {nbytes} bytes stands where {expected} belong", kind="bad_length")
+
+
+def check_blob(blob: Blob, base: Buffer | None, out: bytearray | None = None) -> None:
     """Raise CorruptionError unless a blob decodes to the chunk that it names.
 
-    ``base`` is the decoded chunk ``blob.base``, None for a full blob.
+    ``base`` is the decoded chunk ``blob.base``, None for a full blob. ``out`` gets the chunk, if it is given.
     """
-    out = _scratch.buffer(0, blob.decoded_nbytes)
-    codecs.decode(blob.encoding, blob.payload, out, width=blob.width, base=base)
-    check_chunk(blob.chunk, out)
+    target: Buffer = _scratch.buffer(0, blob.decoded_nbytes) if out is None else out
+    codecs.decode(blob.encoding, blob.payload, target, width=blob.width, base=base)
+    check_chunk(blob.chunk, target)
 
 
 def check_chunk(chunk: ChunkId, data: Buffer) -> None:

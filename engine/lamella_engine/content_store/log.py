@@ -74,6 +74,12 @@ class Change:
     packs: tuple[PackAdded, ...] = ()
 
 
+def check_max_depth(max_depth: int) -> None:
+    """Raise InvalidInputError unless chains of a repository may be so long."""
+    if not 0 <= max_depth < MAX_DEPTH:
+        raise InvalidInputError(f"chains may be 0 to {MAX_DEPTH - 1} deltas long, not {max_depth}", kind="bad_option")
+
+
 class Log:
     """A repository's log. Safe for several threads and processes."""
 
@@ -88,10 +94,9 @@ class Log:
     def create(cls, objects: Objects, *, max_depth: int = DEFAULT_MAX_DEPTH) -> "Log":
         """Start a log.
 
-        Raises AlreadyExistsError if there is one, InvalidInputError for a ``max_depth`` outside 0 to 32.
+        Raises AlreadyExistsError if there is one, InvalidInputError as :func:`check_max_depth`.
         """
-        if not 0 <= max_depth <= MAX_DEPTH:
-            raise InvalidInputError(f"chains may be 0 to {MAX_DEPTH} deltas long, not {max_depth}", kind="bad_option")
+        check_max_depth(max_depth)
         _check_no_log(objects)
         data = encode_genesis(Genesis(secrets.token_hex(16), max_depth, now()))
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from lamella_engine.content_store.seam import Blob
+from lamella_engine.content_store.seam import COMPANION_REACH, Blob
 from lamella_engine.errors import CorruptionError, NotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.digests import Context, blob_digest, digest
@@ -100,10 +100,10 @@ class Packs:
         with self._lock:
             if pack not in self._indexes:
                 self._indexes[pack] = index
-                self._rows_kept += len(index.rows)
+                self._rows_kept += len(index.chunks)
             while self._rows_kept > ROWS_KEPT and len(self._indexes) > 1:
                 _, dropped = self._indexes.popitem(last=False)
-                self._rows_kept -= len(dropped.rows)
+                self._rows_kept -= len(dropped.chunks)
         return index
 
     def _read_index(self, pack: str) -> PackIndex:
@@ -228,13 +228,17 @@ class PackWriter:
         self._nbytes = 0
         self._base_packs: set[str] = set()
         self._writing: Future[None] | None = None
+        self._latest: OrderedDict[ChunkId, tuple[int, BlobRow]] = OrderedDict()
         self.written: dict[str, PackRef] = {}
         """The packs so far, by name; the last may still be on its way to the disk."""
 
-    def add(self, blob: Blob, *, base: StoredBlob | None) -> BlobRow:
-        """Append a blob whose base, for a delta, is the copy ``base`` in an earlier pack; return its row."""
+    def add(self, blob: Blob, *, base: StoredBlob | ChunkId | None) -> None:
+        """Append a blob whose base, for a delta, is a copy in an earlier pack, or one of the blobs added last."""
         if self._nbytes >= PACK_NBYTES or len(self._rows) == PACK_BLOBS or len(self._base_packs) == MAX_BASE_PACKS:
             self._close_pack()
+        if isinstance(base, bytes):
+            number, row = self._latest[base]
+            base = StoredBlob("" if number == len(self.written) else list(self.written)[number], row)
         payload = bytes(blob.payload)
         row = BlobRow(
             chunk=blob.chunk,
@@ -251,9 +255,11 @@ class PackWriter:
         self._parts.append(payload)
         self._rows.append(row)
         self._nbytes += len(payload)
-        if base is not None:
+        if base is not None and base.pack:
             self._base_packs.add(base.pack)
-        return row
+        self._latest[blob.chunk] = len(self.written), row
+        if len(self._latest) > COMPANION_REACH:
+            self._latest.popitem(last=False)
 
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
+from typing import TypeVar
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.decoding import check_blob
@@ -16,7 +17,7 @@ from lamella_engine.content_store.log import Change, Log
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
-from lamella_engine.content_store.seam import Blob, Missing, Parent, Recorded
+from lamella_engine.content_store.seam import COMPANION_REACH, Blob, Missing, Parent, Planned, Recorded
 from lamella_engine.content_store.state import Ref, State
 from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor, map_batched
@@ -27,15 +28,48 @@ from lamella_engine.format.names import metadata_name, session_name
 from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, VersionId
 from lamella_engine.objects import Objects
+from lamella_engine.sketches import Sketch
 
 logger = logging.getLogger("lamella")
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 BASES_KEPT = 16
 """Decoded bases kept: each is wanted twice, by the encoder and by the check of what it made. At most 64 MiB."""
 
+GOOD_FIT = 0.5
+"""A parent that saves this share of what tensors take alone, or more, is taken without looking for a nearer version."""
+
+CLEARLY_NEARER = 0.9
+"""Of two versions one is nearer if it takes at most this share of the other's bits: less is within a sketch's error."""
+
+LONGEST_CHAIN = 4
+"""Bytes of a chain to those of the full blob that it begins with: where deltas save little, chains are short."""
+
+MOST_CANDIDATES = 16
+"""Versions whose sketches are looked at; reading one that is not in memory takes some milliseconds."""
+
 HEARTBEAT_S = 60.0
 """A push that lives longer shows that it does by a session object, one every minute, so that its packs are not
 swept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a missing chunk may be made against."""
+
+    base: StoredBlob | None
+    companion: "StoredBlob | ChunkId | None"
+    """A copy that is live, or the chunk of a blob that is given shortly before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A blob that was handed in, with the copy that it is a delta of, if it is one."""
+
+    blob: Blob
+    base: StoredBlob | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +123,17 @@ class PackedPush:
         self.parents: tuple[Parent, ...] = ()
         if recorded is not None:
             self.parents = (Parent(recorded.id, recorded.model, recorded.number),)
+        self._nearest: dict[str, OpenVersion] = {}
+        """For tensors whose bases are not the parent's, the versions that have them."""
         self._writer = PackWriter(context.objects, context.executor, push_id, self._note_pack)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
-        self._wanted: dict[ChunkId, StoredBlob | None] = {}
-        """Chunks that were called missing and have not come, with the base that was offered."""
+        self._wanted: dict[ChunkId, _Offer] = {}
+        """Chunks that were called missing and have not come, with the bases that were offered."""
+        self._planned: OrderedDict[Cell, StoredBlob | ChunkId] = OrderedDict()
+        """The cells planned last that may be companions: the copy of each, or its chunk if it is yet to be given."""
+        self._given: OrderedDict[ChunkId, _Given] = OrderedDict()
+        """The blobs given last: bases of the next ones."""
         self._live: dict[str, bool] = {}
         self._bases: OrderedDict[StoredBlob, Buffer] = OrderedDict()
         self._bases_lock = threading.Lock()
@@ -101,11 +141,43 @@ class PackedPush:
         self._beats = 0
         self._attempt = 0
 
+    # -- bases --------------------------------------------------------------------------------------------------------
+
+    def consider(self, sketch: Sketch) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        if not sketch.tensors:
+            return
+        least: dict[str, float] = {}
+        if self._parent is not None:
+            least = sketch.bits_against(self._store.reader.sketch(self._parent))
+            alone = sum(sketch.bits_alone(name) for name in least)
+            if sum(least.values()) <= GOOD_FIT * alone:
+                return  # also if nothing is known of the parent
+        for version in self._candidates():
+            for name, bits in sketch.bits_against(self._store.reader.sketch(version)).items():
+                if bits < least.get(name, sketch.bits_alone(name)) * CLEARLY_NEARER:
+                    least[name] = bits
+                    self._nearest[name] = version
+
+    def _candidates(self) -> Iterator[OpenVersion]:
+        """Yield versions that may be near: where refs stand, newest first, then those before the parent."""
+        models = sorted(self._state.models(), key=lambda model: model != self.model)
+        numbers = dict.fromkeys((model, ref.number) for model in models for _, ref in self._state.refs(model))
+        before = 0 if self._parent is None else self._parent.added.number
+        numbers |= dict.fromkeys((self.model, number) for number in range(before - 1, 0, -1)[:MOST_CANDIDATES])
+        for model, number in islice(numbers, MOST_CANDIDATES):
+            added = self._state.version(model, number)
+            if added is not None and (self._parent is None or added.id != self._parent.added.id):
+                try:
+                    yield self._store.reader.open_added(added)
+                except CorruptionError as error:  # whoever asks for that version will be told
+                    logger.warning("a version cannot serve as a base: %s", error)
+
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
+    def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        for cell, chunk in cells:
+        for cell, chunk, beside in cells:
             self._beat_if_due()
             if chunk in self._packs:
                 yield None
@@ -113,27 +185,51 @@ class PackedPush:
             natural = self._natural_base(cell)
             copy = natural if natural is not None and natural.row.chunk == chunk else self._find_live(chunk)
             self._packs[chunk] = "" if copy is None else copy.pack
+            _remember(self._planned, cell, chunk if copy is None else copy)
             if copy is not None:
                 yield None
                 continue
+            limit = self._state.genesis.max_depth
             base = natural
-            if base is not None and base.row.depth >= self._state.genesis.max_depth:
-                base = None  # one more delta would pass the repository's limit: start a new chain
-            self._wanted[chunk] = base
-            yield Missing(cell, chunk, None if base is None else base.row.chunk)
+            if base is not None and (base.row.depth >= limit or not self._may_grow(base)):
+                base = None  # start a new chain
+            companion = None if beside is None else self._planned.get(beside)
+            if isinstance(companion, StoredBlob) and companion.row.depth > limit:
+                companion = None
+            self._wanted[chunk] = _Offer(base, companion)
+            offered = companion.row.chunk if isinstance(companion, StoredBlob) else companion
+            yield Missing(cell, chunk, None if base is None else base.row.chunk, offered)
 
     def _natural_base(self, cell: Cell) -> StoredBlob | None:
-        """Return the copy that stands at the same place in the parent, if a chunk there is one of the same kind."""
-        if self._parent is None or cell.tensor is None or not self._parent.manifest.has(cell.tensor):
+        """Return the copy that stands at the same place in the version that a cell's base is taken from, if any."""
+        if cell.tensor is None:
+            return self._sketch_base(-cell.number)
+        version = self._nearest.get(cell.tensor, self._parent)
+        if version is None or not version.manifest.has(cell.tensor):
             return None
-        spec = self._parent.manifest.spec(cell.tensor)
+        spec = version.manifest.spec(cell.tensor)
         if cell.number >= spec.grid.cell_count:
             return None
-        row = self._parent.manifest.row(cell.tensor, cell.number)
+        row = version.manifest.row(cell.tensor, cell.number)
         if row.chunk is None:
             return None
-        copy = self._store.reader.copy_of_row(self._parent, row)
+        copy = self._store.reader.copy_of_row(version, row)
         return copy if self._is_live(copy) else None
+
+    def _sketch_base(self, width: int) -> StoredBlob | None:
+        """Return the copy of the parent's sketch of lanes of that width."""
+        sketches = () if self._parent is None else self._parent.recorded.description.sketches
+        for at, lanes in enumerate(reversed(sketches), 1):
+            if self._parent is not None and lanes.width == width:
+                place = len(self._parent.recorded.description.manifest_chunks) - at
+                copy = self._store.reader.copy_of_manifest(self._parent, place)
+                return copy if self._is_live(copy) else None
+        return None
+
+    def _may_grow(self, base: StoredBlob) -> bool:
+        """Whether reading a chunk with one more delta like the last, its whole chain, stays near reading it alone."""
+        full, *deltas = (link.row.encoded_nbytes for link in self._store.reader.chain(base))
+        return full + sum(deltas) + sum(deltas[-1:]) <= LONGEST_CHAIN * full
 
     def _find_live(self, chunk: ChunkId) -> StoredBlob | None:
         for pack in self._store.index.find(chunk):
@@ -162,7 +258,7 @@ class PackedPush:
 
     def base(self, missing: Missing) -> Buffer:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        base = self._wanted[missing.chunk]
+        base = self._wanted[missing.chunk].base
         if base is None:
             raise InvalidInputError("no base was offered for this chunk", kind="no_base")
         return self._decoded(base)
@@ -180,27 +276,48 @@ class PackedPush:
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        for blob in map_batched(self._store.executor, self._checked, blobs, nbytes=lambda blob: blob.decoded_nbytes):
-            if blob.chunk not in self._wanted:
-                continue  # given twice
-            base = self._wanted.pop(blob.chunk)
-            self._writer.add(blob, base=None if blob.base is None else base)
 
-    def _checked(self, blob: Blob) -> Blob:
-        if blob.chunk not in self._packs:
-            raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
-        base = self._wanted.get(blob.chunk)
+        def given() -> Iterator[tuple[Blob, _Offer | None, _Given | None]]:
+            for blob in blobs:
+                offer = self._wanted.get(blob.chunk)
+                if offer is None and blob.chunk not in self._packs:
+                    raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
+                base = None if offer is None else offer.base
+                own = base if base is not None and base.row.chunk == blob.base else None
+                _remember(self._given, blob.chunk, _Given(blob, own))
+                yield blob, offer, None if blob.base is None else self._given.get(blob.base)
+
+        checked = map_batched(self._store.executor, self._checked, given(), nbytes=lambda item: item[0].decoded_nbytes)
+        for blob, base in checked:
+            if self._wanted.pop(blob.chunk, None) is not None:  # else it was given twice
+                self._writer.add(blob, base=base)
+
+    def _checked(self, item: tuple[Blob, _Offer | None, _Given | None]) -> tuple[Blob, StoredBlob | ChunkId | None]:
+        """Decode a blob and compare; return it with what it is a delta of: a copy, or a blob given before."""
+        blob, offer, before = item
+        if offer is None:
+            return blob, None  # given twice: the first was checked
         if blob.base is None:
             self._check(blob, None)
-        elif base is not None and base.row.chunk == blob.base:
-            self._check(blob, self._decoded(base))
-        elif blob.chunk in self._wanted:
+            return blob, None
+        for copy in (offer.base, offer.companion):
+            if isinstance(copy, StoredBlob) and copy.row.chunk == blob.base:
+                self._check(blob, self._decoded(copy))
+                return blob, copy
+        if offer.companion != blob.base or before is None or (before.blob.base is None) != (before.base is None):
             raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
-        return blob
+        self._check(blob, self._decoded_given(before))
+        return blob, blob.base
 
-    def _check(self, blob: Blob, base: Buffer | None) -> None:
+    def _decoded_given(self, given: _Given) -> Buffer:
+        blob = given.blob
+        out = bytearray(blob.decoded_nbytes)
+        self._check(blob, None if given.base is None else self._decoded(given.base), out)
+        return out
+
+    def _check(self, blob: Blob, base: Buffer | None, out: bytearray | None = None) -> None:
         try:
-            check_blob(blob, base)
+            check_blob(blob, base, out)
         except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
             raise InvalidInputError(
                 f"a blob is not what it is said to be, and was not stored: {error}", kind="wrong_blob"
@@ -373,6 +490,13 @@ class PackedPush:
                 number_of(link.pack)
         refs = [self._store.packs.ref(name) for name in numbers]
         return tuple(refs), manifest_runs, cell_runs
+
+
+def _remember(latest: "OrderedDict[Key, Value]", key: Key, value: Value) -> None:
+    """Keep as many of the latest as may be companions of the next."""
+    latest[key] = value
+    if len(latest) > COMPANION_REACH:
+        latest.popitem(last=False)
 
 
 def _runs(numbers: Iterable[int | None]) -> tuple[tuple[int, int], ...]:

@@ -1,5 +1,6 @@
 """Reading versions from objects: from an id to its metadata, its cells, and the copies that hold them."""
 
+import logging
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -9,6 +10,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TypeVar
 
+from lamella_engine import sketches
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store.decoding import decode_chain
 from lamella_engine.content_store.log import Log
@@ -23,11 +25,17 @@ from lamella_engine.format.names import metadata_version
 from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
 from lamella_engine.model import Cell, ChunkId, TensorSpec, VersionId
 from lamella_engine.objects import Objects
+from lamella_engine.sketches import Sketch
+
+logger = logging.getLogger("lamella")
 
 Result = TypeVar("Result")
 
 VERSIONS_KEPT = 16
 """Opened versions kept with their parsed pages."""
+
+SKETCHES_KEPT = 64
+"""Sketches of versions kept in memory, each a few hundred bytes for a tensor, 2 MiB at most for each width of lanes."""
 
 # What is read at a time, in encoded bytes and cells: enough that neighbouring blobs come in long reads, little enough
 # to be a small part of the memory that work in flight may hold.
@@ -86,6 +94,8 @@ class PackedReader:
         self._lock = threading.Lock()
         self._open: OrderedDict[VersionId, OpenVersion] = OrderedDict()
         self._places: dict[VersionId, tuple[str, int]] = {}
+        self._sketches: OrderedDict[VersionId, Sketch] = OrderedDict()
+        self._structure_kept: tuple[str, list[TensorSpec]] = "", []
 
     def remember(self, added: VersionAdded) -> VersionId:
         """Note where a version stands, so that its id need not be looked for; return the id."""
@@ -205,6 +215,34 @@ class PackedReader:
             list(accumulate(count for count, _ in locator.cell_runs)),
         )
         return version
+
+    def sketch(self, version: OpenVersion) -> Sketch:
+        """Return a version's sketch; an empty one if it has none, or one that cannot be read."""
+        with self._lock:
+            found = self._sketches.get(version.added.id)
+        if found is not None:
+            return found
+        description = version.recorded.description
+        first = len(description.manifest_chunks) - len(description.sketches)
+        try:
+            lanes = {item.width: version.manifest.chunk(first + at) for at, item in enumerate(description.sketches)}
+            found = sketches.parse(self._structure(version), lanes)
+        except CorruptionError as error:  # only the choice of bases suffers
+            logger.warning("the sketch of a version cannot be used: %s", error)
+            found = Sketch({})
+        with self._lock:
+            self._sketches[version.added.id] = found
+            if len(self._sketches) > SKETCHES_KEPT:
+                self._sketches.popitem(last=False)
+        return found
+
+    def _structure(self, version: OpenVersion) -> list[TensorSpec]:
+        """Return a version's tensors, those of the structure asked for last without reading."""
+        id, specs = self._structure_kept
+        if id != version.recorded.description.structure_id:
+            id, specs = version.recorded.description.structure_id, list(version.manifest.specs())
+            self._structure_kept = id, specs
+        return specs
 
     def copy(self, chunk: ChunkId, pack: str) -> StoredBlob:
         """Return the copy of a chunk that was written to ``pack``, wherever it lies by now."""

@@ -10,6 +10,10 @@ from typing import NamedTuple, Protocol
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.format.version import Description
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
+from lamella_engine.sketches import Sketch
+
+COMPANION_REACH = 8
+"""So many cells back may a companion lie: the blobs of so many are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,15 @@ class Stored(NamedTuple):
     encoded_nbytes: int
 
 
+class Planned(NamedTuple):
+    """A cell of the version that is being pushed."""
+
+    cell: Cell
+    chunk: ChunkId
+    companion: Cell | None = None
+    """Another cell of it, within ``COMPANION_REACH`` before this one, whose chunk this one may be made against too."""
+
+
 class Missing(NamedTuple):
     """A cell whose chunk the store wants to be given."""
 
@@ -51,6 +64,8 @@ class Missing(NamedTuple):
     chunk: ChunkId
     base: ChunkId | None
     """What a delta would be against, if the store prefers one; :meth:`Push.base` gives its bytes."""
+    companion: ChunkId | None
+    """The chunk of the companion, if a blob may be made against it; the caller has its bytes."""
 
 
 class Parent(NamedTuple):
@@ -141,8 +156,16 @@ class Push(Protocol):
     model: str
     parents: tuple[Parent, ...]
 
-    def plan(self, cells: Iterable[tuple[Cell, ChunkId]]) -> Iterator[Missing | None]:
+    def consider(self, sketch: Sketch) -> None:
+        """Choose where bases are taken from: for each tensor the parent, or the version that it is nearest to.
+
+        To be called before anything is planned; without it the parent is taken.
+        """
+
+    def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """Yield one answer for each cell, in order: None if its chunk is live or has been called missing before.
+
+        A cell's companion must be planned before it, and its blob, if it is missing, be written before.
 
         May call a chunk missing that is stored (it costs bytes); never calls one present that is not live.
         """

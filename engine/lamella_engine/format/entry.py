@@ -34,7 +34,7 @@ class Genesis:
     repository: str
     """32 hex digits, drawn at random."""
     max_depth: int
-    """Longest chain of deltas that a blob may stand on."""
+    """Longest chain of deltas through versions; less than ``MAX_DEPTH``, as a base in the same version adds one."""
     created: str
     features: tuple[str, ...] = ()
 
@@ -187,7 +187,7 @@ def decode_genesis(data: bytes) -> Genesis:
     canonical.conform(value, _GENESIS, what=what)
     if value["digest"] != "blake3-256" or value["grid"] != [MAX_CELL_ELEMENTS, MAX_CELL_NBYTES]:
         raise UnsupportedFormatError("this repository uses another digest or grid: upgrade lamella")
-    if value["n"] != 0 or not value["max_depth"] <= MAX_DEPTH:
+    if value["n"] != 0 or not value["max_depth"] < MAX_DEPTH:
         raise CorruptionError("entry 0 is damaged", kind="bad_entry")
     _hex(value["repository"], 16, what)
     return Genesis(value["repository"], value["max_depth"], value["created"], tuple(value["features"]))

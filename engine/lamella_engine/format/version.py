@@ -44,6 +44,15 @@ class AttachmentPages:
 
 
 @dataclass(frozen=True, slots=True)
+class SketchLanes:
+    """The lanes of one width in a version's sketch."""
+
+    chunk: ChunkId
+    nbytes: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """Everything that a version's id is the digest of."""
 
@@ -65,12 +74,15 @@ class Description:
     """UTC, ISO 8601 with microseconds; information only."""
     metrics: Mapping[str, Any]
     recipe: Any
+    sketches: tuple[SketchLanes, ...] = ()
+    """By ascending width."""
 
     @property
     def manifest_chunks(self) -> tuple[tuple[ChunkId, int], ...]:
         """The version's own chunks in the order that its locator counts them: id and decoded length.
 
-        Each structure page, followed by the cell pages of its tensors; then the chunks of each attachment.
+        Each structure page, followed by the cell pages of its tensors; then the chunks of each attachment; then the
+        sketches.
         """
         found: list[tuple[ChunkId, int]] = []
         for page in self.pages:
@@ -78,6 +90,7 @@ class Description:
             found += ((cells.chunk, cells.nbytes) for cells in page.cells)
         for attachment in self.attachments:
             found += attachment.chunks
+        found += ((lanes.chunk, lanes.nbytes) for lanes in self.sketches)
         return tuple(found)
 
 
@@ -118,6 +131,7 @@ _DESCRIPTION = {
     "parents": [str],
     "push": str,
     "recipe": object,
+    "sketches": [(str, int, int)],
     "structure": {
         "cells": int,
         "id": str,
@@ -159,6 +173,7 @@ def encode_description(description: Description) -> bytes:
             "parents": list(description.parents),
             "push": description.push,
             "recipe": description.recipe,
+            "sketches": [[lanes.chunk.hex(), lanes.nbytes, lanes.width] for lanes in description.sketches],
             "structure": {
                 "cells": description.cell_count,
                 "id": description.structure_id,
@@ -258,6 +273,10 @@ def _description(value: Any, what: str) -> Description:
         or structure["tensors"] > MAX_TENSORS
     ):
         raise CorruptionError(f"{what} lists its pages out of order", kind="bad_metadata")
+    sketches = tuple(SketchLanes(_chunk(chunk, what), nbytes, width) for chunk, nbytes, width in value["sketches"])
+    widths = [lanes.width for lanes in sketches]
+    if widths != sorted(set(widths)):
+        raise CorruptionError(f"{what} lists its sketches out of order", kind="bad_metadata")
     for parent in (*value["parents"], structure["id"], value["parameters"]):
         _chunk(parent, what)
     return Description(
@@ -276,6 +295,7 @@ def _description(value: Any, what: str) -> Description:
         created=value["created"],
         metrics=value["metrics"],
         recipe=value["recipe"],
+        sketches=sketches,
     )
 
 
