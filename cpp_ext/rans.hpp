@@ -132,10 +132,11 @@ struct Symbols {
     std::uint8_t* contexts;   // their contexts, padded to whole blocks; undefined in equal blocks
     std::uint8_t* residuals;  // lanes of the chunk's width
     std::uint8_t* kinds;      // of every block: equal_class, patched_class, drift_class or ordinary_kind
+    bool patches;             // whether a block may be patched
 };
 
 static inline Symbols from_lane(const Symbols& of, std::size_t at, std::size_t width) {
-    return {of.symbols + at, of.contexts + at, of.residuals + at * width, of.kinds + at / block_lanes};
+    return {of.symbols + at, of.contexts + at, of.residuals + at * width, of.kinds + at / block_lanes, of.patches};
 }
 
 // What is being written: words from their end downwards, because rANS decodes in the opposite order.
@@ -153,8 +154,8 @@ inline constexpr std::uint8_t end_of_patches = 0;
 // The loops over lanes; both variants have the same.
 struct Loops {
     // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if
-    // three quarters of its symbols are direct then, and the sum of all is smaller. It is patched if at most
-    // most_patches of its lanes, and no more than one in block_lanes / most_patches, differ from the base.
+    // three quarters of its symbols are direct then, and the sum of all is smaller. It is patched if `to` allows it,
+    // and at most most_patches of its lanes, and no more than one in block_lanes / most_patches, differ from the base.
     void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
                       const Symbols& to) noexcept;
 

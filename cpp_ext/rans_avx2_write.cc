@@ -109,9 +109,13 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         const uint8_t *x = src + at * W, *b = base + at * W;
         const Symbols block = from_lane(to, at, W);
         const unsigned changed = count_changed<W>(x, b);
-        if (changed <= most_patches) {
-            *block.kinds = static_cast<uint8_t>(changed == 0 ? equal_class : patched_class);
-            if (changed != 0) find_patches(x, b, block_lanes, W, block);
+        if (changed == 0) {
+            *block.kinds = equal_class;
+            continue;
+        }
+        if (to.patches && changed <= most_patches) {
+            *block.kinds = patched_class;
+            find_patches(x, b, block_lanes, W, block);
             continue;
         }
         *block.kinds = ordinary_kind;

@@ -189,6 +189,13 @@ def test_a_hundredth_of_the_lanes_moved_by_a_step_costs_less_than_eleven_bits_ea
     assert 8 * len(coded(x, base)) < 11 * np.count_nonzero(moved)
 
 
+def test_changes_of_small_lanes_alone_cost_less_than_to_say_where_they_are():
+    base = weights(1 << 20, "bf16")
+    small = (base & 0x7FFF) < np.quantile(base & 0x7FFF, 0.015)
+    moved = small & (np.random.default_rng(0).random(base.size) < 0.6)
+    assert 8 * len(coded(np.where(moved, base + np.uint16(1), base), base)) < 5 * np.count_nonzero(moved)
+
+
 def test_blocks_that_equal_their_base_are_free():
     base = weights(1 << 20, "bf16")
     x = base.copy()
