@@ -332,13 +332,14 @@ def test_a_coder_that_gives_back_other_bits_is_found_out(
     kind: type[coders.Coder], dtype: str, width: int, tmp_path: Path
 ):
     class Wrong(kind):  # type: ignore[misc, valid-type]
-        def decode(self, stored, base, out):
-            super().decode(stored, base, out)
+        def decode(self, stored, base, guide, out):
+            super().decode(stored, base, guide, out)
             out[-1] ^= 1
 
     for seed, name in enumerate(("child", "base")):
         np.random.default_rng(seed).integers(0, 256, 3000 * width, np.uint8).tofile(tmp_path / name)
-    job = coders.Job("", str(tmp_path), dtype, width, [(0, 1000 * width), (1000 * width, 3000 * width)])
+    runs = [(0, 1000 * width), (1000 * width, 3000 * width)]
+    job = coders.Job("", str(tmp_path), dtype, width, runs, [2000 * width, None])
     sizes = coders.Bench(job, kind(job)).answer("check")
     assert len(sizes) == 2
     with pytest.raises(ValueError, match="run 0 did not come back"):
