@@ -272,10 +272,11 @@ def _race(running: Mapping[str, _Process], twin: _Process, nbytes: int, rounds: 
 def _growth(pair: Pair, scratch: Path) -> int:
     """Return the bytes that the second push of a pair adds to a new repository."""
     root = scratch / "repository"
-    repository = lamella.init(str(root))
+    lamella.init(str(root)).close()
     sizes = []
     for checkpoint in (pair.base, pair.child):
-        repository.push(checkpoint, "pair@main")
+        with lamella.open(str(root)) as repository:  # an open one has a log of its chunk index beside it
+            repository.push(checkpoint, "pair@main")
         sizes.append(sum(file.stat().st_size for file in root.rglob("*") if file.is_file()))
     return sizes[1] - sizes[0]
 
