@@ -255,15 +255,16 @@ def encode(
         return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
-    # The likeliest winner goes first, so that the others are given up early.
+    # The likeliest winner goes first, so that the others are given up early. What has a guide is seldom like its base:
+    # first moments are new after a few steps.
     against: list[tuple[Encoding, _Bytes | None]] = []
     if floating and source.size >= _FEWEST_CODED * width:
+        if guiding is not None:
+            against.append((Encoding.GUIDED_RANS, guiding))
         if reference is not None:
             if width == _DECAYING_WIDTH:
                 against.append((Encoding.DECAYED_RANS, reference))
             against.append((Encoding.RESIDUAL_RANS, reference))
-        if guiding is not None:
-            against.append((Encoding.GUIDED_RANS, guiding))
         against.append((Encoding.FLOAT_RANS, None))
     if reference is not None:
         if floating:
