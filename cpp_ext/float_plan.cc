@@ -387,7 +387,7 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* guide, size
 
     const auto zero = static_cast<size_t>(std::count(plan.block_classes, plan.block_classes + plan.blocks, zero_class));
     plan.model.streams = rans::streams_for((plan.blocks - zero) * block_lanes);
-    Sink sink{{plan.words_end, raw_end, {}}, plan.escapes_end};
+    Sink sink{{plan.words_end, {}, 0}, plan.escapes_end};
     std::fill(sink.to.states, sink.to.states + rans::max_streams, rans::low_state);
     loops.write(plan.model, plan.steps, plan.block_classes, plan.lanes, src, guide != nullptr, n, sink);
     rans::write_classes(class_steps, plan.block_classes, plan.blocks, plan.model.streams, sink.to);

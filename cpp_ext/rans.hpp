@@ -3,30 +3,41 @@
 //
 //   rans_format.cc   the payload's header, the tables, and reading a whole payload
 //   rans_plan.cc     what the encoder chooses, and writing a whole payload
-//   rans_scalar.cc   the loops over lanes, written to be read
-//   rans_avx2.cc     the same loops, bit for bit, with vectors
+//   rans_patches.cc  blocks of which few lanes differ from their base
+//   rans_scalar.cc   the loops over the lanes of the others, written to be read
+//   rans_avx2.hpp, rans_avx2_read.cc, rans_avx2_write.cc
+//                    the same loops, bit for bit, with vectors
 //
 // Nothing allocates: what does not fit on a stack lies in a workspace that the caller passes. Functions of this header
 // are static, so that no object file takes another's copy of them (see CMakeLists.txt).
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels.hpp"
+#include "lanes.hpp"
 
 namespace lamella::rans {
 
 inline constexpr std::size_t block_lanes = 128;
 
-// What a block is. Lanes of an equal block are their base's; lanes of a drifting one are coded against an offset that
-// depends on the base's mantissa; the classes between tell quiet blocks from lively ones.
+// What a block is. An equal one is its base, and a patched one is that but for a few lanes. The others are dense: each
+// of their lanes is coded, in drifting ones against an offset that depends on the base's mantissa; the classes between
+// tell quiet blocks from lively ones.
 inline constexpr unsigned classes = 8;
 inline constexpr unsigned equal_class = 0;
+inline constexpr unsigned patched_class = 1;
+inline constexpr unsigned first_activity = 2, last_activity = 6;
 inline constexpr unsigned drift_class = 7;
+static constexpr bool is_dense(unsigned block_class) { return block_class > patched_class; }
 
-// What the encoder takes a block for before it has compared it with the others.
-inline constexpr unsigned ordinary_kind = 1;
+// What the encoder takes a dense block for before it has compared it with the others, unless it drifts.
+inline constexpr unsigned ordinary_kind = first_activity;
+
+// Of the lanes of a dense block so many have their symbols coded before the raw bits of any.
+inline constexpr std::size_t run_lanes = 32;
 
 inline constexpr unsigned contexts = 32;
 inline constexpr unsigned max_tables = 16;
@@ -38,11 +49,17 @@ inline constexpr std::uint32_t scale = 1u << probability_bits;
 inline constexpr std::uint32_t low_state = 1u << 15;
 
 // Residuals below this are symbols themselves. Above it, a symbol says how long a residual is and what its second
-// highest bit is; the bits below that one are stored as they are.
+// highest bit is; the bits below that one are raw: taken from a state as they are, so many at a time at most.
 inline constexpr unsigned direct = 32;
+inline constexpr unsigned most_raw_bits = 15;
 
 static constexpr unsigned symbol_count(std::size_t width) {
     return direct + 2 * (8 * static_cast<unsigned>(width) - 5);
+}
+static constexpr unsigned symbol_of(std::uint64_t residual) {
+    if (residual < direct) return static_cast<unsigned>(residual);
+    const unsigned highest = static_cast<unsigned>(std::bit_width(residual)) - 1;
+    return direct + 2 * (highest - 5) + static_cast<unsigned>(residual >> (highest - 1) & 1);
 }
 static constexpr unsigned raw_bits(unsigned symbol) { return symbol < direct ? 0 : 4 + (symbol - direct) / 2; }
 
@@ -74,11 +91,32 @@ using Slot = std::uint32_t;
 struct Source {
     const std::uint8_t* words;  // 16 bits each
     const std::uint8_t* words_end;
-    const std::uint8_t* raw;
-    std::size_t raw_nbytes;
-    std::uint64_t bit;  // of raw, the next one
     std::uint32_t states[max_streams];
+    std::size_t patching;  // how many symbols of patched blocks have been read, of which each takes the next state
 };
+
+// What decoding takes from a state. False if the words end before it is whole again.
+static inline bool refill(Source& from, std::uint32_t& state) {
+    if (state >= low_state) return true;
+    if (from.words == from.words_end) return false;
+    state = state << 16 | load<std::uint16_t>(from.words);
+    from.words += 2;
+    return true;
+}
+
+static inline bool take_symbol(Source& from, std::uint32_t& state, const Slot* slots, unsigned& symbol) {
+    const Slot slot = slots[state & (scale - 1)];
+    symbol = slot >> 24;
+    state = (slot & 0xfff) * (state >> probability_bits) + (slot >> 12 & 0xfff);
+    return refill(from, state);
+}
+
+// At most most_raw_bits.
+static inline bool take_bits(Source& from, std::uint32_t& state, unsigned bits, unsigned& value) {
+    value = state & ((1u << bits) - 1);
+    state >>= bits;
+    return refill(from, state);
+}
 
 // How a table codes one symbol: x becomes x + bias + x / frequency * (2^11 - frequency), where the quotient is
 // x * reciprocal >> 32 >> shift.
@@ -87,25 +125,36 @@ struct Step {
     std::uint32_t packed;  // shift << 25 | bias << 12 | frequency
 };
 
-// What the lanes of a chunk are to the encoder.
+// What the lanes of a chunk are to the encoder. A patched block has its patches in place of its lanes, and behind them
+// the symbol that ends them; where a patch lies within its block stands in place of its context.
 struct Symbols {
     std::uint8_t* symbols;    // of every lane, and
     std::uint8_t* contexts;   // their contexts, padded to whole blocks; undefined in equal blocks
     std::uint8_t* residuals;  // lanes of the chunk's width
-    std::uint8_t* kinds;      // of every block: equal_class, drift_class or ordinary_kind
+    std::uint8_t* kinds;      // of every block: equal_class, patched_class, drift_class or ordinary_kind
 };
 
-// What is being written: words from their end downwards, because rANS decodes in the opposite order; raw bits upwards.
+static inline Symbols from_lane(const Symbols& of, std::size_t at, std::size_t width) {
+    return {of.symbols + at, of.contexts + at, of.residuals + at * width, of.kinds + at / block_lanes};
+}
+
+// What is being written: words from their end downwards, because rANS decodes in the opposite order.
 struct Sink {
     std::uint8_t* words;
-    std::uint8_t* raw;
     std::uint32_t states[max_streams];
+    std::size_t patching;  // how many symbols of patched blocks are left to write
 };
+
+// Blocks with no more changed lanes than this are patched. A patch costs 7 bits to say where it is, and reading one
+// about as long as reading ten lanes of a dense block.
+inline constexpr unsigned most_patches = 8;
+inline constexpr std::uint8_t end_of_patches = 0;
 
 // The loops over lanes; both variants have the same.
 struct Loops {
     // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if
-    // three quarters of its symbols are direct then, and the sum of all is smaller.
+    // three quarters of its symbols are direct then, and the sum of all is smaller. It is patched if at most
+    // most_patches of its lanes, and no more than one in block_lanes / most_patches, differ from the base.
     void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
                       const Symbols& to) noexcept;
 
@@ -113,18 +162,18 @@ struct Loops {
     // expected of the context. Blocks of other kinds are left out.
     void (*measure)(const Symbols& of, const std::uint8_t* expected, std::size_t n, std::int32_t* activities) noexcept;
 
-    // Count the symbols of all blocks that are not equal to their base. A symbol of a class and context has two
-    // counters, classes * contexts * symbol_stride(width) apart: which of them counts a lane is the variant's affair.
+    // Count the symbols of all dense blocks. A symbol of a class and context has two counters, classes * contexts *
+    // symbol_stride(width) apart: which of them counts a lane is the variant's affair.
     void (*count)(const Symbols& of, const std::uint8_t* block_classes, std::size_t n, std::size_t width,
                   std::uint32_t* counters) noexcept;
 
-    // Code the lanes of all blocks that are not equal to their base: the words of `to` grow from the last lane to the
-    // first, its raw bits from the first to the last. `steps` holds symbol_stride(width) of them a table.
+    // Code all blocks that are not equal to their base, from the last lane to the first. `steps` holds
+    // symbol_stride(width) of them a table.
     void (*write)(const Model& model, const Step* steps, const std::uint8_t* block_classes, const Symbols& from,
                   std::size_t n, Sink& to) noexcept;
 
-    // Lanes of n from block `first` on. False if the source ends before the lanes do. A chunk may be read in runs of
-    // whole blocks, one after the other.
+    // Lanes of n from block `first` on. False if the source ends before the lanes do, or patches what is no lane. A
+    // chunk may be read in runs of whole blocks, one after the other.
     bool (*read)(const Model& model, const Slot* slots, const std::uint8_t* block_classes, Source& from,
                  const std::uint8_t* base, std::size_t first, std::size_t n, std::uint8_t* out) noexcept;
 };
@@ -220,12 +269,25 @@ bool ends(const Source& from, unsigned streams);
 void normalize(const std::uint32_t* counts, unsigned symbols, Table& to) noexcept;
 void make_steps(const Table& table, unsigned symbols, Step* steps) noexcept;
 
-// All of a payload that stands before its raw bits.
-void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
-                  std::size_t raw_nbytes);
+// All of a payload that stands before its states.
+void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables);
 
-// Code one symbol: the words and one state of `to` change.
+// Code one symbol, or a value of at most most_raw_bits bits: the words and one state of a sink change.
 void code(const Step& step, std::uint32_t& state, std::uint8_t*& words) noexcept;
+void code_bits(unsigned value, unsigned bits, std::uint32_t& state, std::uint8_t*& words) noexcept;
+
+// Whether a block of `count` lanes is patched; then its patches are listed.
+bool find_patches(const std::uint8_t* src, const std::uint8_t* base, std::size_t count, std::size_t width,
+                  const Symbols& block) noexcept;
+
+// Count the symbols of all patched blocks of n lanes as Loops::count does; returns how many there are. Their contexts
+// are how many patches come before in the block.
+std::size_t count_patches(const Symbols& of, std::size_t n, std::size_t width, std::uint32_t* counters) noexcept;
+
+// One patched block. Reading is false if the source ends before the patches do, or they are none of `count` lanes.
+void write_patches(const Model& model, const Step* steps, const Symbols& block, Sink& to) noexcept;
+bool read_patches(const Model& model, const Slot* slots, Source& from, const std::uint8_t* base, std::size_t count,
+                  std::uint8_t* out) noexcept;
 
 // Bytes of memory that reading or writing n lanes takes, whatever they hold.
 std::size_t decoder_workspace(std::size_t n) noexcept;

@@ -13,7 +13,7 @@ using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5, raw_nbytes_bits = 22;
+constexpr unsigned shift_bits = 6, low_bits = 12, streams_bits = 3, tables_bits = 5;
 
 // A frequency is written as its length in bits and the highest of them: its error of at most 1/16 costs less than the
 // bits left out would.
@@ -73,7 +73,7 @@ void make_slots(const Frequencies& frequencies, unsigned symbols, Slot* slots) {
     }
 }
 
-const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* slots, size_t& raw_nbytes) {
+const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* slots) {
     model.shift = static_cast<unsigned>(from.take(shift_bits));
     model.low = static_cast<uint32_t>(from.take(low_bits));
     if (model.shift >= 8 * model.width) return "context outside of its lane";
@@ -94,24 +94,12 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
     if (const char* fault =
             read_tables(from, symbol_count(model.width), used, contexts, model.tables, model.table_of, slots))
         return fault;
-    raw_nbytes = static_cast<size_t>(from.take(raw_nbytes_bits));
     return end_header(from);
-}
-
-uint16_t load16(const uint8_t* p) {
-    uint16_t value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-bool has_no_raw_left(const Source& from) {
-    const uint64_t left = 8 * static_cast<uint64_t>(from.raw_nbytes) - from.bit;
-    return left < 8 && (left == 0 || from.raw[from.raw_nbytes - 1] >> (8 - left) == 0);
 }
 
 constexpr size_t block_count(size_t n) { return (n + block_lanes - 1) / block_lanes; }
 
-constexpr const char* short_stream = "payload that ends before its lanes";
+constexpr const char* short_stream = "payload that ends before its lanes, or patches what is none";
 
 // A payload of which all that stands before its lanes has been read.
 struct Reading {
@@ -131,20 +119,14 @@ const char* begin(const uint8_t* payload, size_t nbytes, size_t n, size_t width,
     Source& from = to.from;
     model.width = static_cast<unsigned>(width);
     BitReader header(payload, nbytes);
-    if (const char* fault = read_header(header, model, class_slots, slots, from.raw_nbytes)) return fault;
-    if (from.raw_nbytes > nbytes - header.nbytes()) return "raw bits that are longer than the payload";
-    from.raw = payload + header.nbytes();
-    from.bit = 0;
-    if (const char* fault = read_states(from.raw + from.raw_nbytes, payload + nbytes, model.streams, from))
-        return fault;
+    if (const char* fault = read_header(header, model, class_slots, slots)) return fault;
+    if (const char* fault = read_states(payload + header.nbytes(), payload + nbytes, model.streams, from)) return fault;
     return read_classes(class_slots, model.streams, from, block_count(n), block_classes) ? nullptr : short_stream;
 }
 
 // nullptr if all lanes have been read and nothing is left, else what is wrong.
 const char* end(const Reading& reading) {
-    return has_no_raw_left(reading.from) && ends(reading.from, reading.model.streams)
-               ? nullptr
-               : "payload that does not end with its lanes";
+    return ends(reading.from, reading.model.streams) ? nullptr : "payload that does not end with its lanes";
 }
 
 // What is decoded at a time to be measured: base, other and slice together stay in the smallest cache beside the tables
@@ -264,6 +246,7 @@ const char* read_states(const uint8_t* at, const uint8_t* end, unsigned streams,
     std::memcpy(to.states, at, states_nbytes);
     to.words = at + states_nbytes;
     to.words_end = end;
+    to.patching = 0;
     for (unsigned i = 0; i < streams; ++i) {
         if (to.states[i] < low_state || to.states[i] >= 1u << 31) return "state out of range";
     }
@@ -281,14 +264,8 @@ bool read_classes(const Slot* slots, unsigned streams, Source& from, size_t bloc
     unsigned before = equal_class;
     for (size_t k = 0; k < blocks; ++k) {
         uint32_t& state = from.states[k % streams];
-        const Slot slot = slots[before << probability_bits | (state & (scale - 1))];
-        state = (slot & 0xfff) * (state >> probability_bits) + (slot >> 12 & 0xfff);
-        if (state < low_state) {
-            if (from.words == from.words_end) return false;
-            state = state << 16 | load16(from.words);
-            from.words += 2;
-        }
-        to[k] = static_cast<uint8_t>(before = slot >> 24);
+        if (!take_symbol(from, state, slots + (before << probability_bits), before)) return false;
+        to[k] = static_cast<uint8_t>(before);
     }
     return true;
 }
@@ -337,10 +314,15 @@ const char* add_moments(const Kernels& kernels, const uint8_t* payload, size_t n
 }
 
 void BitWriter::put(uint64_t value, unsigned bits) {
-    for (unsigned i = 0; i < bits; ++i, ++bit_) {
-        if (bit_ >= room_) continue;
-        if (bit_ % 8 == 0) to_[bit_ / 8] = 0;
-        to_[bit_ / 8] = static_cast<uint8_t>(to_[bit_ / 8] | (value >> i & 1) << (bit_ % 8));
+    while (bits > 0) {
+        const auto skip = static_cast<unsigned>(bit_ % 8), taken = bits < 8 - skip ? bits : 8 - skip;
+        if (bit_ < room_) {
+            if (skip == 0) to_[bit_ / 8] = 0;
+            to_[bit_ / 8] = static_cast<uint8_t>(to_[bit_ / 8] | (value & ((1u << taken) - 1)) << skip);
+        }
+        value >>= taken;
+        bits -= taken;
+        bit_ += taken;
     }
 }
 
@@ -449,8 +431,7 @@ void write_tables(BitWriter& to, unsigned symbols, unsigned used, unsigned conte
 
 unsigned log_of(unsigned streams) { return static_cast<unsigned>(std::bit_width(streams)) - 1; }
 
-void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables,
-                  size_t raw_nbytes) {
+void write_header(BitWriter& to, const Model& model, const Table* class_tables, const Table* tables) {
     to.put(model.shift, shift_bits);
     to.put(model.low, low_bits);
     to.put(log_of(model.streams), streams_bits);
@@ -460,7 +441,6 @@ void write_header(BitWriter& to, const Model& model, const Table* class_tables, 
     }
     const unsigned used = write_class_tables(to, class_tables);
     write_tables(to, symbol_count(model.width), used, contexts, model.tables, model.table_of, tables);
-    to.put(raw_nbytes, raw_nbytes_bits);
 }
 
 }  // namespace lamella::rans

@@ -36,9 +36,8 @@ constexpr std::array<uint32_t, 257> make_logarithms() {
 }
 constexpr auto logarithms = make_logarithms();
 
-}  // namespace
-
-Cost entropy_term(uint64_t v) {
+// v log2 v.
+constexpr Cost compute_entropy_term(uint64_t v) {
     if (v < 2) return 0;
     const auto highest = static_cast<unsigned>(std::bit_width(v)) - 1;
     const uint64_t fraction = v << (63 - highest) << 1 >> 40;  // below the highest bit, in 2^-24
@@ -47,7 +46,14 @@ Cost entropy_term(uint64_t v) {
     return static_cast<Cost>(v * ((uint64_t{highest} << 16) + logarithms[i] + between));
 }
 
-namespace {
+// Most counts are small, and most of the time that choosing tables takes would go into these.
+constexpr size_t small_counts = 1 << 11;
+constexpr std::array<uint32_t, small_counts> make_small_terms() {
+    std::array<uint32_t, small_counts> table{};
+    for (size_t v = 0; v < small_counts; ++v) table[v] = static_cast<uint32_t>(compute_entropy_term(v));
+    return table;
+}
+constexpr auto small_terms = make_small_terms();
 
 uint32_t square_root(uint64_t v) {
     uint64_t root = 0;
@@ -79,8 +85,8 @@ struct Plan {
     int32_t* activities;  // of blocks
     uint32_t* counts;     // of symbols, by class and context
     Step* steps;
+    size_t patch_symbols;  // of all patched blocks
     uint8_t* words_end;
-    uint8_t* raw;
     Table class_tables[classes];
     Table tables[max_tables];
 
@@ -114,7 +120,7 @@ Layouts layouts_of(size_t width) {
 }
 
 // The chunk's first lanes and a few from all over it.
-constexpr size_t sampled_runs = 16, sampled_blocks = 4;
+constexpr size_t sampled_runs = 16, sampled_blocks = 2;
 
 Cost sampled_cost(Plan& plan) {
     std::memset(plan.counts, 0, contexts * plan.stride * sizeof *plan.counts);
@@ -125,11 +131,13 @@ Cost sampled_cost(Plan& plan) {
         const size_t count = std::min(run, plan.n - at);
         plan.loops.symbolize(plan.model, plan.src + at * plan.width, plan.base + at * plan.width, count, plan.lanes);
         for (size_t i = 0; i < count; ++i) {
-            if (plan.lanes.kinds[i / block_lanes] != equal_class) {
+            if (is_dense(plan.lanes.kinds[i / block_lanes])) {
                 ++plan.counts_of(0, plan.lanes.contexts[i])[plan.lanes.symbols[i]];
             }
         }
     }
+    // What a symbol costs in a table, as far as the sample has to pay for it.
+    const Cost of_symbol = static_cast<Cost>(5 * one_bit * std::min(runs * run, plan.n) / plan.n);
     Cost cost = 0;
     for (unsigned c = 0; c < contexts; ++c) {
         uint64_t total = 0;
@@ -137,7 +145,7 @@ Cost sampled_cost(Plan& plan) {
             const uint32_t count = plan.counts_of(0, c)[s];
             total += count;
             cost -= entropy_term(count);
-            if (count != 0) cost += 5 * one_bit;
+            if (count != 0) cost += of_symbol;
         }
         cost += entropy_term(total);
     }
@@ -147,16 +155,14 @@ Cost sampled_cost(Plan& plan) {
 void choose_contexts(Plan& plan) {
     const Layouts layouts = layouts_of(plan.width);
     Cost least = 0;
-    unsigned best = 0;
+    Model best{};
     for (unsigned i = 0; i < layouts.count; ++i) {
         plan.model.shift = layouts.mantissa_bits[i];
         plan.model.low = lowest_context(plan.base, plan.n, plan.width, plan.model.shift, plan.counts);
-        if (layouts.count == 1) return;
-        const Cost cost = sampled_cost(plan);
-        if (i == 0 || cost < least) least = cost, best = i;
+        const Cost cost = layouts.count == 1 ? 0 : sampled_cost(plan);
+        if (i == 0 || cost < least) least = cost, best = plan.model;
     }
-    plan.model.shift = layouts.mantissa_bits[best];
-    plan.model.low = lowest_context(plan.base, plan.n, plan.width, plan.model.shift, plan.counts);
+    plan.model = best;
 }
 
 // Drift: weights without a gradient that only decay. Their delta depends on the mantissa alone, being what rounding
@@ -224,11 +230,9 @@ void find_drift(Plan& plan) {
 
 // Classes: how much larger a block's symbols are than their contexts would have them, on the scale of all blocks.
 
-constexpr unsigned first_activity = 1, last_activity = 6;
-
 void classify(Plan& plan) {
     // Means of symbols by context, from some blocks, in halves, as a byte.
-    const size_t step = std::max<size_t>(1, plan.blocks / 512);
+    const size_t step = std::max<size_t>(1, plan.blocks / 128);
     uint64_t sums[contexts] = {};
     uint32_t counts[contexts] = {};
     for (size_t k = 0; k < plan.blocks; k += step) {
@@ -261,8 +265,8 @@ void classify(Plan& plan) {
     for (size_t k = 0; k < plan.blocks; ++k) {
         plan.block_classes[k] = plan.lanes.kinds[k];
         if (plan.lanes.kinds[k] != ordinary_kind) continue;
-        // Classes are 10/11 of a standard deviation wide; blocks at the mean are in the third of six.
-        const int64_t tenths = (plan.activities[k] - mean) * 11 / deviation + 37;
+        // Classes are 10/11 of a standard deviation wide; blocks at the mean are in the third of them.
+        const int64_t tenths = (plan.activities[k] - mean) * 11 / deviation + 47;
         plan.block_classes[k] = static_cast<uint8_t>(
             tenths < 10 * int64_t{first_activity} ? first_activity : std::min<int64_t>(tenths / 10, last_activity));
     }
@@ -273,6 +277,7 @@ void count_symbols(Plan& plan) {
     std::memset(plan.counts, 0, 2 * counters * sizeof *plan.counts);
     plan.loops.count(plan.lanes, plan.block_classes, plan.n, plan.width, plan.counts);
     for (size_t i = 0; i < counters; ++i) plan.counts[i] += plan.counts[counters + i];
+    plan.patch_symbols = count_patches(plan.lanes, plan.n, plan.width, plan.counts);
 }
 
 // Tables: contexts in the order of their mean symbols, and the neighbours that lose least by sharing a table merged
@@ -280,26 +285,44 @@ void count_symbols(Plan& plan) {
 
 struct Group {
     uint32_t* counts;
-    uint32_t mean;  // in 2^-8
+    uint32_t symbols;  // those from this one on do not occur
+    uint32_t mean;     // in 2^-8
+    uint64_t total;
     uint16_t context;
     uint16_t next;  // the group after this one, or `none`
     uint16_t before;
-    uint16_t merged;  // whether it is part of another
-    Cost cost;        // of all its symbols, table included
-    Cost loss;        // of merging it with `next`
+    bool merged;  // whether it is part of another
+    Cost cost;    // of all its symbols, table included
+    Cost loss;    // of merging it with `next`
 };
 constexpr uint16_t none = 0xffff;
 
-Cost cost_of(const uint32_t* a, const uint32_t* b, unsigned symbols) {
-    uint64_t total = 0;
-    Cost cost = 16 * one_bit;
-    for (unsigned s = 0; s < symbols; ++s) {
-        const uint32_t count = a[s] + (b == nullptr ? 0 : b[s]);
-        if (count == 0) continue;
-        total += count;
-        cost += 5 * one_bit - entropy_term(count);
+// A context with less than this share of a chunk's symbols has no say in which others it shares a table with.
+constexpr unsigned few_symbols = 1 << 10;
+
+Cost cost_of(const Group& a) {
+    Cost cost = 16 * one_bit + entropy_term(a.total);
+    for (unsigned s = 0; s < a.symbols; ++s) {
+        if (a.counts[s] != 0) cost += 5 * one_bit - entropy_term(a.counts[s]);
     }
-    return cost + entropy_term(total);
+    return cost;
+}
+
+Cost cost_of_both(const Group& a, const Group& b) {
+    Cost cost = 16 * one_bit + entropy_term(a.total + b.total);
+    for (unsigned s = 0; s < std::max(a.symbols, b.symbols); ++s) {
+        const uint32_t count = a.counts[s] + b.counts[s];
+        if (count != 0) cost += 5 * one_bit - entropy_term(count);
+    }
+    return cost;
+}
+
+// All but the costs.
+void merge(Group& a, Group& b) {
+    for (unsigned s = 0; s < b.symbols; ++s) a.counts[s] += b.counts[s];
+    a.symbols = std::max(a.symbols, b.symbols);
+    a.total += b.total;
+    b.merged = true;
 }
 
 void choose_tables(Plan& plan) {
@@ -323,10 +346,11 @@ uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
     plan.activities = arena.take<int32_t>(plan.blocks);
     plan.counts = arena.take<uint32_t>(2 * all_counts * plan.stride);
     plan.steps = arena.take<Step>(max_tables * plan.stride);
-    // A lane and a block each give at most one word of two bytes.
-    const size_t words = 2 * (plan.n + plan.blocks) + slack;
+    // At most one word of two bytes for the class of a block, for the symbol of a lane, and for so many of its raw
+    // bits; the few patches of a block take fewer than its lanes would.
+    const size_t words =
+        2 * (plan.blocks + plan.n * (1 + (8 * plan.width + most_raw_bits - 1) / most_raw_bits)) + slack;
     plan.words_end = arena.take<uint8_t>(words) + words;
-    plan.raw = arena.take<uint8_t>(plan.n * plan.width + slack);
     return arena.at();
 }
 
@@ -340,16 +364,18 @@ Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* base, size
 
 }  // namespace
 
+Cost entropy_term(uint64_t v) { return v < small_counts ? small_terms[v] : compute_entropy_term(v); }
+
 uint32_t lowest_context(const uint8_t* lanes, size_t n, size_t width, unsigned shift, uint32_t* scratch) {
     const unsigned bits = 8 * static_cast<unsigned>(width) - 1 - shift;
     if (bits <= 5) return 0;
     const size_t values = size_t{1} << bits;
     std::memset(scratch, 0, values * sizeof *scratch);
-    const size_t step = std::max<size_t>(1, n >> 12);
+    const size_t step = std::max<size_t>(1, n >> 10);
     uint32_t total = 0;
     for (size_t i = 0; i < n; i += step, ++total) ++scratch[lane_at(lanes, i, width) >> shift & (values - 1)];
     size_t highest = values - 1;
-    for (uint32_t above = 0; highest > 0 && above + scratch[highest] <= total / 4096; --highest) {
+    for (uint32_t above = 0; highest > 0 && above + scratch[highest] <= total / 1024; --highest) {
         above += scratch[highest];
     }
     return highest < contexts ? 0 : static_cast<uint32_t>(highest) - (contexts - 2);
@@ -359,35 +385,47 @@ unsigned merge_tables(uint32_t* counts, unsigned contexts_of_class, size_t strid
                       uint32_t* (&merged)[max_tables]) {
     Group groups[all_counts];
     uint16_t count = 0;
+    uint64_t all = 0;
     for (unsigned i = 0; i < classes * contexts_of_class; ++i) {
         uint32_t* of_context = counts + i * stride;
         uint64_t total = 0, weighted = 0;
-        for (unsigned s = 0; s < symbols; ++s) total += of_context[s], weighted += uint64_t{s} * of_context[s];
+        uint32_t past = 0;
+        for (unsigned s = 0; s < symbols; ++s) {
+            total += of_context[s];
+            weighted += uint64_t{s} * of_context[s];
+            past = of_context[s] != 0 ? s + 1 : past;
+        }
         if (total == 0) continue;
-        groups[count++] = {of_context,
-                           static_cast<uint32_t>(256 * weighted / total),
-                           static_cast<uint16_t>(i),
-                           0,
-                           0,
-                           0,
-                           cost_of(of_context, nullptr, symbols),
-                           0};
+        const auto mean = static_cast<uint32_t>(256 * weighted / total);
+        groups[count++] = {of_context, past, mean, total, static_cast<uint16_t>(i), 0, 0, false, 0, 0};
+        all += total;
     }
     std::sort(groups, groups + count, [](const Group& a, const Group& b) {
         return a.mean != b.mean ? a.mean < b.mean : a.context < b.context;
     });
+    uint16_t last = none, left = 0;
+    for (uint16_t i = 0; i < count; ++i) {
+        if (last != none && groups[last].total <= all / few_symbols) {
+            merge(groups[last], groups[i]);
+            continue;
+        }
+        groups[i].before = last;
+        if (last != none) groups[last].next = i;
+        last = i;
+        ++left;
+    }
+    if (last != none) groups[last].next = none;
+
     const auto find_loss = [&](uint16_t i) {
         Group& group = groups[i];
         if (group.next == none) return;
         const Group& next = groups[group.next];
-        group.loss = cost_of(group.counts, next.counts, symbols) - group.cost - next.cost;
+        group.loss = cost_of_both(group, next) - group.cost - next.cost;
     };
+    for (uint16_t i = 0; i < count; ++i) groups[i].cost = groups[i].merged ? 0 : cost_of(groups[i]);
     for (uint16_t i = 0; i < count; ++i) {
-        groups[i].before = static_cast<uint16_t>(i == 0 ? none : i - 1);
-        groups[i].next = static_cast<uint16_t>(i + 1 == count ? none : i + 1);
+        if (!groups[i].merged) find_loss(i);
     }
-    for (uint16_t i = 0; i < count; ++i) find_loss(i);
-    unsigned left = count;
     while (left > 1) {
         uint16_t best = none;
         for (uint16_t i = 0; i != none; i = groups[i].next) {
@@ -395,9 +433,8 @@ unsigned merge_tables(uint32_t* counts, unsigned contexts_of_class, size_t strid
         }
         if (left <= max_tables && groups[best].loss > 0) break;
         Group &group = groups[best], &next = groups[group.next];
-        for (unsigned s = 0; s < symbols; ++s) group.counts[s] += next.counts[s];
         group.cost += next.cost + group.loss;
-        next.merged = 1;
+        merge(group, next);
         group.next = next.next;
         if (group.next != none) groups[group.next].before = best;
         find_loss(best);
@@ -445,8 +482,7 @@ void write_classes(const Step* class_steps, const uint8_t* block_classes, size_t
 unsigned streams_for(size_t coded_lanes) {
     if (coded_lanes < 1 << 10) return 1;
     if (coded_lanes < 1 << 13) return 4;
-    if (coded_lanes < 1 << 16) return 8;
-    if (coded_lanes < 1 << 18) return 16;
+    if (coded_lanes < 1 << 15) return 8;
     return 32;
 }
 
@@ -457,7 +493,7 @@ size_t finish_payload(const BitWriter& header, const uint8_t* raw, size_t raw_nb
     const size_t nbytes = header.nbytes() + raw_nbytes + states_nbytes + words_nbytes;
     if (!header.fits() || nbytes > room) return 0;
     out += header.nbytes();
-    std::memcpy(out, raw, raw_nbytes);
+    if (raw_nbytes != 0) std::memcpy(out, raw, raw_nbytes);
     std::memcpy(out + raw_nbytes, from.states, states_nbytes);
     std::memcpy(out + raw_nbytes + states_nbytes, from.words, words_nbytes);
     return nbytes;
@@ -482,18 +518,17 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* base, size_
     Step class_steps[classes * classes];
     choose_class_tables(plan.block_classes, plan.blocks, plan.class_tables, class_steps);
 
-    const auto equal =
-        static_cast<size_t>(std::count(plan.block_classes, plan.block_classes + plan.blocks, equal_class));
-    plan.model.streams = streams_for((plan.blocks - equal) * block_lanes);
-    Sink sink{plan.words_end, plan.raw, {}};
+    const auto dense =
+        static_cast<size_t>(std::count_if(plan.block_classes, plan.block_classes + plan.blocks, is_dense));
+    plan.model.streams = streams_for(dense * block_lanes);
+    Sink sink{plan.words_end, {}, plan.patch_symbols};
     std::fill(sink.states, sink.states + max_streams, low_state);
     loops.write(plan.model, plan.steps, plan.block_classes, plan.lanes, n, sink);
     write_classes(class_steps, plan.block_classes, plan.blocks, plan.model.streams, sink);
 
-    const auto raw_nbytes = static_cast<size_t>(sink.raw - plan.raw);
     BitWriter header(out, room);
-    write_header(header, plan.model, plan.class_tables, plan.tables, raw_nbytes);
-    return finish_payload(header, plan.raw, raw_nbytes, sink, plan.words_end, plan.model.streams, out, room);
+    write_header(header, plan.model, plan.class_tables, plan.tables);
+    return finish_payload(header, nullptr, 0, sink, plan.words_end, plan.model.streams, out, room);
 }
 
 }  // namespace lamella::rans

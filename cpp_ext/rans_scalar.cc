@@ -8,59 +8,9 @@ namespace lamella::rans {
 namespace {
 
 using std::size_t;
-using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
-
-template <class U>
-U load(const uint8_t* p) {
-    U value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <class U>
-void store(uint8_t* p, U value) {
-    std::memcpy(p, &value, sizeof value);
-}
-
-template <class U>
-constexpr U sign_bit = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
-
-// See kernels.hpp, residual_split: `delta` is its d, `zigzag` makes d its residual.
-template <class U>
-U ordered(U u) {
-    return (u & sign_bit<U>) ? static_cast<U>(u ^ (sign_bit<U> - 1)) : u;
-}
-
-template <class U>
-U delta(U x, U base) {
-    const U d = static_cast<U>(ordered(x) - ordered(base));
-    return (base & sign_bit<U>) ? static_cast<U>(0 - d) : d;
-}
-
-template <class U>
-U from_delta(U d, U base) {
-    if (base & sign_bit<U>) d = static_cast<U>(0 - d);
-    return ordered(static_cast<U>(ordered(base) + d));
-}
-
-template <class U>
-U zigzag(U d) {
-    return static_cast<U>((d << 1) ^ ((d & sign_bit<U>) ? static_cast<U>(~U{0}) : U{0}));
-}
-
-template <class U>
-U from_zigzag(U z) {
-    return static_cast<U>((z >> 1) ^ (0 - (z & 1)));
-}
-
-unsigned symbol_of(uint64_t z) {
-    if (z < direct) return static_cast<unsigned>(z);
-    const unsigned highest = static_cast<unsigned>(std::bit_width(z)) - 1;
-    return direct + 2 * (highest - 5) + static_cast<unsigned>(z >> (highest - 1) & 1);
-}
 
 template <class U>
 unsigned context_of(const Model& model, unsigned block_class, U base) {
@@ -105,7 +55,9 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         uint8_t& kind = to.kinds[at / block_lanes];
         kind = equal_class;
         if (std::memcmp(x, b, count * sizeof(U)) == 0) continue;
-        kind = drifts<U>(model, x, b, count) ? drift_class : ordinary_kind;
+        kind = patched_class;
+        if (find_patches(x, b, count, sizeof(U), from_lane(to, at, sizeof(U)))) continue;
+        kind = static_cast<uint8_t>(drifts<U>(model, x, b, count) ? drift_class : ordinary_kind);
         for (size_t j = 0; j < count; ++j) {
             const U reference = load<U>(b + j * sizeof(U));
             const U z = residual_of(model, kind, load<U>(x + j * sizeof(U)), reference);
@@ -129,52 +81,74 @@ void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t*
 void count(const Symbols& of, const uint8_t* block_classes, size_t n, size_t width, uint32_t* counters) noexcept {
     for (size_t i = 0; i < n; ++i) {
         const unsigned block_class = block_classes[i / block_lanes];
-        if (block_class == equal_class) continue;
+        if (!is_dense(block_class)) continue;
         ++counters[(block_class * contexts + of.contexts[i]) * symbol_stride(width) + of.symbols[i]];
     }
+}
+
+// How many of a residual's raw bits are coded in a round that comes after `done` of them.
+unsigned in_round(unsigned symbol, unsigned done) {
+    const unsigned bits = raw_bits(symbol);
+    return bits <= done ? 0 : bits - done < most_raw_bits ? bits - done : most_raw_bits;
 }
 
 template <class U>
 void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
            Sink& to) {
-    uint64_t waiting = 0;  // raw bits that do not fill a byte yet
-    unsigned waiting_bits = 0;
-    for (size_t i = 0; i < n; ++i) {
-        if (block_classes[i / block_lanes] == equal_class) continue;
-        const unsigned bits = raw_bits(from.symbols[i]);
-        const uint64_t raw = load<U>(from.residuals + i * sizeof(U)) & ((uint64_t{1} << bits) - 1);
-        waiting |= raw << waiting_bits;
-        if (waiting_bits + bits >= 64) {
-            store(to.raw, waiting);
-            to.raw += 8;
-            waiting = waiting_bits == 0 ? 0 : raw >> (64 - waiting_bits);
-            waiting_bits = waiting_bits + bits - 64;
-        } else {
-            waiting_bits += bits;
+    constexpr unsigned rounds = (8 * sizeof(U) - 2 + most_raw_bits - 1) / most_raw_bits;
+    for (size_t end = n; end > 0;) {
+        const size_t first = (end - 1) / run_lanes * run_lanes;
+        const unsigned block_class = block_classes[first / block_lanes];
+        if (block_class == patched_class && first % block_lanes == 0) {
+            write_patches(model, steps, from_lane(from, first, sizeof(U)), to);
         }
-    }
-    for (; waiting_bits > 0; waiting_bits -= waiting_bits < 8 ? waiting_bits : 8, waiting >>= 8) {
-        *to.raw++ = static_cast<uint8_t>(waiting);
-    }
-    for (size_t i = n; i-- > 0;) {
-        const unsigned block_class = block_classes[i / block_lanes];
-        if (block_class == equal_class) continue;
-        const unsigned table = model.table_of[block_class][from.contexts[i]];
-        code(steps[table * symbol_stride(sizeof(U)) + from.symbols[i]], to.states[i % model.streams], to.words);
+        if (is_dense(block_class)) {
+            for (unsigned done = rounds * most_raw_bits; done > 0;) {
+                done -= most_raw_bits;
+                for (size_t i = end; i-- > first;) {
+                    const unsigned bits = in_round(from.symbols[i], done);
+                    if (bits == 0) continue;
+                    const auto value = static_cast<unsigned>(load<U>(from.residuals + i * sizeof(U)) >> done);
+                    code_bits(value & ((1u << bits) - 1), bits, to.states[i % model.streams], to.words);
+                }
+            }
+            for (size_t i = end; i-- > first;) {
+                const unsigned table = model.table_of[block_class][from.contexts[i]];
+                code(steps[table * symbol_stride(sizeof(U)) + from.symbols[i]], to.states[i % model.streams], to.words);
+            }
+        }
+        end = first;
     }
 }
 
-// The next `bits` raw bits, at most 62. False if there are not so many.
-bool take(Source& from, unsigned bits, uint64_t& value) {
-    if (from.bit + bits > 8 * static_cast<uint64_t>(from.raw_nbytes)) return false;
-    const size_t at = static_cast<size_t>(from.bit / 8);
-    const unsigned skip = from.bit % 8;
-    from.bit += bits;
-    uint8_t window[16] = {};
-    std::memcpy(window, from.raw + at, from.raw_nbytes - at < 9 ? from.raw_nbytes - at : 9);
-    value = load<uint64_t>(window) >> skip;
-    if (skip != 0) value |= static_cast<uint64_t>(window[8]) << (64 - skip);
-    value &= (uint64_t{1} << bits) - 1;
+template <class U>
+bool read_run(const Model& model, const Slot* slots, unsigned block_class, Source& from, const uint8_t* base,
+              size_t first, size_t count, uint8_t* out) {
+    unsigned symbols[run_lanes];
+    uint64_t residuals[run_lanes];
+    unsigned longest = 0;
+    for (size_t j = 0; j < count; ++j) {
+        const unsigned context = context_of(model, block_class, load<U>(base + (first + j) * sizeof(U)));
+        const Slot* table = slots + (model.table_of[block_class][context] << probability_bits);
+        if (!take_symbol(from, from.states[(first + j) % model.streams], table, symbols[j])) return false;
+        const unsigned bits = raw_bits(symbols[j]);
+        residuals[j] = symbols[j] < direct ? symbols[j] : uint64_t{2 | (symbols[j] & 1)} << bits;
+        longest = bits > longest ? bits : longest;
+    }
+    for (unsigned done = 0; done < longest; done += most_raw_bits) {
+        for (size_t j = 0; j < count; ++j) {
+            unsigned value;
+            const unsigned bits = in_round(symbols[j], done);
+            if (!take_bits(from, from.states[(first + j) % model.streams], bits, value)) return false;
+            residuals[j] |= uint64_t{value} << done;
+        }
+    }
+    for (size_t j = 0; j < count; ++j) {
+        const U reference = load<U>(base + (first + j) * sizeof(U));
+        const U d = from_zigzag(static_cast<U>(residuals[j]));
+        store(out + (first + j) * sizeof(U),
+              from_delta(static_cast<U>(d + offset_of(model, block_class, reference)), reference));
+    }
     return true;
 }
 
@@ -184,88 +158,56 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
     for (size_t at = first * block_lanes; at < n; at += block_lanes) {
         const size_t end = n - at < block_lanes ? n : at + block_lanes;
         const unsigned block_class = block_classes[at / block_lanes];
-        if (block_class == equal_class) {
-            std::memcpy(out + at * sizeof(U), base + at * sizeof(U), (end - at) * sizeof(U));
-            continue;
-        }
-        for (size_t i = at; i < end; ++i) {
-            const U reference = load<U>(base + i * sizeof(U));
-            const unsigned table = model.table_of[block_class][context_of(model, block_class, reference)];
-            uint32_t& state = from.states[i % model.streams];
-            const Slot slot = slots[table << probability_bits | (state & (scale - 1))];
-            state = (slot & 0xfff) * (state >> probability_bits) + (slot >> 12 & 0xfff);
-            if (state < low_state) {
-                if (from.words == from.words_end) return false;
-                state = state << 16 | load<uint16_t>(from.words);
-                from.words += 2;
-            }
-            const unsigned symbol = slot >> 24;
-            uint64_t z = symbol;
-            if (symbol >= direct) {
-                const unsigned bits = raw_bits(symbol);
-                if (!take(from, bits, z)) return false;
-                z |= uint64_t{2 | (symbol & 1)} << bits;
-            }
-            const U d = static_cast<U>(from_zigzag(static_cast<U>(z)) + offset_of(model, block_class, reference));
-            store(out + i * sizeof(U), from_delta(d, reference));
+        const uint8_t* lanes = base + at * sizeof(U);
+        uint8_t* to = out + at * sizeof(U);
+        if (block_class == equal_class) std::memcpy(to, lanes, (end - at) * sizeof(U));
+        if (block_class == patched_class && !read_patches(model, slots, from, lanes, end - at, to)) return false;
+        if (!is_dense(block_class)) continue;
+        for (size_t run = at; run < end; run += run_lanes) {
+            const size_t count = end - run < run_lanes ? end - run : run_lanes;
+            if (!read_run<U>(model, slots, block_class, from, base, run, count, out)) return false;
         }
     }
     return true;
 }
 
 void symbolize_any(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) noexcept {
-    switch (model.width) {
-        case 1:
-            return symbolize<uint8_t>(model, src, base, n, to);
-        case 2:
-            return symbolize<uint16_t>(model, src, base, n, to);
-        case 4:
-            return symbolize<uint32_t>(model, src, base, n, to);
-        default:
-            return symbolize<uint64_t>(model, src, base, n, to);
-    }
+    with_lane(model.width, [&](auto lane) { symbolize<decltype(lane)>(model, src, base, n, to); });
 }
 
 void write_any(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
                Sink& to) noexcept {
-    switch (model.width) {
-        case 1:
-            return write<uint8_t>(model, steps, block_classes, from, n, to);
-        case 2:
-            return write<uint16_t>(model, steps, block_classes, from, n, to);
-        case 4:
-            return write<uint32_t>(model, steps, block_classes, from, n, to);
-        default:
-            return write<uint64_t>(model, steps, block_classes, from, n, to);
-    }
+    with_lane(model.width, [&](auto lane) { write<decltype(lane)>(model, steps, block_classes, from, n, to); });
 }
 
 bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
               size_t first, size_t n, uint8_t* out) noexcept {
-    switch (model.width) {
-        case 1:
-            return read<uint8_t>(model, slots, block_classes, from, base, first, n, out);
-        case 2:
-            return read<uint16_t>(model, slots, block_classes, from, base, first, n, out);
-        case 4:
-            return read<uint32_t>(model, slots, block_classes, from, base, first, n, out);
-        default:
-            return read<uint64_t>(model, slots, block_classes, from, base, first, n, out);
-    }
+    return with_lane(model.width, [&](auto lane) {
+        return read<decltype(lane)>(model, slots, block_classes, from, base, first, n, out);
+    });
 }
 
 }  // namespace
 
-// Defined here, for the baseline CPU, since the classes of blocks are coded by it too.
+// Defined here, for the baseline CPU, since classes and patches are coded by them too.
 void code(const Step& step, uint32_t& state, uint8_t*& words) noexcept {
     const uint32_t frequency = step.packed & 0xfff;
     if (state >> (31 - probability_bits) >= frequency) {
         words -= 2;
-        store(words, static_cast<uint16_t>(state));
+        store(words, static_cast<std::uint16_t>(state));
         state >>= 16;
     }
     const auto quotient = static_cast<uint32_t>(uint64_t{state} * step.reciprocal >> 32) >> (step.packed >> 25);
     state += (step.packed >> 12 & 0x1fff) + quotient * (scale - frequency);
+}
+
+void code_bits(unsigned value, unsigned bits, uint32_t& state, uint8_t*& words) noexcept {
+    if (state >> (31 - bits) != 0) {
+        words -= 2;
+        store(words, static_cast<std::uint16_t>(state));
+        state >>= 16;
+    }
+    state = state << bits | value;
 }
 
 const Loops scalar_loops = {symbolize_any, measure, count, write_any, read_any};

@@ -3,13 +3,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "floats.hpp"
 #include "kernels.hpp"
+#include "lanes.hpp"
 #include "rans.hpp"
-
-static_assert(std::endian::native == std::endian::little, "chunks are little-endian and read in place");
 
 namespace lamella {
 namespace {
@@ -19,21 +17,6 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
-
-template <class T>
-T load(const uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <class U>
-constexpr U sign_bit = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
-
-template <class U>
-U ordered(U u) {
-    return (u & sign_bit<U>) ? static_cast<U>(u ^ (sign_bit<U> - 1)) : u;
-}
 
 template <class U>
 struct Plain {
@@ -49,16 +32,8 @@ struct Xor {
 
 template <class U>
 struct Residual {
-    static U forward(U x, U base) {
-        U d = static_cast<U>(ordered(x) - ordered(base));
-        if (base & sign_bit<U>) d = static_cast<U>(0 - d);
-        return static_cast<U>((d << 1) ^ ((d & sign_bit<U>) ? static_cast<U>(~U{0}) : U{0}));
-    }
-    static U inverse(U z, U base) {
-        U d = static_cast<U>((z >> 1) ^ (0 - (z & 1)));
-        if (base & sign_bit<U>) d = static_cast<U>(0 - d);
-        return ordered(static_cast<U>(ordered(base) + d));  // `ordered` is its own inverse
-    }
+    static U forward(U x, U base) { return zigzag(delta(x, base)); }
+    static U inverse(U z, U base) { return from_delta(from_zigzag(z), base); }
 };
 
 template <class U, template <class> class Relation>
@@ -76,37 +51,18 @@ void merge(const uint8_t* const* planes, const uint8_t* base, size_t n, uint8_t*
         const U b = base ? load<U>(base + i * sizeof(U)) : U{0};
         U z = 0;
         for (size_t p = 0; p < sizeof(U); ++p) z = static_cast<U>(z | (static_cast<U>(planes[p][i]) << (8 * p)));
-        const U x = Relation<U>::inverse(z, b);
-        std::memcpy(out + i * sizeof(U), &x, sizeof x);
+        store(out + i * sizeof(U), Relation<U>::inverse(z, b));
     }
 }
 
 template <template <class> class Relation>
 void split_any(const uint8_t* src, const uint8_t* base, size_t n, size_t width, uint8_t* planes) {
-    switch (width) {
-        case 1:
-            return split<uint8_t, Relation>(src, base, n, planes);
-        case 2:
-            return split<uint16_t, Relation>(src, base, n, planes);
-        case 4:
-            return split<uint32_t, Relation>(src, base, n, planes);
-        default:
-            return split<uint64_t, Relation>(src, base, n, planes);
-    }
+    with_lane(width, [&](auto lane) { split<decltype(lane), Relation>(src, base, n, planes); });
 }
 
 template <template <class> class Relation>
 void merge_any(const uint8_t* const* planes, const uint8_t* base, size_t n, size_t width, uint8_t* out) {
-    switch (width) {
-        case 1:
-            return merge<uint8_t, Relation>(planes, base, n, out);
-        case 2:
-            return merge<uint16_t, Relation>(planes, base, n, out);
-        case 4:
-            return merge<uint32_t, Relation>(planes, base, n, out);
-        default:
-            return merge<uint64_t, Relation>(planes, base, n, out);
-    }
+    with_lane(width, [&](auto lane) { merge<decltype(lane), Relation>(planes, base, n, out); });
 }
 
 void split_planes(const uint8_t* src, size_t n, size_t width, uint8_t* planes) noexcept {
