@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
+from benchmarks import chains, codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
 from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
 from lamella_engine.chunking import grid
@@ -301,6 +301,21 @@ def test_torch_and_lamella_measure_the_same_distances(
         assert shared["base", "main-1"] < shared["base", "frozen-1"] < shared["base", distance.PART] < 1
         assert distance.table(rows, "tiny").row_count == len(rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chains_are_as_deep_as_their_bounds_allow(base: Path, tmp_path: Path):
+    fine_tune = corpora.FineTunes(base, tmp_path / "data", steps=4, seed=0).chain(4)
+    gpt_run = corpora.Pretrainings(SHAPE, tmp_path / "data", steps=10, seed=0).chain(2)
+    assert [len({path.read_bytes() for path in paths}) for paths in (fine_tune, gpt_run)] == [4, 2]
+    all_bounds = [chains.Bounds(0), chains.Bounds(2), chains.Bounds(3), chains.Bounds(3, longest_chain=1)]
+    results = chains.measure(fine_tune, torch.bfloat16, all_bounds, folder=tmp_path, rounds=1)
+    full, shallow, deep, short = (results[bounds] for bounds in all_bounds)
+    assert [full.depths, shallow.depths, deep.depths] == [[0] * 4, [0, 1, 2, 2], [0, 1, 2, 3]]
+    assert max(short.depths) == 1  # only one more delta like a known one can be too long
+    assert deep.stored_nbytes < full.stored_nbytes
+    assert deep.read_nbytes[0] == full.read_nbytes[0] < deep.read_nbytes[-1]
+    assert chains.table(results, "tiny").row_count == len(all_bounds)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_every_coder_gives_back_a_pair_and_the_missing_are_left_out(pairs: dict[str, Pair], tmp_path: Path):
