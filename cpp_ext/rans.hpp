@@ -79,6 +79,7 @@ struct Model {
     std::int32_t offsets[contexts];
     unsigned tables;
     TableMap table_of;
+    unsigned patches;  // the encoder's choice: 0, or most_patches
 };
 
 // Where a drifting lane's context and offset are: the five bits above this one, the highest of a float32's mantissa.
@@ -145,16 +146,18 @@ struct Sink {
     std::size_t patching;  // how many symbols of patched blocks are left to write
 };
 
-// Blocks with no more changed lanes than this are patched. A patch costs 7 bits to say where it is, and reading one
-// about as long as reading ten lanes of a dense block.
+// Blocks with no more changed lanes than this are patched, unless dense ones take fewer bits. A patch costs 7 bits to
+// say where it is, and reading one about as long as reading ten lanes of a dense block.
 inline constexpr unsigned most_patches = 8;
 inline constexpr std::uint8_t end_of_patches = 0;
+inline constexpr unsigned position_bits = 7;
+static_assert(block_lanes == 1u << position_bits);
 
 // The loops over lanes; both variants have the same.
 struct Loops {
     // Residuals, symbols and contexts of n lanes. `model` says shift, low and drift; a block drifts if
     // three quarters of its symbols are direct then, and the sum of all is smaller. It is patched if at most
-    // most_patches of its lanes, and no more than one in block_lanes / most_patches, differ from the base.
+    // `patches` of its lanes, as many for each lane of a shorter block, differ from the base.
     void (*symbolize)(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t n,
                       const Symbols& to) noexcept;
 
@@ -277,7 +280,7 @@ void code(const Step& step, std::uint32_t& state, std::uint8_t*& words) noexcept
 void code_bits(unsigned value, unsigned bits, std::uint32_t& state, std::uint8_t*& words) noexcept;
 
 // Whether a block of `count` lanes is patched; then its patches are listed.
-bool find_patches(const std::uint8_t* src, const std::uint8_t* base, std::size_t count, std::size_t width,
+bool find_patches(const Model& model, const std::uint8_t* src, const std::uint8_t* base, std::size_t count,
                   const Symbols& block) noexcept;
 
 // Count the symbols of all patched blocks of n lanes as Loops::count does; returns how many there are. Their contexts

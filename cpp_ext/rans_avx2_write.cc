@@ -60,11 +60,11 @@ uint64_t sum_of_bytes(Vector v) {
     return static_cast<uint64_t>(_mm_cvtsi128_si64(halves)) + static_cast<uint64_t>(_mm_extract_epi64(halves, 1));
 }
 
-// How many lanes of a block differ, up to the first more than most_patches.
+// How many lanes of a block differ, up to the first more than `most`.
 template <size_t W>
-unsigned count_changed(const uint8_t* a, const uint8_t* b) {
+unsigned count_changed(const uint8_t* a, const uint8_t* b, unsigned most) {
     unsigned changed = 0;
-    for (size_t i = 0; i < block_lanes * W && changed <= most_patches; i += 64) {
+    for (size_t i = 0; i < block_lanes * W && changed <= most; i += 64) {
         const int first = _mm256_movemask_epi8(Lanes<W>::equal(load_vector(a + i), load_vector(b + i)));
         const int second = _mm256_movemask_epi8(Lanes<W>::equal(load_vector(a + i + 32), load_vector(b + i + 32)));
         changed += (64 - count(first) - count(second)) / static_cast<unsigned>(W);
@@ -106,10 +106,10 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
     for (; at + block_lanes <= n; at += block_lanes) {
         const uint8_t *x = src + at * W, *b = base + at * W;
         const Symbols block = from_lane(to, at, W);
-        const unsigned changed = count_changed<W>(x, b);
-        if (changed <= most_patches) {
+        const unsigned changed = count_changed<W>(x, b, model.patches);
+        if (changed <= model.patches) {
             *block.kinds = static_cast<uint8_t>(changed == 0 ? equal_class : patched_class);
-            if (changed != 0) find_patches(x, b, block_lanes, W, block);
+            if (changed != 0) find_patches(model, x, b, block_lanes, block);
             continue;
         }
         *block.kinds = ordinary_kind;

@@ -12,9 +12,6 @@ using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned position_bits = 7;
-static_assert(block_lanes == 1u << position_bits);
-
 unsigned context_of_patch(size_t before) { return before < contexts ? static_cast<unsigned>(before) : contexts - 1; }
 
 // Lanes of one block that differ, ascending; how many, or one more than `most`.
@@ -40,8 +37,7 @@ unsigned find_changed(const uint8_t* src, const uint8_t* base, size_t count, uns
 }
 
 template <class U>
-bool find_patches(const uint8_t* src, const uint8_t* base, size_t count, const Symbols& block) {
-    const auto most = static_cast<unsigned>(count / (block_lanes / most_patches));
+bool find_patches(const uint8_t* src, const uint8_t* base, size_t count, unsigned most, const Symbols& block) {
     const unsigned found = find_changed<U>(src, base, count, most, block.contexts);
     if (found > most) return false;
     for (unsigned j = 0; j < found; ++j) {
@@ -107,8 +103,11 @@ bool read(const Model& model, const Slot* slots, Source& from, const uint8_t* ba
 
 }  // namespace
 
-bool find_patches(const uint8_t* src, const uint8_t* base, size_t count, size_t width, const Symbols& block) noexcept {
-    return with_lane(width, [&](auto lane) { return find_patches<decltype(lane)>(src, base, count, block); });
+bool find_patches(const Model& model, const uint8_t* src, const uint8_t* base, size_t count,
+                  const Symbols& block) noexcept {
+    const auto most = static_cast<unsigned>(count * model.patches / block_lanes);
+    return with_lane(model.width,
+                     [&](auto lane) { return find_patches<decltype(lane)>(src, base, count, most, block); });
 }
 
 size_t count_patches(const Symbols& of, size_t n, size_t width, uint32_t* counters) noexcept {

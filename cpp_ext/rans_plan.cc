@@ -122,8 +122,10 @@ Layouts layouts_of(size_t width) {
 // The chunk's first lanes and a few from all over it.
 constexpr size_t sampled_runs = 16, sampled_blocks = 2;
 
-Cost sampled_cost(Plan& plan) {
-    std::memset(plan.counts, 0, contexts * plan.stride * sizeof *plan.counts);
+// Of lanes that are not patched, by their contexts, and of patches, by their places; also how many blocks are patched.
+Cost sampled_cost(Plan& plan, uint64_t& patched) {
+    uint64_t patches = 0;
+    std::memset(plan.counts, 0, (contexts + 1) * plan.stride * sizeof *plan.counts);
     const size_t run = sampled_blocks * block_lanes;
     const size_t runs = std::clamp<size_t>(plan.n / run, 1, sampled_runs);
     for (size_t r = 0; r < runs; ++r) {
@@ -131,18 +133,24 @@ Cost sampled_cost(Plan& plan) {
         const size_t count = std::min(run, plan.n - at);
         plan.loops.symbolize(plan.model, plan.src + at * plan.width, plan.base + at * plan.width, count, plan.lanes);
         for (size_t i = 0; i < count; ++i) {
-            if (is_dense(plan.lanes.kinds[i / block_lanes])) {
-                ++plan.counts_of(0, plan.lanes.contexts[i])[plan.lanes.symbols[i]];
+            const unsigned kind = plan.lanes.kinds[i / block_lanes];
+            if (is_dense(kind)) ++plan.counts_of(0, plan.lanes.contexts[i])[plan.lanes.symbols[i]];
+            if (kind != patched_class || i % block_lanes != 0) continue;
+            ++patched;
+            for (size_t j = i; plan.lanes.symbols[j] != end_of_patches; ++j) {
+                ++plan.counts_of(1, 0)[plan.lanes.symbols[j]];
+                ++patches;
             }
         }
     }
+    if (patched != 0) plan.counts_of(1, 0)[end_of_patches] = static_cast<uint32_t>(patched);
     // What a symbol costs in a table, as far as the sample has to pay for it.
     const Cost of_symbol = static_cast<Cost>(5 * one_bit * std::min(runs * run, plan.n) / plan.n);
-    Cost cost = 0;
-    for (unsigned c = 0; c < contexts; ++c) {
+    Cost cost = static_cast<Cost>(patches) * position_bits * one_bit;
+    for (unsigned c = 0; c <= contexts; ++c) {  // the last is that of patches
         uint64_t total = 0;
         for (unsigned s = 0; s < symbol_count(plan.width); ++s) {
-            const uint32_t count = plan.counts_of(0, c)[s];
+            const uint32_t count = plan.counts_of(0, 0)[c * plan.stride + s];
             total += count;
             cost -= entropy_term(count);
             if (count != 0) cost += of_symbol;
@@ -152,6 +160,7 @@ Cost sampled_cost(Plan& plan) {
     return cost;
 }
 
+// Where small lanes change and large ones do not, contexts tell more of it than the places of patches would cost.
 void choose_contexts(Plan& plan) {
     const Layouts layouts = layouts_of(plan.width);
     Cost least = 0;
@@ -159,8 +168,13 @@ void choose_contexts(Plan& plan) {
     for (unsigned i = 0; i < layouts.count; ++i) {
         plan.model.shift = layouts.mantissa_bits[i];
         plan.model.low = lowest_context(plan.base, plan.n, plan.width, plan.model.shift, plan.counts);
-        const Cost cost = layouts.count == 1 ? 0 : sampled_cost(plan);
-        if (i == 0 || cost < least) least = cost, best = plan.model;
+        for (const unsigned patches : {most_patches, 0u}) {
+            plan.model.patches = patches;
+            uint64_t patched = 0;
+            const Cost cost = sampled_cost(plan, patched);
+            if ((i == 0 && patches != 0) || cost < least) least = cost, best = plan.model;
+            if (patched == 0) break;  // without patches it would be the same
+        }
     }
     plan.model = best;
 }

@@ -56,7 +56,7 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
         kind = equal_class;
         if (std::memcmp(x, b, count * sizeof(U)) == 0) continue;
         kind = patched_class;
-        if (find_patches(x, b, count, sizeof(U), from_lane(to, at, sizeof(U)))) continue;
+        if (find_patches(model, x, b, count, from_lane(to, at, sizeof(U)))) continue;
         kind = static_cast<uint8_t>(drifts<U>(model, x, b, count) ? drift_class : ordinary_kind);
         for (size_t j = 0; j < count; ++j) {
             const U reference = load<U>(b + j * sizeof(U));
