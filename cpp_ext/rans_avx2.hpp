@@ -1,5 +1,5 @@
 // What reading and writing the lanes of dense blocks with AVX2 share. Lanes have up to four bytes here, and there are
-// at least 8 streams; what is left, the last block if it is short included, goes through the scalar loops. See avx2.cc
+// at least 16 streams; what is left, the last block if it is short included, goes through the scalar loops. See avx2.cc
 // for the rules of such a file.
 #pragma once
 
@@ -29,8 +29,14 @@ void store_vector(uint8_t* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<V
 void store_vector(uint32_t* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<Vector*>(p), v); }
 
 Vector all(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
-int mask_of(Vector v) { return _mm256_movemask_ps(_mm256_castsi256_ps(v)); }
-unsigned count(int mask) { return static_cast<unsigned>(_mm_popcnt_u32(static_cast<unsigned>(mask))); }
+unsigned mask_of(Vector v) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(v))); }
+unsigned count(unsigned mask) { return static_cast<unsigned>(_mm_popcnt_u32(mask)); }
+
+// Lanes of b where `by` is negative, else of a.
+Vector choose(Vector a, Vector b, Vector by) {
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), _mm256_castsi256_ps(by)));
+}
 
 // Four registers of 32-bit lanes below 256 to one of bytes, in order.
 Vector pack(Vector a, Vector b, Vector c, Vector d) {
@@ -158,14 +164,10 @@ struct Offsets {
     }
     Vector operator()(Vector base) const {
         const Vector bin = drift_bins(base);
-        const auto select = [](Vector a, Vector b, Vector by) {
-            return _mm256_castps_si256(
-                _mm256_blendv_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), _mm256_castsi256_ps(by)));
-        };
         Vector found[4];
         for (int i = 0; i < 4; ++i) found[i] = _mm256_permutevar8x32_epi32(quarters[i], bin);
         const Vector bit3 = _mm256_slli_epi32(bin, 28), bit4 = _mm256_slli_epi32(bin, 27);
-        return select(select(found[0], found[1], bit3), select(found[2], found[3], bit3), bit4);
+        return choose(choose(found[0], found[1], bit3), choose(found[2], found[3], bit3), bit4);
     }
 };
 

@@ -26,21 +26,29 @@ constexpr Spread make_spread() {
 }
 constexpr Spread spread = make_spread();
 
-// The slots at eight places, by single loads: gathers are no faster on the CPUs that this was measured on, nor is
-// taking the places through memory.
-[[gnu::always_inline]] inline Vector gather(const Slot* slots, Vector places) {
-    const auto four = [slots](__m128i of) {
-        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(of));
-        const auto b = static_cast<uint64_t>(_mm_extract_epi64(of, 1));
-        const auto slot = [slots](uint64_t i) { return static_cast<int>(slots[i]); };
-        __m128i v = _mm_cvtsi32_si128(slot(a & 0xffffffff));
-        v = _mm_insert_epi32(v, slot(a >> 32), 1);
-        v = _mm_insert_epi32(v, slot(b & 0xffffffff), 2);
-        return _mm_insert_epi32(v, slot(b >> 32), 3);
-    };
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(four(_mm256_castsi256_si128(places))),
-                                   four(_mm256_extracti128_si256(places, 1)), 1);
-}
+// Two registers of slots, at sixteen places of 16 bits each: those of the first register and of the second alternate.
+// By single loads: gathers are slower on the CPUs that this was measured on. What they wait for is the way from vectors
+// to addresses, so four places go it at a time.
+struct Slots {
+    Vector first, second;
+    [[gnu::always_inline]] Slots(const Slot* slots, Vector places) {
+        const __m128i low = _mm256_castsi256_si128(places), high = _mm256_extracti128_si256(places, 1);
+        const auto a = static_cast<uint64_t>(_mm_cvtsi128_si64(low)),
+                   b = static_cast<uint64_t>(_mm_extract_epi64(low, 1));
+        const auto c = static_cast<uint64_t>(_mm_cvtsi128_si64(high)),
+                   d = static_cast<uint64_t>(_mm_extract_epi64(high, 1));
+        const auto four = [slots](uint64_t p, uint64_t q) {
+            const auto slot = [slots](uint64_t i) { return _mm_cvtsi32_si128(static_cast<int>(slots[i & 0xffff])); };
+            return _mm_unpacklo_epi64(_mm_unpacklo_epi32(slot(p), slot(p >> 32)),
+                                      _mm_unpacklo_epi32(slot(q), slot(q >> 32)));
+        };
+        const auto join = [](__m128i lower, __m128i upper) {
+            return _mm256_inserti128_si256(_mm256_castsi128_si256(lower), upper, 1);
+        };
+        first = join(four(a, b), four(c, d));
+        second = join(four(a >> 16, b >> 16), four(c >> 16, d >> 16));
+    }
+};
 
 // Words of a source, such that a whole block can be read before anything is checked: near their end, reading goes on in
 // a copy with zeros after it.
@@ -77,31 +85,38 @@ struct Window {
 // Gives those states a word that are too low.
 template <size_t R>
 [[gnu::always_inline]] inline void refill(Vector (&states)[R], const uint8_t*& words) {
-    Vector needy[R];
-    int sets[R];
+    Vector negative_if_low[R];
+    unsigned sets[R];
     for (size_t r = 0; r < R; ++r) {
-        needy[r] = _mm256_cmpgt_epi32(all(low_state), states[r]);
-        sets[r] = mask_of(needy[r]);
+        negative_if_low[r] = _mm256_sub_epi32(states[r], all(low_state));
+        sets[r] = mask_of(negative_if_low[r]);
     }
     for (size_t r = 0; r < R; ++r) {
         const Vector next = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
         const Vector given = _mm256_shuffle_epi8(next, load_vector(spread.of_set[sets[r]]));
-        words += 2 * count(sets[r]);
-        states[r] = _mm256_or_si256(_mm256_sllv_epi32(states[r], _mm256_and_si256(needy[r], all(16))), given);
+        words += 2 * size_t{count(sets[r])};
+        states[r] = choose(states[r], _mm256_or_si256(_mm256_slli_epi32(states[r], 16), given), negative_if_low[r]);
     }
 }
 
-// Decodes one symbol with each state; `tables` are where the tables of their lanes begin among the slots.
+// Decodes one symbol with each state. `tables` are where the tables of their lanes begin among the slots, in the order
+// that Slots wants.
 template <size_t R>
 [[gnu::always_inline]] inline void take_symbols(Vector (&states)[R], const Vector* tables, const Slot* slots,
                                                 const uint8_t*& words, Vector* symbols) {
-    for (size_t r = 0; r < R; ++r) {
-        const Vector slot = gather(slots, _mm256_or_si256(tables[r], _mm256_and_si256(states[r], all(scale - 1))));
+    const auto step = [](Vector& state, Vector slot) {
         const Vector frequency = _mm256_and_si256(slot, all(0xfff));
         const Vector rest = _mm256_and_si256(_mm256_srli_epi32(slot, 12), all(0xfff));
-        const Vector quotient = _mm256_srli_epi32(states[r], probability_bits);
-        states[r] = _mm256_add_epi32(_mm256_mullo_epi32(frequency, quotient), rest);
-        symbols[r] = _mm256_srli_epi32(slot, 24);
+        const Vector quotient = _mm256_srli_epi32(state, probability_bits);
+        state = _mm256_add_epi32(_mm256_mullo_epi32(frequency, quotient), rest);
+        return _mm256_srli_epi32(slot, 24);
+    };
+    for (size_t r = 0; r < R; r += 2) {
+        const Vector pairs = _mm256_blend_epi16(states[r], _mm256_slli_epi32(states[r + 1], 16), 0xaa);
+        const Vector in_table = _mm256_and_si256(pairs, _mm256_set1_epi16(scale - 1));
+        const Slots found(slots, _mm256_or_si256(tables[r / 2], in_table));
+        symbols[r] = step(states[r], found.first);
+        symbols[r + 1] = step(states[r + 1], found.second);
     }
     refill(states, words);
 }
@@ -170,7 +185,9 @@ struct Tables {
     }
 };
 
-// One dense block. R registers hold the states.
+// One dense block. R registers hold the states. What needs no state is done before and after, for the whole block: the
+// CPU sees so many instructions ahead, and with the ones that wait for each other alone among them it sees more of
+// them.
 template <size_t W, size_t R, bool Drift>
 void read_block(const Model& model, const Slot* slots, const uint8_t* tables, Vector (&states)[R], Window& from,
                 const uint8_t* base, uint8_t* out) {
@@ -178,29 +195,40 @@ void read_block(const Model& model, const Slot* slots, const uint8_t* tables, Ve
     const Lookup table_of(tables);
     const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(model.shift));
     const uint32_t lowest = model.low;
-    // Which byte of 16 goes to bits 8 to 15 of each of eight lanes.
-    const Vector first_eight = _mm256_setr_epi32(0x80800080, 0x80800180, 0x80800280, 0x80800380, 0x80800480, 0x80800580,
-                                                 0x80800680, 0x80800780);
-    const Vector second_eight = _mm256_or_si256(first_eight, all(0x0800));
-    for (size_t i = 0; i < block_lanes * W; i += run_lanes * W) {
-        const Vector found = table_of(contexts_of<W, Drift>(base + i, shift, lowest));
-        const Vector low = _mm256_permute4x64_epi64(found, 0x44), high = _mm256_permute4x64_epi64(found, 0xee);
-        const Vector places[4] = {_mm256_shuffle_epi8(low, first_eight), _mm256_shuffle_epi8(low, second_eight),
-                                  _mm256_shuffle_epi8(high, first_eight), _mm256_shuffle_epi8(high, second_eight)};
+    // Of 16 tables in either half of a register, those of lanes i and i + 8 side by side, in the upper halves of 16
+    // bits.
+    const Vector pairs = _mm256_add_epi32(
+        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(0x01000100)), all(0x08800080));
+    constexpr size_t runs = block_lanes / run_lanes;
+    Vector places[runs][2], residuals[runs][W];
+    for (size_t i = 0; i < runs; ++i) {
+        const Vector found = table_of(contexts_of<W, Drift>(base + i * run_lanes * W, shift, lowest));
+        places[i][0] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(found, 0x44), pairs);
+        places[i][1] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(found, 0xee), pairs);
+    }
+    for (size_t i = 0; i < runs; ++i) {
         Vector z[4];
-        for (size_t j = 0; j < 4; j += R) take_symbols(states, places + j, slots, words, z + j);
+        for (size_t j = 0; j < 4; j += R) take_symbols(states, places[i] + j / 2, slots, words, z + j);
         const Vector any = _mm256_or_si256(_mm256_or_si256(z[0], z[1]), _mm256_or_si256(z[2], z[3]));
         if (!_mm256_testz_si256(any, all(~(direct - 1)))) add_raw_bits<W>(z, states, words);
-        Vector residuals[W];
-        Lanes<W>::narrow(z, residuals);
-        for (size_t j = 0; j < W; ++j) {
-            const Vector lanes = load_vector(base + i + 32 * j);
-            Vector offset = _mm256_setzero_si256();
-            if constexpr (Drift) offset = Offsets(model)(lanes);
-            store_vector(out + i + 32 * j, lanes_of<W>(residuals[j], lanes, offset));
-        }
+        Lanes<W>::narrow(z, residuals[i]);
+    }
+    for (size_t i = 0; i < runs * W; ++i) {
+        const Vector lanes = load_vector(base + 32 * i);
+        Vector offset = _mm256_setzero_si256();
+        if constexpr (Drift) offset = Offsets(model)(lanes);
+        store_vector(out + 32 * i, lanes_of<W>(residuals[i / W][i % W], lanes, offset));
     }
     from.words = words;
+}
+
+// Waiting for memory would add to waiting for states, where the CPU does not see far enough ahead by itself.
+constexpr size_t fetched_ahead = 4;  // blocks
+void fetch(const uint8_t* base, uint8_t* out, size_t at, size_t nbytes) {
+    for (size_t i = at; i < at + nbytes; i += 64) {
+        __builtin_prefetch(base + i);
+        __builtin_prefetch(out + i, 1);
+    }
 }
 
 // Dense blocks from `first` to before `end`. False if the words end before they do.
@@ -214,6 +242,7 @@ bool read_dense(const Model& model, const Slot* slots, const Tables& tables, con
         uint8_t* to = out + k * block_lanes * W;
         const uint8_t* of_class = tables.of_class[block_classes[k]];
         window.prepare_block();
+        fetch(base, out, (k + fetched_ahead < end ? k + fetched_ahead : end - 1) * block_lanes * W, block_lanes * W);
         if (W == 4 && block_classes[k] == drift_class) {
             read_block<W, R, W == 4>(model, slots, of_class, states, window, lanes, to);
         } else {
@@ -258,8 +287,6 @@ template <size_t W>
 bool read_streams(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from,
                   const uint8_t* base, size_t first, size_t n, uint8_t* out) {
     switch (has_byte_magnitudes<W>(model) ? model.streams : 0) {
-        case 8:
-            return read<W, 1>(model, slots, block_classes, from, base, first, n, out);
         case 16:
             return read<W, 2>(model, slots, block_classes, from, base, first, n, out);
         case 32:

@@ -6,6 +6,8 @@
 namespace lamella::rans {
 namespace {
 
+unsigned mask_of_bytes(Vector v) { return static_cast<unsigned>(_mm256_movemask_epi8(v)); }
+
 // See lanes_of in rans_avx2_read.cc, of which this is the inverse.
 template <size_t W>
 Vector residuals_of(Vector x, Vector base, Vector offset) {
@@ -65,8 +67,8 @@ template <size_t W>
 unsigned count_changed(const uint8_t* a, const uint8_t* b, unsigned most) {
     unsigned changed = 0;
     for (size_t i = 0; i < block_lanes * W && changed <= most; i += 64) {
-        const int first = _mm256_movemask_epi8(Lanes<W>::equal(load_vector(a + i), load_vector(b + i)));
-        const int second = _mm256_movemask_epi8(Lanes<W>::equal(load_vector(a + i + 32), load_vector(b + i + 32)));
+        const unsigned first = mask_of_bytes(Lanes<W>::equal(load_vector(a + i), load_vector(b + i)));
+        const unsigned second = mask_of_bytes(Lanes<W>::equal(load_vector(a + i + 32), load_vector(b + i + 32)));
         changed += (64 - count(first) - count(second)) / static_cast<unsigned>(W);
     }
     return changed;
@@ -93,7 +95,7 @@ uint64_t symbolize_block(const uint8_t* x, const uint8_t* base, const Offsets& o
 unsigned count_direct(const uint8_t* symbols) {
     unsigned found = 0;
     for (size_t i = 0; i < block_lanes; i += 32) {
-        found += count(_mm256_movemask_epi8(_mm256_cmpgt_epi8(_mm256_set1_epi8(direct), load_vector(symbols + i))));
+        found += count(mask_of_bytes(_mm256_cmpgt_epi8(_mm256_set1_epi8(direct), load_vector(symbols + i))));
     }
     return found;
 }
@@ -221,7 +223,7 @@ constexpr Squeeze squeeze = make_squeeze();
 
 // The words that those of eight states give away that are not to keep all, and the states after it.
 [[gnu::always_inline]] inline Vector give(Vector state, Vector keeps, uint8_t*& words) {
-    const int giving = ~mask_of(keeps) & 0xff;
+    const unsigned giving = ~mask_of(keeps) & 0xff;
     const Vector order =
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(squeeze.lane_of[giving])));
     const Vector given = _mm256_and_si256(_mm256_permutevar8x32_epi32(state, order), all(0xffff));
@@ -299,7 +301,7 @@ void write_dense(const Model& model, const Step* steps, const uint8_t* block_cla
             const Vector tables = table_of(load_vector(from.contexts + i)), symbols = load_vector(from.symbols + i);
             alignas(32) uint64_t at[8];
             numbers_of<W>(tables, symbols, at);
-            if (_mm256_movemask_epi8(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))) != 0) {
+            if (mask_of_bytes(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))) != 0) {
                 code_raw_bits<W>(from.symbols + i, from.residuals + i * W, states, words);
             }
             code_symbols(states[3 % R], at + 6, steps, words);
@@ -334,8 +336,6 @@ template <size_t W>
 void write_streams(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
                    Sink& to) {
     switch (model.streams) {
-        case 8:
-            return write<W, 1>(model, steps, block_classes, from, n, to);
         case 16:
             return write<W, 2>(model, steps, block_classes, from, n, to);
         case 32:

@@ -496,7 +496,7 @@ void write_classes(const Step* class_steps, const uint8_t* block_classes, size_t
 unsigned streams_for(size_t coded_lanes) {
     if (coded_lanes < 1 << 10) return 1;
     if (coded_lanes < 1 << 13) return 4;
-    if (coded_lanes < 1 << 15) return 8;
+    if (coded_lanes < 1 << 15) return 16;
     return 32;
 }
 
