@@ -158,7 +158,14 @@ class _Material:
 
     def job(self, coder: str) -> Job:
         """Return what a coder has to do."""
-        return Job(coder, str(self._scratch), self._pair.dtype, self._width, self._runs(coder))
+        runs = self._runs(coder)
+        guides = [self._guide(start) for start, _ in runs]
+        return Job(coder, str(self._scratch), self._pair.dtype, self._width, runs, guides)
+
+    def _guide(self, start: int) -> int | None:
+        """Return where the second moments of first moments begin: both parts have the same tensors in one order."""
+        first, stop = self._spans.get("m", (0, 0))
+        return self._spans["v"][0] + start - first if first <= start < stop else None
 
     def sizes(self, stored: Mapping[str, Sequence[int]]) -> list[Size]:
         """Return the sizes of the whole and of its parts from those of each run, by coder."""

@@ -43,6 +43,8 @@ class Job:
     """Bytes of a value."""
     runs: Sequence[tuple[int, int]]
     """First and one past the last byte of each, in both files."""
+    guides: Sequence[int | None]
+    """Of runs of first moments, the first byte of their second moments in ``child``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,11 @@ class Coder:
         self.dtype = job.dtype
         self.width = job.width
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
-        """Return what is stored of a run."""
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
+        """Return what is stored of a run. ``guide``, as long as the run, is what an optimizer keeps beside it."""
         raise NotImplementedError
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
         """Write the run to ``out``."""
         raise NotImplementedError
 
@@ -90,20 +92,20 @@ class Zstd(Coder):
         self._compress = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress
         self._decompress = zstandard.ZstdDecompressor().decompress
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
         return self._compress(child)
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
         out[:] = np.frombuffer(self._decompress(stored), np.uint8)
 
 
 class Planes(Zstd):
     """Byte planes, each ``zstd -3``, without a base."""
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
         return [self._compress(plane) for plane in np.ascontiguousarray(child.reshape(-1, self.width).T)]
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
         for number, frame in enumerate(stored):
             out[number :: self.width] = np.frombuffer(self._decompress(frame), np.uint8)
 
@@ -114,11 +116,11 @@ class Planes(Zstd):
 class BitX(Planes):
     """As ZipLLM publishes it: XOR with the base, byte planes, each ``zstd -3``."""
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
-        return super().encode(child ^ base, base)
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
+        return super().encode(child ^ base, base, guide)
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
-        super().decode(stored, base, out)
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
+        super().decode(stored, base, guide, out)
         out ^= base
 
 
@@ -131,10 +133,10 @@ class ZipNN(Coder):
         super().__init__(job)
         self._codec = import_module("zipnn").ZipNN(bytearray_dtype=self.dtype, threads=1)
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
         return self._codec.compress(bytearray(child))
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
         out[:] = np.frombuffer(self._codec.decompress(stored), np.uint8)
 
 
@@ -149,10 +151,10 @@ class Pcodec(Coder):
         self._configuration = pcodec.ChunkConfig(compression_level=_PCODEC_LEVEL)
         self._integers = np.dtype(f"<i{self.width}")
 
-    def encode(self, child: _Bytes, base: _Bytes) -> Any:
+    def encode(self, child: _Bytes, base: _Bytes, guide: _Bytes | None) -> Any:
         return self._standalone.simple_compress(self._ordered(child) - self._ordered(base), self._configuration)
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
         values = out.view(self._integers)
         self._standalone.simple_decompress_into(stored, values)
         values += self._ordered(base)
@@ -175,11 +177,12 @@ class Lamella(Coder):
         super().__init__(job)
         self._codecs = import_module("lamella_engine.codecs")
 
-    def encode(self, child: _Bytes, base: _Bytes | None) -> Any:
-        return self._codecs.encode(child, width=self.width, floating=True, base=base)
+    def encode(self, child: _Bytes, base: _Bytes | None, guide: _Bytes | None) -> Any:
+        return self._codecs.encode(child, width=self.width, floating=True, base=base, guide=guide)
 
-    def decode(self, stored: Any, base: _Bytes, out: _Bytes) -> None:
-        self._codecs.decode(stored.encoding, stored.payload, out, width=self.width, base=base)
+    def decode(self, stored: Any, base: _Bytes, guide: _Bytes | None, out: _Bytes) -> None:
+        against = guide if stored.against is self._codecs.Against.GUIDE else base
+        self._codecs.decode(stored.encoding, stored.payload, out, width=self.width, base=against)
 
     def nbytes(self, stored: Any) -> int:
         return len(stored.payload)
@@ -188,8 +191,8 @@ class Lamella(Coder):
 class LamellaAlone(Lamella):
     """Lamella's codec without a base."""
 
-    def encode(self, child: _Bytes, base: _Bytes | None) -> Any:
-        return super().encode(child, None)
+    def encode(self, child: _Bytes, base: _Bytes | None, guide: _Bytes | None) -> Any:
+        return super().encode(child, None, None)
 
 
 CODERS: Mapping[str, type[Coder]] = {
@@ -209,7 +212,10 @@ class Bench:
     def __init__(self, job: Job, coder: Coder) -> None:
         self._coder = coder
         child, base = (np.fromfile(Path(job.folder, name), np.uint8) for name in ("child", "base"))
-        self._runs = [(child[start:stop], base[start:stop]) for start, stop in job.runs]
+        self._runs = [
+            (child[start:stop], base[start:stop], None if guide is None else child[guide : guide + stop - start])
+            for (start, stop), guide in zip(job.runs, job.guides, strict=True)
+        ]
         self._stored: list[Any] = [None] * len(self._runs)
         self._ring = np.zeros(_RING_NBYTES, np.uint8)
         self._outs = list(self._places())
@@ -225,13 +231,13 @@ class Bench:
 
     def _places(self) -> Iterator[_Bytes]:
         at = 0
-        for child, _ in self._runs:
+        for child, _, _ in self._runs:
             at = 0 if at + child.size > self._ring.size else at
             yield self._ring[at : at + child.size]
             at += -(-child.size // 64) * 64
 
     def _check(self) -> list[int]:
-        for number, (child, _) in enumerate(self._runs):
+        for number, (child, _, _) in enumerate(self._runs):
             self._encode(number)
             self._outs[number].fill(0xA5)
             self._decode(number)
@@ -243,7 +249,8 @@ class Bench:
         self._stored[number] = self._coder.encode(*self._runs[number])
 
     def _decode(self, number: int) -> None:
-        self._coder.decode(self._stored[number], self._runs[number][1], self._outs[number])
+        _, base, guide = self._runs[number]
+        self._coder.decode(self._stored[number], base, guide, self._outs[number])
 
     def _copy(self, number: int) -> None:
         self._outs[number][:] = self._runs[number][0]

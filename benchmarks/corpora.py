@@ -10,6 +10,8 @@ several learning rates, with and without weight decay, one continued and one fro
 a merged LoRA; a GPT trained from scratch, with the state of its optimizer; and two models that have nothing to do with
 each other.
 
+*Chains* are what bounds are chosen on: many checkpoints of one run, one after another.
+
 Every precision is the same run over float32 weights, rounded when it is saved, as mixed-precision training does.
 
     python -m benchmarks.corpora [--seed N]     make the pairs of a seed, and list them
@@ -166,6 +168,15 @@ class Pair:
     child: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Checkpoints of one run, each some steps after the one before."""
+
+    name: str
+    paths: tuple[Path, ...]
+    """``.safetensors`` files in float32, oldest first."""
+
+
 LARGE, SMALL = gpt.Shape(layers=6, width=384), gpt.Shape(layers=5, width=320)
 
 TUNING_STEPS = 50
@@ -173,6 +184,11 @@ TUNING_STEPS = 50
 
 PRETRAINING_STEPS = 400
 """Steps that a GPT's learning rate is planned for; a checkpoint comes every tenth of them."""
+
+CHAIN_LENGTH = 33
+"""Checkpoints of a chain: the longest that the format allows, 31 deltas on a full one, and the beginning of another."""
+
+_CHAINED_STEPS = 8 * CHAIN_LENGTH  # of a fine-tune; of a GPT, all that it is trained: every 12th
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -203,6 +219,22 @@ def pairs(
     yield from runs.pairs()
     shape = SMALL if seed else LARGE
     yield from Pretrainings(shape, data, steps=PRETRAINING_STEPS, seed=seed, wanted=wanted, report=report).pairs()
+
+
+def chains(
+    data: Path = DATA,
+    *,
+    seed: int = 0,
+    wanted: Callable[[str], bool] = lambda _: True,
+    report: Callable[[str], None] = lambda _: None,
+) -> Iterator[Chain]:
+    """Yield a fine-tune of MiniLM and the training of a ``SMALL`` GPT, in 4 GB; arguments as for ``pairs``."""
+    if wanted(name := "fine-tune"):
+        tunes = FineTunes(minilm.shipped(), data, steps=_CHAINED_STEPS, seed=seed, report=report)
+        yield Chain(name, tunes.chain(CHAIN_LENGTH))
+    if wanted(name := "gpt"):
+        trainings = Pretrainings(SMALL, data, steps=PRETRAINING_STEPS, seed=seed, report=report)
+        yield Chain(name, trainings.chain(CHAIN_LENGTH))
 
 
 class _Runs:
@@ -254,6 +286,21 @@ class _Runs:
         _keep(folder, run)
         return folder
 
+    def _chain(
+        self, name: str, length: int, begin: Callable[[], tuple[Mapping[str, Tensor], Iterator[float]]]
+    ) -> tuple[Path, ...]:
+        """Return ``length`` checkpoints of the run that ``begin`` gives: weights, and the steps that change them."""
+        names = [f"{number}.safetensors" for number in range(1, length + 1)]
+
+        def make(folder: Path) -> None:
+            weights, steps = begin()
+            for file in names:
+                _finish(islice(steps, self._steps // length))
+                _save(weights, folder / file, torch.float32)
+
+        folder = self._run(f"chain-{length}-{name}", make)
+        return tuple(folder / file for file in names)
+
     def _rates(self, peak: float) -> Iterator[float]:
         """Yield the learning rate of each step: up to ``peak`` in a tenth of the steps, then down to 0."""
         warm = max(1, self._steps // 10)
@@ -299,6 +346,16 @@ class FineTunes(_Runs):
         for rate in self._RATES:
             without = partial(self._tuned, rate, "no-decay")
             yield from self._pairs(f"fine-tune {rate:.0e}, no decay", ("float32",), self._published, without)
+
+    def chain(self, length: int) -> tuple[Path, ...]:
+        """Return float32 checkpoints, evenly spaced, of one run at a rate that stays the same."""
+
+        def begin() -> tuple[dict[str, Tensor], Iterator[float]]:
+            weights = self._weights()
+            contrast = partial(minilm.Sentences(self._base, f"chain {self._seed}").contrast, weights)
+            return weights, _descend(_adamw(weights), contrast, repeat(_LEARNING_RATE))
+
+        return self._chain(f"fine-tune-{_LEARNING_RATE:.0e}", length, begin)
 
     def _published(self) -> Path:
         folder = self._data / "published"
@@ -392,15 +449,28 @@ class Pretrainings(_Runs):
         base, child = (partial(self._checkpoint, beta2, last) for beta2 in self._BETA2)
         yield from self._pairs("unrelated", ("float32", "bfloat16"), base, child)
 
+    def chain(self, length: int) -> tuple[Path, ...]:
+        """Return float32 checkpoints of the first model, evenly spaced."""
+        beta2 = self._BETA2[0]
+
+        def begin() -> tuple[dict[str, Tensor], Iterator[float]]:
+            weights, _, losses = self._begin(beta2)
+            return weights, losses
+
+        return self._chain(self._name(beta2), length, begin)
+
     def _checkpoint(self, beta2: float, step: int) -> Path:
-        name = f"gpt-{self._shape.layers}x{self._shape.width}-{beta2}"
-        return self._run(name, partial(self._train, beta2)) / f"{step}"
+        return self._run(self._name(beta2), partial(self._train, beta2)) / f"{step}"
+
+    def _name(self, beta2: float) -> str:
+        return f"gpt-{self._shape.layers}x{self._shape.width}-{beta2}"
 
     def _share_left(self, time_left: float) -> float:
         """Return half a wave of cosine, as is usual in pre-training."""
         return (1 - math.cos(math.pi * min(time_left, 1.0))) / 2
 
-    def _train(self, beta2: float, folder: Path) -> None:
+    def _begin(self, beta2: float) -> tuple[dict[str, Tensor], torch.optim.AdamW, Iterator[float]]:
+        """Return initial weights, their optimizer, and the steps that it takes."""
         seed = f"gpt {beta2} {self._seed}"
         weights = gpt.initial(self._shape, seed)
         order = random.Random(seed)
@@ -411,7 +481,10 @@ class Pretrainings(_Runs):
             return gpt.loss(weights, torch.stack([text[start : start + gpt.CONTEXT + 1] for start in starts]).long())
 
         optimizer = _adamw(weights, weight_decay=self._WEIGHT_DECAY, beta2=beta2)
-        losses = _descend(optimizer, loss_of_next, self._rates(self._RATE))
+        return weights, optimizer, _descend(optimizer, loss_of_next, self._rates(self._RATE))
+
+    def _train(self, beta2: float, folder: Path) -> None:
+        weights, optimizer, losses = self._begin(beta2)
         tenth = self._steps // 10
         for count in range(1, self._SAVED[-1][-1] + 1):
             mean = fmean(islice(losses, tenth))
@@ -467,11 +540,15 @@ def _finish(steps: Iterable[float]) -> None:
         pass
 
 
-def _save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    rounded = {
+def rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what is saved of weights in a floating dtype; integers stay as they are."""
+    return {
         name: weight.detach().to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()
     }
-    save_file(rounded, path, metadata={"format": "pt"})
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    save_file(rounded(weights, dtype), path, metadata={"format": "pt"})
 
 
 def main() -> None:

@@ -150,6 +150,8 @@ struct Sink {
 // about as long as reading ten lanes of a dense block.
 inline constexpr unsigned most_patches = 8;
 inline constexpr std::uint8_t end_of_patches = 0;
+inline constexpr unsigned position_bits = 7;
+static_assert(block_lanes == 1u << position_bits);
 
 // The loops over lanes; both variants have the same.
 struct Loops {

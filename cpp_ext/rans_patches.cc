@@ -12,9 +12,6 @@ using std::uint32_t;
 using std::uint64_t;
 using std::uint8_t;
 
-constexpr unsigned position_bits = 7;
-static_assert(block_lanes == 1u << position_bits);
-
 unsigned context_of_patch(size_t before) { return before < contexts ? static_cast<unsigned>(before) : contexts - 1; }
 
 // Lanes of one block that differ, ascending; how many, or one more than `most`.

@@ -199,7 +199,7 @@ void choose_patches(Plan& plan) {
     }
     // Of n things that fall into a and b: their entropy, n times.
     const auto split = [](uint64_t a, uint64_t b) { return entropy_term(a + b) - entropy_term(a) - entropy_term(b); };
-    const Cost patched = static_cast<Cost>(patches) * 7 * one_bit + split(patches, blocks);
+    const Cost patched = static_cast<Cost>(patches) * position_bits * one_bit + split(patches, blocks);
     Cost dense = static_cast<Cost>(blocks) * beside_lanes;
     for (unsigned c = 0; c < contexts; ++c) dense += split(changed[c], lanes[c] - changed[c]);
     plan.lanes.patches = patched <= dense + dense / 16;

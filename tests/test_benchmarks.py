@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
+from benchmarks import chains, codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
 from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
 from lamella_engine.chunking import grid
@@ -303,6 +303,21 @@ def test_torch_and_lamella_measure_the_same_distances(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_chains_are_as_deep_as_their_bounds_allow(base: Path, tmp_path: Path):
+    fine_tune = corpora.FineTunes(base, tmp_path / "data", steps=4, seed=0).chain(4)
+    gpt_run = corpora.Pretrainings(SHAPE, tmp_path / "data", steps=10, seed=0).chain(2)
+    assert [len({path.read_bytes() for path in paths}) for paths in (fine_tune, gpt_run)] == [4, 2]
+    all_bounds = [chains.Bounds(0), chains.Bounds(2), chains.Bounds(3), chains.Bounds(3, longest_chain=1)]
+    results = chains.measure(fine_tune, torch.bfloat16, all_bounds, folder=tmp_path, rounds=1)
+    full, shallow, deep, short = (results[bounds] for bounds in all_bounds)
+    assert [full.depths, shallow.depths, deep.depths] == [[0] * 4, [0, 1, 2, 2], [0, 1, 2, 3]]
+    assert max(short.depths) == 1  # only one more delta like a known one can be too long
+    assert deep.stored_nbytes < full.stored_nbytes
+    assert deep.read_nbytes[0] == full.read_nbytes[0] < deep.read_nbytes[-1]
+    assert chains.table(results, "tiny").row_count == len(all_bounds)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_every_coder_gives_back_a_pair_and_the_missing_are_left_out(pairs: dict[str, Pair], tmp_path: Path):
     wanted = [pairs["fine-tune 2e-05 bfloat16"], pairs["gpt 0.999, 9/8, w+m+v float32"]]
     outcomes = {pair: codec.measure(pair, folder=tmp_path, rounds=1) for pair in wanted}
@@ -332,13 +347,14 @@ def test_a_coder_that_gives_back_other_bits_is_found_out(
     kind: type[coders.Coder], dtype: str, width: int, tmp_path: Path
 ):
     class Wrong(kind):  # type: ignore[misc, valid-type]
-        def decode(self, stored, base, out):
-            super().decode(stored, base, out)
+        def decode(self, stored, base, guide, out):
+            super().decode(stored, base, guide, out)
             out[-1] ^= 1
 
     for seed, name in enumerate(("child", "base")):
         np.random.default_rng(seed).integers(0, 256, 3000 * width, np.uint8).tofile(tmp_path / name)
-    job = coders.Job("", str(tmp_path), dtype, width, [(0, 1000 * width), (1000 * width, 3000 * width)])
+    runs = [(0, 1000 * width), (1000 * width, 3000 * width)]
+    job = coders.Job("", str(tmp_path), dtype, width, runs, [2000 * width, None])
     sizes = coders.Bench(job, kind(job)).answer("check")
     assert len(sizes) == 2
     with pytest.raises(ValueError, match="run 0 did not come back"):

@@ -12,10 +12,10 @@ bytes, a chunk is L lanes, and plane p of a sequence of lanes is the L bytes p o
 ``RESIDUAL_RANS``       5   residual(chunk, base), entropy-coded: ``cpp_ext/rans.hpp``, and FORMAT.md bit for bit
 ``FLOAT_RANS``          6   the chunk's floats, their highest bits entropy-coded: ``cpp_ext/floats.hpp``, and FORMAT.md
 ``GUIDED_RANS``         7   the same, with the lanes of the base, then called guide, as contexts
-``DECAYED_RANS``        11  a decay of the base, and residual(chunk, what it leaves of the base) without signs, coded as
-                            ``RESIDUAL_RANS``
-``CAST``                9   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
+``CAST``                8   the number of a cast of the base, one byte: alone if the chunk is that cast, else before a
                             ``RESIDUAL_RANS`` payload against it
+``DECAYED_RANS``        9   a decay of the base, and residual(chunk, what it leaves of the base) without signs, coded as
+                            ``RESIDUAL_RANS``
 ======================  ==  ============================================================================================
 
 Planes follow one another in order, ``width`` of them, with nothing before, between or after. Each is
@@ -67,8 +67,8 @@ class Encoding(IntEnum):
     RESIDUAL_RANS = 5
     FLOAT_RANS = 6
     GUIDED_RANS = 7
-    CAST = 9
-    DECAYED_RANS = 11
+    CAST = 8
+    DECAYED_RANS = 9
 
 
 _ENCODINGS = frozenset(Encoding)
@@ -255,15 +255,16 @@ def encode(
         return _encode_cast(source, reference, width=width)
     if source.size and _kernels.is_constant(source, width):
         return Encoded(Encoding.CONSTANT, source[:width].tobytes())
-    # The likeliest winner goes first, so that the others are given up early.
+    # The likeliest winner goes first, so that the others are given up early. What has a guide is seldom like its base:
+    # first moments are new after a few steps.
     against: list[tuple[Encoding, _Bytes | None]] = []
     if floating and source.size >= _FEWEST_CODED * width:
+        if guiding is not None:
+            against.append((Encoding.GUIDED_RANS, guiding))
         if reference is not None:
             if width == _DECAYING_WIDTH:
                 against.append((Encoding.DECAYED_RANS, reference))
             against.append((Encoding.RESIDUAL_RANS, reference))
-        if guiding is not None:
-            against.append((Encoding.GUIDED_RANS, guiding))
         against.append((Encoding.FLOAT_RANS, None))
     if reference is not None:
         if floating:

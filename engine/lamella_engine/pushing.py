@@ -331,25 +331,29 @@ class _Pushing:
 
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
-        place = chunk.place
+        place, nbytes = chunk.place, len(chunk.data)
         memory: bytearray | None = None
-        bases: list[tuple[ChunkId, Buffer]] = []
+        guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:
             memory = self._memory() if place.companion.nbytes >= POOLED_NBYTES else None
-            bases.append((missing.companion, place.companion.read(memory)))
-        if missing.base is not None:
-            bases.append((missing.base, self._push.base(missing)))
+            guide = place.companion.read(memory)
         encode = partial(codecs.encode, chunk.data, width=place.width, floating=place.floating)
-        # One of another length stood here before the tensor grew or shrank.
-        bases = [base for base in bases if codecs.fits(len(base[1]), len(chunk.data), floating=place.floating)]
-        found: list[tuple[codecs.Encoded, ChunkId | None]] = [(encode(base=base), id) for id, base in bases]
-        found = found or [(encode(), None)]
-        best, id = min(found, key=lambda item: len(item[0].payload))
-        against = id if codecs.needs_base(best.encoding) else None
-        nbytes = len(chunk.data)
+        encoded, against = codecs.Encoded(codecs.Encoding.RAW, b""), None
+        if guide is not None and len(guide) != nbytes:  # of the same weights in another type
+            encoded, against, guide = encode(base=guide), missing.companion, None
+        if encoded.encoding is not codecs.Encoding.CAST:
+            base = self._push.base(missing) if missing.base is not None else None
+            if base is not None and not codecs.fits(len(base), nbytes, floating=place.floating):
+                base = None  # the tensor grew or shrank at this place
+            encoded = encode(base=base, guide=guide)
+            against = {
+                codecs.Against.NOTHING: None,
+                codecs.Against.BASE: missing.base,
+                codecs.Against.GUIDE: missing.companion,
+            }[encoded.against]
         self._release(chunk.memory)
         self._release(memory)
-        return Blob(chunk.id, best.encoding, place.width, nbytes, best.payload, against)
+        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against)
 
 
 def _page(data: bytes, memory: bytearray | None) -> Buffer:

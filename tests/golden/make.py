@@ -230,7 +230,29 @@ def tuned() -> Golden:
     return golden
 
 
-REPOSITORIES: tuple[Callable[[], Golden], ...] = (tiny, small, replaced, tuned)
+def trained() -> Golden:
+    """What mixed-precision training keeps: weights in two types, moments that guide and decay; and a sketch."""
+    golden = Golden()
+    weights, first, second = noise(1, 130, 128), noise(2, 130, 128), noise(3, 130, 128) ** 2
+    for step in range(3):
+        golden.push(
+            {
+                "half": weights.astype("bfloat16"),
+                "master": weights,
+                "optimizer.exp_avg": first * np.sqrt(second),
+                "optimizer.exp_avg_sq": second,
+            },
+            "net@main",
+            message=f"step {step}",
+        )
+        weights = nudged(weights, step)
+        weights[::3] = weights[::3] * np.float32(1.001)
+        first = noise(10 + step, 130, 128)
+        second = second * np.float32(0.96) + noise(20 + step, 130, 128) ** 2 * np.float32(0.04)
+    return golden
+
+
+REPOSITORIES: tuple[Callable[[], Golden], ...] = (tiny, small, replaced, tuned, trained)
 
 
 def make(out: Path) -> None:
