@@ -282,8 +282,9 @@ void count_symbols(Plan& plan) {
     const size_t counters = size_t{rans::classes} * plan.contexts() * symbol_stride;
     std::memset(plan.counts, 0, banks * counters * sizeof *plan.counts);
     const size_t step = counted_step(plan);
-    for (size_t k = 0; k < plan.blocks; k += step) {
-        if (plan.block_classes[k] != zero_class) count_block(plan, k, counters);
+    size_t seen = 0;  // of blocks that have symbols: all of these may lie at odd places, and there must be a table then
+    for (size_t k = 0; k < plan.blocks; ++k) {
+        if (plan.block_classes[k] != zero_class && seen++ % step == 0) count_block(plan, k, counters);
     }
     for (size_t i = 0; i < counters; ++i) {
         uint32_t sum = 0;

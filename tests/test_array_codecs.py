@@ -11,6 +11,7 @@ from zarr.storage import MemoryStore
 
 import lamella.zarr
 from lamella.array_codecs import NumcodecsFloats, ZarrFloats, decode, encode
+from lamella_engine import codecs
 from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.errors import CorruptionError, InvalidInputError, UnsupportedFormatError
 
@@ -160,3 +161,24 @@ def test_damage_to_an_array_is_corruption():
     store._store_dict[key] = type(chunk).from_bytes(chunk.to_bytes()[:-3])
     with pytest.raises(CorruptionError, match="ends within"):
         zarr.open_array(store)[:]
+
+
+def test_memory_that_is_not_contiguous_is_refused_rather_than_left_alone():
+    codec = numcodecs.get_codec({"id": "lamella"})
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with pytest.raises(InvalidInputError):
+        codec.decode(codec.encode(array), out=np.zeros((3, 8), np.float32)[:, :4])
+
+
+def test_bytes_and_nothing_come_back():
+    codec = numcodecs.get_codec({"id": "lamella"})
+    for data in (b"", b"abc"):
+        assert bytes(codec.decode(codec.encode(data))) == data
+
+
+def test_a_payload_that_would_not_come_back_is_not_written(monkeypatch):
+    lie = codecs.Encoded(codecs.Encoding.CONSTANT, b"\0\0\0\0")
+    monkeypatch.setattr("lamella.array_codecs.codecs.encode", lambda *_, **__: lie)
+    codec = numcodecs.get_codec({"id": "lamella"})
+    array = np.arange(12, dtype=np.float32)
+    assert bytes(codec.decode(codec.encode(array))) == array.tobytes()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ChunkPair, chunk_pairs, lanes
 
-from lamella_engine import _kernels
+from lamella_engine import _kernels, codecs
 from lamella_engine.codecs import Encoding, decode, encode
 from lamella_engine.errors import CorruptionError
 
@@ -475,3 +475,18 @@ def test_more_escapes_than_a_header_can_count_are_no_payload():
     x.reshape(128, -1)[:, :64] = 0x3F80
     workspace = np.empty(_kernels.coder_workspace(x.nbytes, 2), np.uint8)
     assert _kernels.float_encode(as_bytes(x), None, 2, workspace, np.empty(8 << 20, np.uint8)) == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("block", [0, 1, 3, 2001])
+def test_few_blocks_that_are_not_zero_are_never_passed_over(width, block):
+    lanes = np.zeros(1 << 18, f"<u{width}")
+    lanes[128 * block : 128 * block + 12] = np.arange(1, 13) * 11
+    chunk, guide = lanes.tobytes(), np.random.default_rng(0).bytes(lanes.nbytes)
+    for encoding, other in ((Encoding.FLOAT_RANS, None), (Encoding.GUIDED_RANS, np.frombuffer(guide, np.uint8))):
+        source = np.frombuffer(chunk, np.uint8)
+        payload = codecs._encode_as(encoding, source, other, width=width, floating=True, limit=source.size)
+        assert payload is not None
+        out = bytearray(len(chunk))
+        codecs.decode(encoding, payload, out, width=width, base=guide)
+        assert out == chunk

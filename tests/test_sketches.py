@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from faults import CountingObjects
-from support import bits, copies_in, new_repository, noise, open_again, store_of
+from support import bits, copies_in, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine.dtypes import dtype_of_numpy
 from lamella_engine.format.digests import chunk_id
@@ -147,3 +147,38 @@ def test_a_sketch_is_a_delta_of_the_parents():
     tensors["0"][0] = 1
     repo.push(tensors, "m@main")
     assert repo.stats().stored_nbytes - before < 50_000 + 4_000
+
+
+def damage(objects: MemoryObjects, repo, chunk: bytes) -> MemoryObjects:
+    """Return a copy of a repository in which the payload of a chunk has one flipped bit."""
+    copy = MemoryObjects()
+    for name in names_of(objects):
+        data = bytearray(objects.get(name))
+        if name.startswith("packs/") and (row := store_of(repo).packs.index(name).find(chunk)) is not None:
+            data[row.start] ^= 1
+        copy.put_if_absent(name, [bytes(data)])
+    return copy
+
+
+def test_damage_in_a_version_that_is_only_near_does_not_stop_a_push():
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    base = noise(0, 300, 100)
+    repo.push({"w": base}, "m@main")
+    damaged = damage(objects, repo, chunk_id(base.tobytes()))
+    again = open_again(damaged)
+    near = {"w": tuned(base, 3)}
+    again.push(near, "another@main")
+    assert bits(open_again(damaged).checkout("another@main", verify="chunk")) == bits(near)
+
+
+def test_a_damaged_sketch_of_the_parent_does_not_stop_a_push():
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    base = noise(0, 300, 100)
+    version = repo.push({"w": base}, "m@main")
+    (lanes,) = store_of(repo).version(version.id).description.sketches
+    damaged = damage(objects, repo, lanes.chunk)
+    child = {"w": tuned(base, 3)}
+    open_again(damaged).push(child, "m@main")
+    assert bits(open_again(damaged).checkout("m@main", verify="chunk")) == bits(child)

@@ -84,8 +84,10 @@ def _casts(structure: Sequence[TensorSpec], read: Read) -> Iterator[tuple[str, T
         samples = {spec.name: _sample(spec, read) for spec in specs}
         narrow: defaultdict[tuple[str, bytes], list[TensorSpec]] = defaultdict(list)
         for spec in specs:
-            if spec.dtype.name != "float32" and any(samples[spec.name]):
-                narrow[spec.dtype.name, samples[spec.name]].append(spec)
+            alike = narrow[spec.dtype.name, samples[spec.name]]
+            # Norms that are all ones are alike in their hundreds.
+            if spec.dtype.name != "float32" and any(samples[spec.name]) and len(alike) < MOST_FOLLOWERS:
+                alike.append(spec)
         for spec in specs:
             for name in ("bfloat16", "float16") if spec.dtype.name == "float32" else ():
                 for other in narrow.get((name, _cast("float32", name, samples[spec.name])), ()):

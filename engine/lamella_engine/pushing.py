@@ -5,6 +5,7 @@ A pipeline with a bounded number of cells in it: read and hash (threads), plan (
 will be read.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.companions import companions
 from lamella_engine.content_store.log import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Push, Recorded
-from lamella_engine.errors import ConflictError, InvalidInputError
+from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
@@ -32,6 +33,8 @@ from lamella_engine.format.manifest import (
 from lamella_engine.format.version import AttachmentPages, Description, SketchLanes
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress, TensorSpec
 from lamella_engine.sketches import Sketch, take
+
+logger = logging.getLogger("lamella")
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +332,13 @@ class _Pushing:
 
         self._push.write(blobs())
 
+    def _base_of(self, missing: Missing) -> Buffer | None:
+        try:
+            return None if missing.base is None else self._push.base(missing)
+        except CorruptionError as error:  # this version need not stand on it; whoever reads that one will be told
+            logger.warning("a chunk is stored without its base: %s", error)
+            return None
+
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
@@ -342,7 +352,7 @@ class _Pushing:
         if guide is not None and len(guide) != nbytes:  # of the same weights in another type
             encoded, against, guide = encode(base=guide), missing.companion, None
         if encoded.encoding is not codecs.Encoding.CAST:
-            base = self._push.base(missing) if missing.base is not None else None
+            base = self._base_of(missing)
             if base is not None and not codecs.fits(len(base), nbytes, floating=place.floating):
                 base = None  # the tensor grew or shrank at this place
             encoded = encode(base=base, guide=guide)

@@ -203,27 +203,35 @@ class PackedPush:
 
     def _natural_base(self, cell: Cell) -> StoredBlob | None:
         """Return the copy that stands at the same place in the version that a cell's base is taken from, if any."""
-        if cell.tensor is None:
-            return self._sketch_base(-cell.number)
-        version = self._nearest.get(cell.tensor, self._parent)
-        if version is None or not version.manifest.has(cell.tensor):
+        version = self._parent if cell.tensor is None else self._nearest.get(cell.tensor, self._parent)
+        if version is None:
             return None
-        spec = version.manifest.spec(cell.tensor)
-        if cell.number >= spec.grid.cell_count:
+        try:
+            if cell.tensor is None:
+                return self._sketch_base(version, -cell.number)
+            return self._copy_at(version, cell.tensor, cell.number)
+        except CorruptionError as error:
+            # What this push does not stand on anyway may be damaged: whoever reads it will be told.
+            if version is self._parent and cell.tensor is not None:
+                raise
+            logger.warning("a base is done without: %s", error)
             return None
-        row = version.manifest.row(cell.tensor, cell.number)
+
+    def _copy_at(self, version: OpenVersion, tensor: str, number: int) -> StoredBlob | None:
+        if not version.manifest.has(tensor) or number >= version.manifest.spec(tensor).grid.cell_count:
+            return None
+        row = version.manifest.row(tensor, number)
         if row.chunk is None:
             return None
         copy = self._store.reader.copy_of_row(version, row)
         return copy if self._is_live(copy) else None
 
-    def _sketch_base(self, width: int) -> StoredBlob | None:
-        """Return the copy of the parent's sketch of lanes of that width."""
-        sketches = () if self._parent is None else self._parent.recorded.description.sketches
-        for at, lanes in enumerate(reversed(sketches), 1):
-            if self._parent is not None and lanes.width == width:
-                place = len(self._parent.recorded.description.manifest_chunks) - at
-                copy = self._store.reader.copy_of_manifest(self._parent, place)
+    def _sketch_base(self, version: OpenVersion, width: int) -> StoredBlob | None:
+        """Return the copy of a version's sketch of lanes of that width."""
+        description = version.recorded.description
+        for at, lanes in enumerate(reversed(description.sketches), 1):
+            if lanes.width == width:
+                copy = self._store.reader.copy_of_manifest(version, len(description.manifest_chunks) - at)
                 return copy if self._is_live(copy) else None
         return None
 
