@@ -44,12 +44,14 @@ FUZZ_RUNS ?= 100000000
 DECODERS := residual_decoder float_decoder
 FUZZED := $(DECODERS)
 
+# The encoders too, whose chunks nobody hostile writes: to fuzz them takes a hundred times as long.
+REPLAYED := $(DECODERS) encoders
+
 # Besides what fuzzing has found, it begins with payloads that are made in the format of today.
 fuzz: $(FUZZED:%=build/fuzz/%) build/fuzz/seeds  ## Hostile payloads against the decoders, under ASan and UBSan; needs clang, and time.
-	mkdir -p $(FUZZED:%=build/fuzz/found/%) $(DECODERS:%=build/fuzz/made/%)
+	mkdir -p $(FUZZED:%=build/fuzz/found/%) $(REPLAYED:%=build/fuzz/made/%)
 	build/fuzz/seeds build/fuzz/made
 	for target in $(FUZZED); do \
-	    mkdir -p build/fuzz/made/$$target; \
 	    build/fuzz/$$target -runs=$(FUZZ_RUNS) -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
 	        build/fuzz/found/$$target build/fuzz/made/$$target cpp_ext/fuzz/corpus/$$target || exit 1; \
 	done
@@ -60,11 +62,12 @@ KERNELS := $(filter-out cpp_ext/bindings.cc cpp_ext/dispatch.cc,$(wildcard cpp_e
 SANITIZED := -std=c++20 -g -fno-sanitize-recover=all -mavx2 -mf16c -mpopcnt -DLAMELLA_HAVE_AVX2
 CHECKED := -O1 -fsanitize=address,undefined
 
-# The encoders too, whose chunks nobody hostile writes: fuzzing them takes a hundred times as long.
-REPLAYED := $(DECODERS) encoders
-
-replay: $(REPLAYED:%=build/fuzz/%.replay)  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
-	for target in $(REPLAYED); do find cpp_ext/fuzz/corpus/$$target -type f -exec build/fuzz/$$target.replay {} + || exit 1; done
+replay: $(REPLAYED:%=build/fuzz/%.replay) build/fuzz/seeds  ## What fuzzing has found, once, under ASan and UBSan; needs gcc only.
+	mkdir -p $(REPLAYED:%=build/fuzz/made/%)
+	build/fuzz/seeds build/fuzz/made
+	for target in $(REPLAYED); do \
+	    find cpp_ext/fuzz/corpus/$$target build/fuzz/made/$$target -type f -exec build/fuzz/$$target.replay {} + || exit 1; \
+	done
 
 build/fuzz/%.replay: cpp_ext/fuzz/%.cc cpp_ext/fuzz/replay.cc $(CPP) cpp_ext/fuzz/chunks.hpp
 	mkdir -p build/fuzz
