@@ -422,7 +422,18 @@ def patches(symbol: int, *, bits: int = 0) -> Writer:
     return writer.put(1 << 30 | bits, 32)
 
 
+def patches_at(positions: list[int]) -> bytes:
+    """A patch at each of these places, and then one at 0 of a state that has nothing left."""
+    state, words = 1 << 15, b""
+    for position in reversed(positions):
+        if state >> (31 - 7):
+            state, words = state >> 16, (state & 0xFFFF).to_bytes(2, "little") + words
+        state = state << 7 | position
+    return patches(1, bits=state ^ 1 << 30).bytes() + words
+
+
 LIES = {
+    "a patch before forty others": (patches_at([*range(40), 3]), "patches what is none"),
     "a patch before another": (patches(1, bits=5 | 5 << 7).bytes() + bytes(8), "patches what is none"),
     "a patch outside of its block": (
         patches(1, bits=126 | 127 << 7).bytes() + (1 | 1 << 7).to_bytes(2, "little"),
