@@ -44,9 +44,9 @@ GOOD_FIT = 0.5
 CLEARLY_NEARER = 0.9
 """Of two versions one is nearer if it takes at most this share of the other's bits: less is within a sketch's error."""
 
-LONGEST_CHAIN = 3
-"""Bytes of a chain to those of the full blob that it begins with: where deltas save little, chains are short. 4 takes 2
-to 5 % fewer bytes and 13 to 33 % longer to check out (``benchmarks.chains``)."""
+LONGEST_CHAIN = 4
+"""Bytes of a chain to those of the full blob that it begins with: where deltas save little, chains are short. 3 takes 2
+to 5 % more bytes and an eighth to a quarter less time to check out (``benchmarks.chains``)."""
 
 MOST_CANDIDATES = 16
 """Versions whose sketches are looked at; reading one that is not in memory takes some milliseconds."""
