@@ -161,9 +161,10 @@ class PackedPush:
                     self._nearest[name] = version
 
     def _candidates(self) -> Iterator[OpenVersion]:
-        """Yield versions that may be near: where refs stand, newest first, then those before the parent."""
+        """Yield versions that may be near: where refs stand, of this model first, then those before the parent."""
         models = sorted(self._state.models(), key=lambda model: model != self.model)
-        numbers = dict.fromkeys((model, ref.number) for model in models for _, ref in self._state.refs(model))
+        heads = ((model, sorted((ref.number for _, ref in self._state.refs(model)), reverse=True)) for model in models)
+        numbers = dict.fromkeys((model, number) for model, newest_first in heads for number in newest_first)
         before = 0 if self._parent is None else self._parent.added.number
         numbers |= dict.fromkeys((self.model, number) for number in range(before - 1, 0, -1)[:MOST_CANDIDATES])
         for model, number in islice(numbers, MOST_CANDIDATES):
