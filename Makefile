@@ -13,7 +13,7 @@ FUZZ := $(wildcard cpp_ext/fuzz/*.cc cpp_ext/fuzz/*.hpp)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: install demo test lint bench fuzz replay clean
+.PHONY: install demo test lint bench peers fuzz replay clean
 
 install: .venv/built  ## Everything into .venv; then: source .venv/bin/activate
 
@@ -33,12 +33,28 @@ lint: .venv/built  ## The static checks.
 	.venv/bin/lint-imports
 	.venv/bin/clang-format --dry-run --Werror $(CPP) $(FUZZ)
 
-# The first run trains what the codec is measured on, for about half an hour; benchmarks/data keeps it.
-bench: .venv/built  ## Push and checkout against cp, safetensors and zstd; the codec against what else codes floats.
-	.venv/bin/python -m benchmarks.push_checkout
-	.venv/bin/python -m benchmarks.codec
+# Where the tools are that lamella is compared with; those that are not there are said to be missing.
+PEERS ?= build/peers
 
+# The first run trains what the codec is measured on, for about half an hour; benchmarks/data keeps it.
+bench: .venv/built  ## Push and checkout, the codec, and whole repositories, against what people use today.
+	.venv/bin/python -m benchmarks.push_checkout
+	.venv/bin/python -m benchmarks.codec $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
+	.venv/bin/python -m benchmarks.peers $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
+
+# Icechunk needs Python 3.12, others need Git; borg, restic and zstd are looked for on the PATH.
+PEERS_PYTHON ?= python3.12
+
+peers: build/peers/installed  ## The tools of Python that `bench` compares with, in an environment of their own.
+
+build/peers/installed: benchmarks/peers.txt
+	$(PEERS_PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip --quiet --disable-pip-version-check --no-input install --requirement $<
+	touch $@
+
+# For each decoder, whichever is reached first; 0 seconds are no bound.
 FUZZ_RUNS ?= 100000000
+FUZZ_SECONDS ?= 0
 
 # What reads payloads that anybody may have written.
 DECODERS := residual_decoder float_decoder
@@ -52,7 +68,7 @@ fuzz: $(FUZZED:%=build/fuzz/%) build/fuzz/seeds  ## Hostile payloads against the
 	mkdir -p $(FUZZED:%=build/fuzz/found/%) $(REPLAYED:%=build/fuzz/made/%)
 	build/fuzz/seeds build/fuzz/made
 	for target in $(FUZZED); do \
-	    build/fuzz/$$target -runs=$(FUZZ_RUNS) -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+	    build/fuzz/$$target -runs=$(FUZZ_RUNS) -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
 	        build/fuzz/found/$$target build/fuzz/made/$$target cpp_ext/fuzz/corpus/$$target || exit 1; \
 	done
 
