@@ -54,6 +54,10 @@ class MemoryObjects:
         check_range(name, start, stop, nbytes=len(data))
         return data[start:stop]
 
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """Copy the parts."""
+        return [self.get_range(name, start, stop) for start, stop in ranges]
+
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         """Copy the parts into one run of bytes."""
         check_object_name(name)
