@@ -13,10 +13,11 @@ from lamella_engine.format.digests import Context, blob_digest, digest
 from lamella_engine.format.entry import Entry, PackAdded, encode_entry
 from lamella_engine.format.names import PackName, log_name
 from lamella_engine.format.pack import BlobRow, encode_footer, encode_pack_index
+from lamella_engine.jobs import OBJECT_DIRECTORIES
 from lamella_engine.model import ChunkId
 from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import OBJECT_DIRECTORIES, Repository
+from lamella_engine.repository import Repository, on_objects
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,13 +27,13 @@ def new_repository(
 ) -> Repository:
     """Make a repository on ``objects``; without an executor everything runs in this thread, in one order."""
     executor = executor or InlineExecutor()
-    return Repository(PackedStore.create(objects or MemoryObjects(), executor, max_depth=max_depth), executor)
+    return on_objects(PackedStore.create(objects or MemoryObjects(), executor, max_depth=max_depth))
 
 
 def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
     """Open the repository on ``objects`` as another process would, knowing nothing."""
     executor = executor or InlineExecutor()
-    return Repository(PackedStore(objects, executor), executor)
+    return on_objects(PackedStore(objects, executor))
 
 
 def store_of(repo: Repository) -> PackedStore:

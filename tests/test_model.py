@@ -16,7 +16,7 @@ from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInpu
 from lamella_engine.executor import InlineExecutor, ThreadExecutor
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import INDEX_PATH, Repository
+from lamella_engine.repository import INDEX_PATH, on_objects
 
 MODELS = ("m", "m-2", "n/x")
 REFS = ("main", "side", "a/b", "release")
@@ -57,9 +57,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         self.refs: dict[tuple[str, str], tuple[str, Expected]] = {}
         self.objects = self.make()
         executor = InlineExecutor()
-        self.repo = Repository(
-            PackedStore.create(self.objects, executor, max_depth=3, index_path=self.index()), executor
-        )
+        self.repo = on_objects(PackedStore.create(self.objects, executor, max_depth=3, index_path=self.index()))
 
     def make(self):
         return MemoryObjects()
@@ -189,7 +187,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         if not keep_index and self.index() is not None:
             shutil.rmtree(self.index().parent)
         executor = ThreadExecutor(threads=2) if threads else InlineExecutor()
-        self.repo = Repository(PackedStore(self.objects, executor, index_path=self.index()), executor)
+        self.repo = on_objects(PackedStore(self.objects, executor, index_path=self.index()))
 
     @rule(version=versions, verify=st.sampled_from(["blob", "chunk"]), by_number=st.booleans())
     def checkout(self, version, verify, by_number):

@@ -40,12 +40,12 @@ def push_in_a_process(root, targets, seed, barriers, results):
     from lamella_engine.content_store.packed import PackedStore
     from lamella_engine.executor import InlineExecutor
     from lamella_engine.objects.local import LocalObjects
-    from lamella_engine.repository import INDEX_PATH, Repository
+    from lamella_engine.repository import INDEX_PATH, on_objects
 
     for number, (target, barrier) in enumerate(zip(targets, barriers, strict=True)):
         objects = HeldAtCommit(LocalObjects(root), barrier)
         executor = InlineExecutor()
-        repo = Repository(PackedStore(objects, executor, index_path=root / INDEX_PATH), executor)
+        repo = on_objects(PackedStore(objects, executor, index_path=root / INDEX_PATH))
         try:
             version = repo.push({"w": noise(100 * seed + number, 300)}, target, message=f"{seed}")
             results.put((number, "pushed", version.number))

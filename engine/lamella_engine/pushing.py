@@ -314,7 +314,8 @@ class _Pushing:
             for chunk in chunks:
                 asked.append(chunk)
                 companion = chunk.place.companion
-                yield Planned(chunk.place.cell, chunk.id, None if companion is None else companion.cell)
+                beside = None if companion is None else companion.cell
+                yield Planned(chunk.place.cell, chunk.id, beside, len(chunk.data))
 
         def missing() -> Iterator[tuple[_Chunk, Missing]]:
             for answer in self._push.plan(cells()):

@@ -1,23 +1,22 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
-from lamella_engine import maintenance
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
-from lamella_engine.content_store.seam import Push, RefUpdate
+from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
-from lamella_engine.distance import Distance, measure
+from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
+from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
 from lamella_engine.objects import Objects, open_objects
@@ -31,46 +30,6 @@ from lamella_engine.versions import Version
 INDEX_PATH = Path("index", "chunks.sqlite")
 """Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object."""
 
-OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
-"""Every object of a repository lies in one of these."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """How large a repository is."""
-
-    __module__ = "lamella"
-
-    models: int
-    versions: int
-    packs: int
-    decoded_nbytes: int
-    """Bytes of the tensors of all versions, as if each were kept by itself."""
-    stored_nbytes: int
-    """Bytes of every object: blobs, indexes, manifests, log, folds. Derived indexes are left out."""
-
-    @property
-    def ratio(self) -> float:
-        """Decoded bytes for each stored one."""
-        return self.decoded_nbytes / self.stored_nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Diff:
-    """Which tensors of version b differ from version a, by name."""
-
-    __module__ = "lamella"
-
-    added: tuple[str, ...]
-    """In b only."""
-    removed: tuple[str, ...]
-    """In a only."""
-    reshaped: tuple[str, ...]
-    """Of another shape or dtype."""
-    changed: tuple[str, ...]
-    """Of equal shape and dtype, with other bytes."""
-    same: tuple[str, ...]
-
 
 class Repository:
     """A repository: models, their versions, and refs to them. Safe for several threads and processes.
@@ -80,9 +39,10 @@ class Repository:
 
     __module__ = "lamella"
 
-    def __init__(self, store: PackedStore, executor: Executor) -> None:
+    def __init__(self, store: ContentStore, executor: Executor, jobs: Jobs) -> None:
         self._store = store
         self._executor = executor
+        self._jobs = jobs
         self._reader = Reader(store, executor)
 
     def __enter__(self) -> "Repository":
@@ -319,40 +279,19 @@ class Repository:
 
     def log(self, revision: str) -> Iterator[Version]:
         """Yield a version and its ancestors along first parents, newest first."""
-        id: VersionId | None = self._store.resolve(revision)
-        while id is not None:
-            version = self._version(id)
-            yield version
-            parents = self._store.version(id).parents
-            id = self._store.resolve(f"{parents[0].model}@v{parents[0].number}") if parents else None
+        for recorded in self._store.ancestors(self._store.resolve(revision)):
+            yield Version(recorded, self._reader)
 
     def diff(self, a: str, b: str) -> Diff:
         """Say which tensors differ between two versions; reads no weights."""
-        left, right = (self._store.manifest(self._store.resolve(revision)) for revision in (a, b))
-        ours = {spec.name: spec for spec in left.specs()}
-        theirs = {spec.name: spec for spec in right.specs()}
-        both = sorted(ours.keys() & theirs.keys())
-        alike = [name for name in both if ours[name] == theirs[name]]
-        equal = {
-            name
-            for name in alike
-            if all(one.content == other.content for one, other in zip(left.rows(name), right.rows(name), strict=True))
-        }
-        return Diff(
-            added=tuple(sorted(theirs.keys() - ours.keys())),
-            removed=tuple(sorted(ours.keys() - theirs.keys())),
-            reshaped=tuple(name for name in both if ours[name] != theirs[name]),
-            changed=tuple(name for name in alike if name not in equal),
-            same=tuple(name for name in alike if name in equal),
-        )
+        return self._jobs.diff(self._store.resolve(a), self._store.resolve(b))
 
     def distance(self, a: str, b: str, *, include: Patterns = None) -> Distance:
         """Measure two versions against each other, exactly and in float64; chunks that are equal are not read.
 
         Raises InvalidInputError if a selected tensor is in one version only, or has another dtype or shape there.
         """
-        first, second = self._store.resolve(a), self._store.resolve(b)
-        return measure(self._reader, first, second, select(include))
+        return self._jobs.distance(self._store.resolve(a), self._store.resolve(b), select(include))
 
     # -- refs ----------------------------------------------------------------------------------------------------------
 
@@ -395,24 +334,14 @@ class Repository:
 
     def stats(self) -> Stats:
         """Return how large the repository is. Lists every object."""
-        state = self._store.log.refresh()
-        decoded = [version.decoded_nbytes for version in state.versions()]
-        infos = (info for name in OBJECT_DIRECTORIES for info in self._store.objects.list(f"{name}/"))
-        return Stats(
-            models=len(state.models()),
-            versions=len(decoded),
-            packs=sum(1 for _ in state.packs()),
-            decoded_nbytes=sum(decoded),
-            stored_nbytes=sum(info.nbytes for info in infos),
-        )
+        return self._jobs.stats()
 
     def verify(self, deep: bool = False) -> Verification:
         """Check everything that is stored; see :class:`lamella.Verification` for what was found. Changes nothing.
 
         ``deep`` also decodes every blob and computes its chunk id again.
         """
-        # A store of its own: what is read must come from where it is stored, not from what this process remembers.
-        return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
+        return self._jobs.verify(deep=deep)
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
@@ -442,6 +371,11 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise InvalidInputError(f"the metric {name!r} is no number: put it into the recipe", kind="bad_metric")
     return dict(stored)
+
+
+def on_objects(store: PackedStore) -> Repository:
+    """Return the repository that a store holds, with jobs done in this process."""
+    return Repository(store, store.executor, LocalJobs(store, store.executor))
 
 
 def init(
@@ -475,9 +409,8 @@ def init(
     objects = open_objects(_place_of(url), create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
-        return Repository(
-            PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth), executor
-        )
+        store = PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth)
+        return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
             f"{url} is a repository already: use it as it is, or choose another place",
@@ -491,7 +424,7 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
     try:
         objects = open_objects(_place_of(url))
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
+        return on_objects(PackedStore(objects, executor, index_path=_index_path(objects)))
     except RepositoryNotFoundError:
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)

@@ -101,7 +101,7 @@ class PackedStore:
                 )
             row = state.version(parents[0].model, parents[0].number)
             if row is None or row.id != parents[0].id:
-                raise CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
+                raise _lost_parent(id)
             id = self.reader.remember(row)
         return id
 
@@ -162,6 +162,18 @@ class PackedStore:
     def version(self, id: VersionId) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return self.reader.open(id).recorded
+
+    def ancestors(self, id: VersionId) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        recorded = self.reader.open(id).recorded
+        yield recorded
+        while recorded.parents:
+            parent = recorded.parents[0]
+            row = self.log.state.version(parent.model, parent.number)
+            if row is None or row.id != parent.id:
+                raise _lost_parent(recorded.id)
+            recorded = self.reader.open_added(row).recorded
+            yield recorded
 
     def manifest(self, id: VersionId) -> Manifest:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -247,6 +259,10 @@ class PackedStore:
             return Change(refs=changes) if changes else None
 
         self.log.commit(new_push_id(), make)
+
+
+def _lost_parent(id: VersionId) -> CorruptionError:
+    return CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
 
 
 def _no_model(state: State, model: str) -> str:

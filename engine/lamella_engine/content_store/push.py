@@ -179,7 +179,7 @@ class PackedPush:
 
     def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        for cell, chunk, beside in cells:
+        for cell, chunk, beside, _ in cells:
             self._beat_if_due()
             if chunk in self._packs:
                 yield None

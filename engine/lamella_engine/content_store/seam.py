@@ -55,6 +55,8 @@ class Planned(NamedTuple):
     chunk: ChunkId
     companion: Cell | None = None
     """Another cell of it, within ``COMPANION_REACH`` before this one, whose chunk this one may be made against too."""
+    nbytes: int = 0
+    """Bytes that the caller holds until it has the answer."""
 
 
 class Missing(NamedTuple):
@@ -101,6 +103,9 @@ class RefUpdate:
 class ContentStore(Protocol):
     """A repository's content. Safe for several threads."""
 
+    def close(self) -> None:
+        """Release what is held. Idempotent."""
+
     def resolve(self, revision: str) -> VersionId:
         """Return the version that a revision names; see ``content_store.revisions`` for the ways to name one.
 
@@ -109,6 +114,9 @@ class ContentStore(Protocol):
 
     def version(self, id: VersionId) -> Recorded:
         """Return what the repository records of a version; raises VersionNotFoundError."""
+
+    def ancestors(self, id: VersionId) -> Iterator[Recorded]:
+        """Yield a version and those before it along first parents, newest first; raises VersionNotFoundError."""
 
     def manifest(self, id: VersionId) -> Manifest:
         """Return a version's manifest, whose pages are read as they are needed."""
