@@ -409,7 +409,7 @@ def init(
     objects = open_objects(_place_of(url), create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
-        store = PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth)
+        store = PackedStore.create(objects, executor, index_path=index_path(objects), max_depth=max_depth)
         return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -424,7 +424,7 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
     try:
         objects = open_objects(_place_of(url))
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return on_objects(PackedStore(objects, executor, index_path=_index_path(objects)))
+        return on_objects(PackedStore(objects, executor, index_path=index_path(objects)))
     except RepositoryNotFoundError:
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
@@ -438,5 +438,5 @@ def _place_of(url: "str | PathLike[str]") -> str:
     return place
 
 
-def _index_path(objects: Objects) -> Path | None:
+def index_path(objects: Objects) -> Path | None:
     return objects.root / INDEX_PATH if isinstance(objects, LocalObjects) else None

@@ -1,0 +1,80 @@
+"""The repositories below one root, opened when they are first asked for."""
+
+import re
+import threading
+from pathlib import Path
+
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
+from lamella_engine.executor import Executor
+from lamella_engine.jobs import OBJECT_DIRECTORIES
+from lamella_engine.objects import Objects, open_objects
+from lamella_engine.repository import index_path
+from lamella_engine.service.access import repository_not_found
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")
+# A repository's own directories, and the root's: a name with one of these in it could lie inside another repository.
+_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access", "audit"))
+
+
+def check_repository_name(name: str) -> str:
+    """Return ``name`` if a service may have a repository of that name; raises InvalidInputError."""
+    if not _NAME.fullmatch(name) or ".." in name or not _TAKEN.isdisjoint(name.split("/")):
+        raise InvalidInputError(
+            f"{name!r} cannot name a repository: use lower-case letters, digits and . _ - in at most four parts with / "
+            f"between them, none of them {', '.join(sorted(_TAKEN))}",
+            kind="bad_repository_name",
+            name=name,
+        )
+    return name
+
+
+class Repositories:
+    """The repositories below a root. Safe for several threads.
+
+    Parameters
+    ----------
+    root
+        A directory, or a URL of an object store.
+    executor
+        Runs the work for all of them.
+    """
+
+    def __init__(self, root: str, executor: Executor) -> None:
+        self._root = root.rstrip("/")
+        self._executor = executor
+        self._open: dict[str, PackedStore] = {}
+        self._lock = threading.Lock()
+
+    def create(self, name: str, *, max_depth: int) -> PackedStore:
+        """Make a repository; raises AlreadyExistsError."""
+        objects = self._objects(check_repository_name(name), create=True)
+        try:
+            store = PackedStore.create(objects, self._executor, index_path=index_path(objects), max_depth=max_depth)
+        except AlreadyExistsError:
+            raise AlreadyExistsError(
+                f"there is a repository {name} already: use it as it is, or choose another name",
+                kind="repository_exists",
+                repository=name,
+            ) from None
+        with self._lock:
+            return self._open.setdefault(name, store)
+
+    def open(self, name: str) -> PackedStore:
+        """Return a repository; raises RepositoryNotFoundError."""
+        with self._lock:
+            store = self._open.get(name)
+        if store is not None:
+            return store
+        try:
+            objects = self._objects(check_repository_name(name))
+            store = PackedStore(objects, self._executor, index_path=index_path(objects))
+        except (RepositoryNotFoundError, InvalidInputError):
+            raise repository_not_found(name) from None
+        with self._lock:
+            return self._open.setdefault(name, store)
+
+    def _objects(self, name: str, *, create: bool = False) -> Objects:
+        if "://" in self._root:
+            return open_objects(f"{self._root}/{name}", create=create)
+        return open_objects(str(Path(self._root, *name.split("/"))), create=create)

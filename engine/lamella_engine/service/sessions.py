@@ -1,0 +1,229 @@
+"""Pushes under way: what a server remembers between the calls of one, so that each can be repeated."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from lamella_engine import codecs
+from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.push import PackedPush
+from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError, PermissionDeniedError
+from lamella_engine.format.version import Description
+from lamella_engine.model import ChunkId, PushId, VersionId
+from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
+
+IDLE_S = 600.0
+"""A session that nobody calls for so long is given up."""
+
+MAX_SESSIONS = 512
+"""Sessions at a time; each takes little until it writes."""
+
+# What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
+_BATCH_NBYTES = 4 << 20
+
+# Batches of a plan whose answers are kept, in case a reply was lost.
+_ANSWERS_KEPT = 64
+
+# How long a batch of a plan waits for those before it, which travel at the same time.
+_ORDER_PATIENCE_S = 30.0
+
+
+class Session:
+    """One push. Safe for several threads: its calls take turns.
+
+    Parameters
+    ----------
+    store
+        The repository.
+    push
+        What is pushed there.
+    owner
+        Name of the principal whose push it is.
+    """
+
+    def __init__(self, store: PackedStore, push: PackedPush, owner: str) -> None:
+        self.push = push
+        self.owner = owner
+        self.used = time.monotonic()
+        self.recorded: Recorded | None = None
+        """The version, once it is committed."""
+        self._store = store
+        self._turn = threading.Condition(threading.RLock())
+        self._planned = 0
+        self._answers: OrderedDict[int, tuple[list[Planned], list[Missing | None]]] = OrderedDict()
+        self._missing: dict[ChunkId, Missing] = {}
+        self._parser = RecordParser()
+        self._received = self._taken = 0
+        self._batch: list[tuple[Blob, int]] = []
+
+    def restart(self) -> int:
+        """Let everything be planned again, from the first cell, and written from position 0."""
+        with self._turn:
+            self.push.restart()
+            self._planned = self._taken = 0
+            self._answers.clear()
+            self._missing.clear()
+            self.rewind()
+            return 0
+
+    def rewind(self) -> int:
+        """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
+        with self._turn:
+            self._parser = RecordParser()
+            self._batch.clear()
+            self._received = self._taken
+            return self._taken
+
+    def plan(self, first: int, cells: Sequence[Planned]) -> list[Missing | None]:
+        """Return what the store says of ``cells``, the first of which has number ``first`` in this push."""
+        with self._turn:
+            self.used = time.monotonic()
+            known = self._answers.get(first)
+            if known is not None and known[0] == list(cells):
+                return known[1]
+            if not self._turn.wait_for(lambda: self._planned >= first, _ORDER_PATIENCE_S) or self._planned != first:
+                raise InvalidInputError(
+                    f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
+                )
+            answers = list(self.push.plan(cells))
+            self._missing.update((answer.chunk, answer) for answer in answers if answer is not None)
+            self._planned += len(cells)
+            self._answers[first] = list(cells), answers
+            if len(self._answers) > _ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+            self._turn.notify_all()
+            return answers
+
+    def receive(self, position: int, data: memoryview) -> int | None:
+        """Take bytes of records; return up to where they have been stored, if that has changed."""
+        with self._turn:
+            self.used = time.monotonic()
+            if position > self._received:
+                raise InvalidInputError(f"bytes {self._received} to {position} of this push never came", kind="gap")
+            data = data[self._received - position :]
+            self._parser.feed(data)
+            self._received += data.nbytes
+            while (record := self._parser.record()) is not None:
+                self._batch.append(record)
+                if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
+                    self._store_batch()
+            return None if self._batch or self._received - self._parser.waiting_nbytes != self._taken else self._taken
+
+    def flush(self) -> int:
+        """Store all that has come whole; return up to where."""
+        with self._turn:
+            self._store_batch()
+            return self._taken
+
+    def _store_batch(self) -> None:
+        batch, self._batch = self._batch, []
+        end = self._received - self._parser.waiting_nbytes
+        self.push.write(list(self._store.executor.map(self._against_base, batch)))
+        self._taken = end
+
+    def _against_base(self, item: tuple[Blob, int]) -> Blob:
+        """Return a blob that was sent in full as a delta, if its sender could not make one and it is smaller."""
+        blob, flags = item
+        missing = self._missing.get(blob.chunk)
+        if blob.base is not None or flags & TRIED_BASE or missing is None or missing.base is None:
+            return blob
+        chunk = bytearray(blob.decoded_nbytes)
+        try:
+            decode_chain([blob], memoryview(chunk), check=True)
+            base = self.push.base(missing)
+        except CorruptionError:  # the store will say of the blob what is wrong with it; without a base it is as good
+            return blob
+        floating = bool(flags & FLOATING)
+        if not codecs.fits(len(base), len(chunk), floating=floating):
+            return blob
+        encoded = codecs.encode(chunk, width=blob.width, floating=floating, base=base)
+        if encoded.against is not codecs.Against.BASE or len(encoded.payload) >= len(blob.payload):
+            return blob
+        return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
+
+    def commit(self, description: Description) -> Recorded:
+        """Record the version; a repeated call returns it again."""
+        with self._turn:
+            self.used = time.monotonic()
+            if self.recorded is None:
+                self._store_batch()
+                self.recorded = self.push.commit(description)
+            return self.recorded
+
+    def abandon(self) -> None:
+        """Give up, unless it has been committed."""
+        with self._turn:
+            if self.recorded is None:
+                self.push.abandon()
+
+
+class Sessions:
+    """The pushes of one server process. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[tuple[PackedStore, PushId], Session] = {}
+        self._lock = threading.Lock()
+
+    def begin(
+        self,
+        store: PackedStore,
+        owner: str,
+        push_id: PushId,
+        *,
+        model: str,
+        branch: str,
+        parent: VersionId | None,
+        again: bool,
+    ) -> tuple[Session, int]:
+        """Start a push or find it started; return it, and the position from which on records have to come.
+
+        Raises what ``ContentStore.begin`` does, and LimitError for one too many.
+        """
+        self.sweep()
+        begin = partial(store.begin, model, branch, parent=parent, push_id=push_id)
+        with self._lock:
+            session = self._sessions.get((store, push_id))
+            if session is None and len(self._sessions) >= MAX_SESSIONS:
+                raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+        if session is None:
+            return self._started(store, owner, push_id, begin), 0
+        self._check_owner(session, owner)
+        if (session.push.model, session.push.branch) != (model, branch):
+            raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
+        return session, session.restart() if again else session.rewind()
+
+    def _started(self, store: PackedStore, owner: str, push_id: PushId, begin: Callable[[], PackedPush]) -> Session:
+        made = Session(store, begin(), owner)
+        with self._lock:
+            return self._sessions.setdefault((store, push_id), made)
+
+    def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
+        """Return a push that was begun; raises NotFoundError (``no_session``)."""
+        with self._lock:
+            session = self._sessions.get((store, push_id))
+        if session is None:
+            raise NotFoundError(f"push {push_id} is not known here: begin it again", kind="no_session", push_id=push_id)
+        self._check_owner(session, owner)
+        return session
+
+    def end(self, store: PackedStore, push_id: PushId) -> None:
+        """Forget a push."""
+        with self._lock:
+            self._sessions.pop((store, push_id), None)
+
+    def sweep(self, idle_s: float = IDLE_S) -> None:
+        """Give up what nobody has called for ``idle_s`` seconds."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [key for key, session in self._sessions.items() if now - session.used >= idle_s]
+            given_up = [self._sessions.pop(key) for key in idle]
+        for session in given_up:
+            session.abandon()
+
+    def _check_owner(self, session: Session, owner: str) -> None:
+        if session.owner != owner:
+            raise PermissionDeniedError("this push is somebody else's", kind="not_allowed")
