@@ -8,6 +8,7 @@ from threading import Barrier, local
 
 import numpy as np
 import pytest
+import s3
 from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +31,21 @@ from lamella_engine.objects.probe import probe
 DATA = bytes(range(256)) * 3
 
 
-@pytest.fixture(params=["memory", "local", "counting", "faulty"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Objects]:
+@pytest.fixture(params=["memory", "local", "counting", "faulty", "seaweedfs", "moto"])
+def objects(
+    request: pytest.FixtureRequest, tmp_path: Path, use: Callable[[s3.Server], None]
+) -> Iterator[Objects]:
+    def in_a_bucket() -> Objects:
+        use(request.getfixturevalue(request.param))
+        return open_objects(s3.new_url())
+
     made: dict[str, Callable[[], Objects]] = {
         "memory": MemoryObjects,
         "local": lambda: LocalObjects.create(tmp_path / "objects"),
         "counting": lambda: CountingObjects(MemoryObjects()),
         "faulty": lambda: FaultyObjects(MemoryObjects(), -1, Fault.CRASH_BEFORE),
+        "seaweedfs": in_a_bucket,
+        "moto": in_a_bucket,
     }
     opened = made[request.param]()
     yield opened
@@ -266,8 +275,17 @@ def test_memory_of_one_name_is_one_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "kind"),
     [
-        ("s3://bucket/prefix", "unsupported_url"),
-        ("gs://bucket", "unsupported_url"),
+        ("S3://bucket", "unsupported_url"),
+        ("s3://", "bad_url"),
+        ("s3:///prefix", "bad_url"),
+        ("s3://user@bucket/prefix", "bad_url"),
+        ("s3://bucket:80/prefix", "bad_url"),
+        ("s3://bucket/a//b", "bad_url"),
+        ("s3://bucket/../other", "bad_url"),
+        ("s3://bucket/.hidden", "bad_url"),
+        ("s3://bucket/prefix?versionId=1", "bad_url"),
+        ("gs://bucket/a b", "bad_url"),
+        ("az://", "bad_url"),
         ("https://host/x", "unsupported_url"),
         ("://x", "unsupported_url"),
         ("", "bad_url"),

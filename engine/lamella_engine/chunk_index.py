@@ -94,7 +94,7 @@ class ChunkIndex:
     def _open(self) -> sqlite3.Connection:
         if self._path is not None:
             try:
-                self._path.parent.mkdir(exist_ok=True)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 return _prepared(self._path)
             except (sqlite3.Error, OSError) as error:
                 self._set_aside(error)

@@ -1,5 +1,7 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -29,7 +31,8 @@ from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
 
 INDEX_PATH = Path("index", "chunks.sqlite")
-"""Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object."""
+"""Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object. That of a
+repository in a bucket lies in the user's cache."""
 
 OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
 """Every object of a repository lies in one of these."""
@@ -455,7 +458,8 @@ def init(
     Parameters
     ----------
     url
-        A directory path, ``file:///path``, or ``memory://name`` for one that lives as long as the process.
+        A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
+        object store; or ``memory://name`` for one that lives as long as the process.
     max_depth
         Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
         take fewer bytes, and more time to check out.
@@ -472,11 +476,12 @@ def init(
         The place fails, or does not keep the promises that a repository needs.
     """
     check_max_depth(max_depth)
-    objects = open_objects(_place_of(url), create=True)
+    place = _place_of(url)
+    objects = open_objects(place, create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
         return Repository(
-            PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth), executor
+            PackedStore.create(objects, executor, index_path=_index_path(objects, place), max_depth=max_depth), executor
         )
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -488,11 +493,14 @@ def init(
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
     """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
+    place = _place_of(url)
     try:
-        objects = open_objects(_place_of(url))
+        objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
-    except RepositoryNotFoundError:
+        return Repository(PackedStore(objects, executor, index_path=_index_path(objects, place)), executor)
+    except RepositoryNotFoundError as error:
+        if error.kind == "bucket_not_found":
+            raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
@@ -505,5 +513,22 @@ def _place_of(url: "str | PathLike[str]") -> str:
     return place
 
 
-def _index_path(objects: Objects) -> Path | None:
-    return objects.root / INDEX_PATH if isinstance(objects, LocalObjects) else None
+def _index_path(objects: Objects, place: str) -> Path | None:
+    """Return the file of the chunk index; None if there is nothing that outlives the process to keep it for."""
+    if isinstance(objects, LocalObjects):
+        return objects.root / INDEX_PATH
+    cache = _cache()
+    if not objects.store_name or cache is None:
+        return None
+    # Of two names for one place, each gets an index: both are derived.
+    key = hashlib.sha256(f"{objects.store_name}\n{place.rstrip('/')}".encode()).hexdigest()[:32]
+    return cache / "lamella" / "index" / key / INDEX_PATH.name
+
+
+def _cache() -> Path | None:
+    """Return the directory that the XDG Base Directory Specification gives to caches, if this user has one."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given
+    home = Path(os.path.expanduser("~"))
+    return home / ".cache" if home.is_absolute() else None

@@ -43,6 +43,10 @@ class Objects(Protocol):
     PermissionDeniedError where the place fails; ``transient`` says whether the same call may succeed later.
     """
 
+    store_name: str
+    """What keeps these promises, or does not, for many places at once, such as a bucket and its endpoint; ``""`` where
+    each place does so for itself. Says nothing that is secret."""
+
     def get(self, name: str) -> bytes:
         """Return the whole of a small object: at most :data:`MAX_GET_NBYTES`.
 
