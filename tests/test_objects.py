@@ -32,9 +32,7 @@ DATA = bytes(range(256)) * 3
 
 
 @pytest.fixture(params=["memory", "local", "counting", "faulty", "seaweedfs", "moto"])
-def objects(
-    request: pytest.FixtureRequest, tmp_path: Path, use: Callable[[s3.Server], None]
-) -> Iterator[Objects]:
+def objects(request: pytest.FixtureRequest, tmp_path: Path, use: Callable[[s3.Server], None]) -> Iterator[Objects]:
     def in_a_bucket() -> Objects:
         use(request.getfixturevalue(request.param))
         return open_objects(s3.new_url())

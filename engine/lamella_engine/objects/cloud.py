@@ -7,7 +7,8 @@ beyond them: errors that say what to do, exact lengths, listings that are known 
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from os import environ
@@ -154,16 +155,24 @@ class CloudObjects:
         if len(ranges) < 2 or any(not 0 <= start < stop for start, stop in ranges):
             return [self.get_range(name, start, stop) for start, stop in ranges]
         check_object_name(name)
-        starts, stops = zip(*ranges, strict=True)
+        # Not left to obstore, which panics if an object ends before one of the ranges that it has put together.
+        runs = _neighbours(ranges)
         try:
             with self._errors("read", name):
-                found = obstore.get_ranges(self._store, name, starts=starts, ends=stops, coalesce=_NEIGHBOUR_NBYTES)
+                found = obstore.get_ranges(
+                    self._store, name, starts=[start for start, _ in runs], ends=[stop for _, stop in runs], coalesce=0
+                )
         except StorageError as error:
-            self._check_refused(name, max(stops), error)
+            self._check_refused(name, runs[-1][1], error)
             raise
-        for data, (start, stop) in zip(found, ranges, strict=True):
+        for data, (start, stop) in zip(found, runs, strict=True):
             check_range(name, start, stop, nbytes=start + len(data))
-        return [data.to_bytes() for data in found]
+        firsts = [start for start, _ in runs]
+        pieces = []
+        for start, stop in ranges:
+            run = bisect_right(firsts, start) - 1
+            pieces.append(bytes(memoryview(found[run])[start - firsts[run] : stop - firsts[run]]))
+        return pieces
 
     def _check_refused(self, name: str, stop: int, error: StorageError) -> None:
         """Raise CorruptionError if a range was refused because the object ends before it.
@@ -331,6 +340,17 @@ class CloudObjects:
             yield
 
 
+def _neighbours(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Put ranges together that are worth a single request; return what to ask for, in order."""
+    runs: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if runs and start - runs[-1][1] <= _NEIGHBOUR_NBYTES:
+            runs[-1] = runs[-1][0], max(stop, runs[-1][1])
+        else:
+            runs.append((start, stop))
+    return runs
+
+
 def _pieces(views: Sequence[memoryview]) -> Iterator[memoryview]:
     """Cut buffers so that what is gathered for one part is never much longer than a part."""
     for view in views:
@@ -403,13 +423,18 @@ def _explained(error: Exception, action: str, name: str | None) -> LamellaError:
             f"cannot {action}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             kind="no_credentials",
         )
-    refused = isinstance(error, failures.PermissionDeniedError | failures.UnauthenticatedError)
-    if refused or cause in ("ExpiredToken", "InvalidToken"):
+    status = int(found[1]) if (found := re.search(r"status code: (\d+)", text)) else None
+    if status in (401, 403) or cause in _REFUSALS:
         return PermissionDeniedError(
             f"cannot {action}: the store refuses ({cause}); check the credentials in the environment, and their rights",
             kind="store_refuses",
         )
-    transient = cause in _TRANSIENT_CODES or _is_transient(text)
+    transient = (
+        cause in _FAULTS_OF_TRANSFER
+        or status in (408, 409, 429)
+        or (status is not None and status >= 500 and status != 501)  # 501: the store cannot do that, ever
+        or (status is None and "HTTP error" in text)
+    )
     advice = (
         "try again, and if it lasts check the endpoint and the network"
         if transient
@@ -418,20 +443,12 @@ def _explained(error: Exception, action: str, name: str | None) -> LamellaError:
     return StorageError(f"cannot {action}: {cause}; {advice}", kind="store_failed", transient=transient)
 
 
-# Faults of one transfer, which S3 calls the client's: what arrived was late, or not what had been sent.
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
-
-
-def _is_transient(text: str) -> bool:
-    """Whether it may pass by itself: too many requests, the store's own faults, an answer that never came."""
-    if status := re.search(r"status code: (\d+)", text):
-        code = int(status[1])
-        return code in (408, 409, 429) or (code >= 500 and code != 501)  # 501: it cannot do that, ever
-    return "HTTP error" in text
-
+# Answers of S3 that do not have the status that other stores, and it itself, give to their kind.
+_REFUSALS = {"ExpiredToken", "InvalidToken"}
+_FAULTS_OF_TRANSFER = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 
 # Where a machine in the cloud is told its credentials, which is asked for if the environment has none.
-_METADATA_SERVICE = "169.254.169.254"
+_METADATA_SERVICE = "/latest/api/token"
 
 _CAUSES = [
     (re.compile(r"<Code>(\w+)</Code>"), r"\1"),
