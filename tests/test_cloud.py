@@ -433,18 +433,6 @@ def test_neighbouring_ranges_come_in_one_request_and_distant_ones_side_by_side(o
         assert len(proxy.requests) == requests
 
 
-def test_ranges_beyond_the_end_are_corruption(either: Proxy) -> None:
-    objects = open_objects(new_url())
-    objects.put_if_absent("packs/a", [b"abcde"])
-    for beyond in ((4, 6), (5, 6), (90, 95)):
-        with pytest.raises(CorruptionError) as caught:
-            objects.get_ranges("packs/a", [(0, 2), beyond])
-        assert caught.value.kind == "short_object"
-    with pytest.raises(NotFoundError) as missing:
-        objects.get_ranges("packs/b", [(0, 2), (3, 4)])
-    assert missing.value.kind == "object_not_found"
-
-
 # -- addresses and credentials -----------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,24 @@ def test_a_range_beyond_the_end_is_corruption(objects: Objects, start: int, stop
     assert caught.value.kind == "short_object"
 
 
+def test_ranges_that_are_read_together_are_those_that_are_read_alone(objects: Objects) -> None:
+    objects.put_if_absent("packs/a", [DATA])
+    ranges = [(700, 768), (0, 9), (5, 20), (5, 20), (300, 300), (20, 21), (0, 768)]
+    for some in (ranges, ranges[:4], ranges[:1], []):
+        assert list(objects.get_ranges("packs/a", some)) == [DATA[start:stop] for start, stop in some]
+
+
+@pytest.mark.parametrize("beyond", [(767, 769), (768, 769), (900, 1000)])
+def test_ranges_of_which_one_is_beyond_the_end_are_corruption(objects: Objects, beyond: tuple[int, int]) -> None:
+    objects.put_if_absent("packs/a", [DATA])
+    with pytest.raises(CorruptionError) as caught:
+        objects.get_ranges("packs/a", [(0, 5), beyond])
+    assert caught.value.kind == "short_object"
+    with pytest.raises(NotFoundError) as missing:
+        objects.get_ranges("packs/b", [(0, 5), (7, 9)])
+    assert missing.value.kind == "object_not_found"
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 4), (-3, -1)])
 def test_what_is_no_range_is_refused(objects: Objects, start: int, stop: int) -> None:
     objects.put_if_absent("packs/a", [DATA])
@@ -234,7 +252,10 @@ def test_one_of_many_threads_wins_a_name_and_its_bytes_stay(objects: Objects) ->
         assert objects.get(f"race/{turn}") == bytes(winners) * 1000
 
 
-def test_a_sound_store_passes_the_probe_and_is_left_as_it_was(objects: Objects) -> None:
+def test_a_sound_store_passes_the_probe_and_is_left_as_it_was(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamella_engine.objects.probe._sound", set())
     objects.put_if_absent("log/0", [DATA])
     probe(objects)
     probe(objects)
