@@ -409,9 +409,10 @@ def test_a_listing_out_of_order_is_refused(objects: Objects, proxy: Proxy) -> No
         return Answer(answer.status, head + body + tail)
 
     proxy.treat = reverse
-    with pytest.raises(StorageError) as caught:
-        list(objects.list("log/"))
-    assert (caught.value.kind, caught.value.transient) == ("unordered_listing", False)
+    for prefix in ("log/", "log/1", "log/2"):
+        with pytest.raises(StorageError) as caught:
+            list(objects.list(prefix))
+        assert (caught.value.kind, caught.value.transient) == ("unordered_listing", False)
 
 
 def test_what_begins_with_a_prefix_is_asked_for_and_not_what_comes_before(objects: Objects, proxy: Proxy) -> None:

@@ -144,7 +144,7 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
     ------
     InvalidInputError
         Kind ``unsupported_url`` for another scheme, ``bad_url`` for one that names no place, ``not_a_directory`` for a
-        path to something else.
+        path to something else, ``bad_endpoint`` for an object store's address in the environment that is none.
     RepositoryNotFoundError
         There is no directory at that path, and ``create`` was not given.
     """
@@ -182,7 +182,9 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
 
 def _bad_url(url: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{url!r} names no place: give a directory, file:///absolute/path or memory://name", kind="bad_url", url=url
+        f"{url!r} names no place: give a directory, file:///absolute/path, s3://bucket/prefix or memory://name",
+        kind="bad_url",
+        url=url,
     )
 
 

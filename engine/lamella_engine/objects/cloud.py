@@ -55,7 +55,7 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _RETRY_S = 60.0
 
-# A request carries at most 16 MiB, for which a minute asks 270 kB/s.
+# A request carries at most 16 MiB (but for the metadata of millions of cells), for which a minute asks 270 kB/s.
 _TIMEOUT = "60s"
 _CONNECT_TIMEOUT = "10s"
 
@@ -293,9 +293,8 @@ class CloudObjects:
     def _listed(self, directory: str, prefix: str, after: str, limit: int | None) -> Iterator[ObjectInfo]:
         before = ""
         for info in self._names_in(directory, after) if limit != 0 else ():
-            if not info.name.startswith(prefix):
-                if info.name > prefix:
-                    return
+            # What others left there is no object, and what lies deeper is in no listing.
+            if info.name.rpartition("/")[0] != directory or not is_object_name(info.name):
                 continue
             if info.name < before:
                 raise StorageError(
@@ -304,9 +303,10 @@ class CloudObjects:
                     transient=False,
                 )
             before = info.name
-            # What others left there is no object, and what lies deeper is in no listing.
-            if info.name <= after or info.name.rpartition("/")[0] != directory or not is_object_name(info.name):
+            if info.name <= after or info.name < prefix:
                 continue
+            if not info.name.startswith(prefix):
+                return
             yield info
             if limit is not None:
                 limit -= 1
