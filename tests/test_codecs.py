@@ -165,7 +165,7 @@ def test_threads_do_not_share_scratch():
         assert list(pool.map(there_and_back, chunks * 4)) == chunks * 4
 
 
-# The format, written out by hand from the tables in codecs.py.
+# The format, written out by hand from the tables at the top of codecs.
 
 
 def plane(form: int, data: bytes, *, length: int | None = None) -> bytes:
