@@ -12,6 +12,7 @@ from strategies import ChunkPair, chunk_pairs, lanes
 
 from lamella_engine import _kernels, codecs
 from lamella_engine.codecs import Encoding, decode, encode
+from lamella_engine.codecs.payloads import payload_of
 from lamella_engine.errors import CorruptionError
 
 WIDTHS = (1, 2, 4, 8)
@@ -485,7 +486,7 @@ def test_few_blocks_that_are_not_zero_are_never_passed_over(width, block):
     chunk, guide = lanes.tobytes(), np.random.default_rng(0).bytes(lanes.nbytes)
     for encoding, other in ((Encoding.FLOAT_RANS, None), (Encoding.GUIDED_RANS, np.frombuffer(guide, np.uint8))):
         source = np.frombuffer(chunk, np.uint8)
-        payload = codecs._encode_as(encoding, source, other, width=width, floating=True, limit=source.size)
+        payload = payload_of(encoding, source, other, width=width, floating=True, limit=source.size)
         assert payload is not None
         out = bytearray(len(chunk))
         codecs.decode(encoding, payload, out, width=width, base=guide)

@@ -401,3 +401,21 @@ def test_an_array_that_changes_between_hash_and_store_is_said_to_have_changed(mo
         repo.push({"w": array}, "m@main")
     assert caught.value.kind == "source_changed"
     assert repo.models() == []
+
+
+def test_a_chunk_that_was_encoded_wrongly_is_stored_as_it_is_and_reported(monkeypatch, caplog):
+    repo, weights = new_repository(), {"w": noise(0, 5_000), "v": noise(1, 5_000)}
+    encode = codecs.encode
+
+    def broken(chunk, **options):
+        encoded = encode(chunk, **options)
+        if bytes(chunk) != weights["w"].tobytes():
+            return encoded
+        return encoded._replace(payload=encoded.payload[:-1] + bytes([encoded.payload[-1] ^ 1]))
+
+    monkeypatch.setattr(codecs, "encode", broken)
+    repo.push(weights, "m@main")
+    assert bits(repo.checkout("m@main")) == bits(weights)
+    assert repo.verify(deep=True).ok
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "please report this" in caplog.text
