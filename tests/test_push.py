@@ -10,7 +10,7 @@ from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tensors as drawn_tensors
-from support import bits, names_of, new_repository, noise, open_again, store_of
+from support import bits, copies_in, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine import codecs
 from lamella_engine.content_store.log import new_push_id
@@ -403,13 +403,17 @@ def test_an_array_that_changes_between_hash_and_store_is_said_to_have_changed(mo
     assert repo.models() == []
 
 
-def test_a_chunk_that_was_encoded_wrongly_is_stored_as_it_is_and_reported(monkeypatch, caplog):
-    repo, weights = new_repository(), {"w": noise(0, 5_000), "v": noise(1, 5_000)}
+@pytest.mark.parametrize("wrong", ["master", "short", "other"])
+def test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported(wrong, monkeypatch, caplog):
+    objects = MemoryObjects()
+    repo, master = new_repository(objects), noise(0, 5_000)
+    weights = {"master": master, "other": noise(1, 5_000), "short": master.astype(ml_dtypes.bfloat16)}
+    chunk = weights[wrong].tobytes()
     encode = codecs.encode
 
-    def broken(chunk, **options):
-        encoded = encode(chunk, **options)
-        if bytes(chunk) != weights["w"].tobytes():
+    def broken(data, **options):
+        encoded = encode(data, **options)
+        if bytes(data) != chunk:
             return encoded
         return encoded._replace(payload=encoded.payload[:-1] + bytes([encoded.payload[-1] ^ 1]))
 
@@ -417,5 +421,11 @@ def test_a_chunk_that_was_encoded_wrongly_is_stored_as_it_is_and_reported(monkey
     repo.push(weights, "m@main")
     assert bits(repo.checkout("m@main")) == bits(weights)
     assert repo.verify(deep=True).ok
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "please report this" in caplog.text
+    (pack,) = store_of(repo).log.refresh().packs()
+    stored = copies_in(objects, pack.name)
+    assert [row.encoding for row, _ in stored.values() if row.chunk == chunk_id(chunk)] == [codecs.Encoding.RAW]
+    assert stored[chunk_id(weights["short"].tobytes())].row.encoding == (
+        codecs.Encoding.RAW if wrong == "short" else codecs.Encoding.CAST
+    )
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "please report this" in record.getMessage()

@@ -136,7 +136,7 @@ def _right(blob: Blob, base: Buffer | None, out: bytearray | None = None) -> Blo
     try:
         check_blob(blob, base, out)
     except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
-        data = None if blob.read is None else blob.read()
+        data = None if blob.read is None else bytes(blob.read())  # a copy: what was lent may change after it was hashed
         if data is None or chunk_id(data) != blob.chunk:
             raise InvalidInputError(
                 f"a blob is not what it is said to be, and was not stored: {error}", kind="wrong_blob"

@@ -30,7 +30,7 @@ class Blob:
     base: ChunkId | None
     """The chunk that must be decoded first, for a delta."""
     read: Callable[[], Buffer] | None = field(default=None, compare=False)
-    """Reads the chunk again, for a store that is given a payload which does not decode to it."""
+    """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
 
 
 class Reading(NamedTuple):
