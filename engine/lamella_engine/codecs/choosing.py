@@ -106,11 +106,11 @@ _SHORTEST_RUN = 32
 _DOUBT = 0.96
 # Bytes that a coder needs for tables and states, whatever it codes.
 _CODED_HEADER = 256
-# What FLOAT_RANS takes at least if PLANES take more than half of the chunk: six sevenths of that, or 2.5 bits a lane
-# less, for it saves at exponents alone, with seven tables where PLANES have one. In any case it takes a half. Seen in
-# 5,000 drawn chunks of 8,192 lanes and more were 0.853 (rows that differ by factors of e^20; else 0.865), 2.4 bits, and
-# 0.60 (integers of few bits).
-_MOST_OVER_CODED = 7 / 6
+# What FLOAT_RANS takes at least if PLANES take more than half of the chunk: five sixths of that, or 2.5 bits a lane
+# less, for it saves at exponents alone, with seven tables where PLANES have one. In any case it takes a half. These are
+# not proved: the least seen in 4,806 drawn chunks of 8,192 lanes and more was 0.841 and 2.2 bits less, of rows that
+# differ by factors of e^20, and 0.604 of integers of few bits.
+_MOST_OVER_CODED = 6 / 5
 _MOST_SAVED = 2.5 / 8
 _MOST_OVER_SHORT = 2
 
