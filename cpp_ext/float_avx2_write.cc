@@ -17,19 +17,29 @@ Vector symbols_of_run(const Model& model, const Magnitudes<W>& top_of, const uin
     });
 }
 
+// Lanes to their raw bits.
+template <size_t W>
+struct RawBits {
+    using L = LanesOf<W>;
+    __m128i trailing, to_sign;
+    Vector below_cut, sign;
+    explicit RawBits(const Model& model)
+        : trailing(by(model.trailing)),
+          to_sign(by(8 * W - 1 - (model.cut - model.trailing))),
+          below_cut(L::all((1u << (model.cut - model.trailing)) - 1)),
+          sign(L::all(1u << (model.cut - model.trailing))) {}
+    Vector operator()(Vector lanes) const {
+        return _mm256_or_si256(_mm256_and_si256(L::right(lanes, trailing), below_cut),
+                               _mm256_and_si256(L::right(lanes, to_sign), sign));
+    }
+};
+
 // Writes the pairs of bytes and the bytes of the raw bits of a run, whose first lane is the block's lane `at`; returns
 // what is left of them as bytes.
 template <size_t W>
-Vector cut_raw(const Model& model, const Pieces& pieces, const uint8_t* lanes, uint8_t* block, size_t at) {
-    using L = LanesOf<W>;
-    const unsigned below = model.cut - model.trailing;
+Vector cut_raw(const RawBits<W>& raw_of, const Pieces& pieces, const uint8_t* lanes, uint8_t* block, size_t at) {
     Vector raw[W];
-    for (size_t i = 0; i < W; ++i) {
-        const Vector x = load_vector(lanes + 32 * i);
-        const Vector low = _mm256_and_si256(L::right(x, by(model.trailing)), L::all((1u << below) - 1));
-        const Vector sign = _mm256_and_si256(L::right(x, by(8 * W - 1 - below)), L::all(1u << below));
-        raw[i] = _mm256_or_si256(low, sign);
-    }
+    for (size_t i = 0; i < W; ++i) raw[i] = raw_of(load_vector(lanes + 32 * i));
     if constexpr (W == 4) {
         if (pieces.has_pairs()) {
             for (size_t i = 0; i < 4; i += 2) {
@@ -43,8 +53,8 @@ Vector cut_raw(const Model& model, const Pieces& pieces, const uint8_t* lanes, u
     if constexpr (W > 1) {
         if (pieces.has_bytes()) {
             store_vector(block + pieces.byte_at + at,
-                         to_bytes<W>([&raw](size_t i) { return _mm256_and_si256(raw[i], L::all(0xff)); }));
-            for (Vector& of : raw) of = L::right(of, by(8));
+                         to_bytes<W>([&raw](size_t i) { return _mm256_and_si256(raw[i], LanesOf<W>::all(0xff)); }));
+            for (Vector& of : raw) of = LanesOf<W>::right(of, by(8));
         }
     }
     return to_bytes<W>([&raw](size_t i) { return raw[i]; });
@@ -99,6 +109,7 @@ template <size_t W>
     const Lookup weight(weight_table);
     const Contexts<W> contexts_of(model.shift, model.low);
     const Magnitudes<W> top_of(model.cut);
+    const RawBits<W> raw_of(model);
     const Vector below = LanesOf<1>::all(model.values < weights ? 0 : model.values - (weights - 1));
     size_t at = 0;
     for (; at + block_lanes <= n; at += block_lanes) {
@@ -116,7 +127,7 @@ template <size_t W>
             if (guide != nullptr) {
                 store_vector(to.contexts + at + first, contexts_of(guide + (at + first) * W));
             }
-            rest[g] = cut_raw<W>(model, pieces, lanes + first * W, raw, first);
+            rest[g] = cut_raw<W>(raw_of, pieces, lanes + first * W, raw, first);
         }
         raw = cut_rest(rest, pieces.rest(), raw + pieces.rest_at);
     }
@@ -161,19 +172,15 @@ template <size_t W, size_t R>
             const Vector tables = guided ? table_of(load_vector(from.contexts + i)) : of_class;
             alignas(32) uint64_t at[8];
             rans::numbers_of<symbol_stride>(tables, load_vector(from.symbols + i), at);
-            const auto code_eight = [&](size_t g, Vector& state) [[gnu::always_inline]] {
+            for (size_t g = 4; g-- > 0;) {
                 rans::Steps of_lanes(steps, at + 2 * g);
                 const unsigned escaped = mask_of(of_lanes.packed);
                 if (escaped != 0) {
                     add_escapes<W>(model, escaped, src + (i + 8 * g) * W, escapes);
                     of_lanes.packed = _mm256_and_si256(of_lanes.packed, all(~escape_mark));
                 }
-                rans::code_symbols(of_lanes, state, words);
-            };
-            code_eight(3, states[3 % R]);
-            code_eight(2, states[2 % R]);
-            code_eight(1, states[1 % R]);
-            code_eight(0, states[0]);
+                rans::code_symbols(of_lanes, states[g % R], words);
+            }
         }
     }
     sink.to.words = words;

@@ -205,19 +205,24 @@ template <size_t R>
 
 // Writing.
 
-// Of 32 lanes, contexts or tables * stride + symbol, 16 bits each. A stride of less than 256 is one of symbols below
-// 128.
+// Of 32 lanes, contexts or tables * stride + symbol, 16 bits each.
 template <size_t stride>
 [[gnu::always_inline]] inline void numbers_of(Vector of_contexts, Vector of_symbols, uint64_t (&to)[8]) {
-    static_assert(stride <= 128 || stride == 256);
-    const auto number = [](Vector pairs) {
-        if constexpr (stride == 256) return pairs;
-        return _mm256_maddubs_epi16(LanesOf<2>::all(stride << 8 | 1), pairs);
-    };
-    const Vector low = number(_mm256_unpacklo_epi8(of_symbols, of_contexts));
-    const Vector high = number(_mm256_unpackhi_epi8(of_symbols, of_contexts));
-    store_vector(to, _mm256_permute2x128_si256(low, high, 0x20));
-    store_vector(to + 4, _mm256_permute2x128_si256(low, high, 0x31));
+    if constexpr (stride == 256) {
+        const Vector low = _mm256_unpacklo_epi8(of_symbols, of_contexts);
+        const Vector high = _mm256_unpackhi_epi8(of_symbols, of_contexts);
+        store_vector(to, _mm256_permute2x128_si256(low, high, 0x20));
+        store_vector(to + 4, _mm256_permute2x128_si256(low, high, 0x31));
+    } else {
+        constexpr int log_stride = stride == 64 ? 6 : 7;
+        static_assert(stride == 1u << log_stride);
+        const auto number = [](__m128i context, __m128i symbol) {
+            return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(context), log_stride),
+                                   _mm256_cvtepu8_epi16(symbol));
+        };
+        store_vector(to, number(_mm256_castsi256_si128(of_contexts), _mm256_castsi256_si128(of_symbols)));
+        store_vector(to + 4, number(_mm256_extracti128_si256(of_contexts, 1), _mm256_extracti128_si256(of_symbols, 1)));
+    }
 }
 
 // For each set of lanes that give a word away: those lanes, at the end of eight.

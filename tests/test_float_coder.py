@@ -146,6 +146,24 @@ def test_every_number_of_streams_comes_back(isa, dtype, streams_lanes):
     assert decoded(coded(x), x) == x.tobytes()
 
 
+@pytest.mark.parametrize(("dtype", "exponent_at"), [("bf16", 7), ("float32", 23)])
+def test_contexts_may_begin_lower_in_a_guide_than_any_encoder_has_them(isa, dtype, exponent_at):
+    x = scaled(40_000, dtype)
+    guide = guides(x)[1]
+    payload = bytearray(coded(x, guide))
+    header = Bits(bytes(payload[5:8]))  # of shift and low, which begin with byte 5
+    assert header.take(6) == exponent_at
+    contexts = np.clip((guide >> exponent_at).astype(np.int64) - header.take(12), 0, 31)
+    assert len(np.unique(contexts)) > 10
+
+    # The same contexts, in eleven bits and more of another guide.
+    shift, low = 4, 1000
+    payload[5], payload[6] = shift | (low & 3) << 6, low >> 2 & 255
+    payload[7] = payload[7] & ~3 | low >> 10
+    lower = ((contexts + low) << shift).astype(x.dtype)
+    assert decoded(bytes(payload), x, lower) == x.tobytes()
+
+
 # What it is worth.
 
 
