@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 
 import lamella
 from benchmarks import corpora
-from lamella_engine.content_store import push
+from lamella_engine.content_store import bases
 
 ROUNDS = 3
 """Enough that one disturbed checkout does not move the median."""
@@ -56,7 +56,7 @@ class Bounds(NamedTuple):
     """What a chain may come to; a ``max_depth`` of 0 is what the others are compared with."""
 
     max_depth: int
-    longest_chain: float = push.LONGEST_CHAIN
+    longest_chain: float = bases.LONGEST_CHAIN
     """Its bytes to those of the full blob that it begins with."""
 
 
@@ -90,7 +90,7 @@ def measure(
             for path in paths:
                 tensors = corpora.rounded(load_file(path), dtype)
                 for bounds, repository in repositories.items():
-                    with patch.object(push, "LONGEST_CHAIN", bounds.longest_chain):
+                    with patch.object(bases, "LONGEST_CHAIN", bounds.longest_chain):
                         pushes[bounds].append(_cpu_seconds(partial(repository.push, tensors, "chain@main")))
         with ExitStack() as opened:
             repositories = {bounds: opened.enter_context(lamella.open(place)) for bounds, place in places.items()}
@@ -160,7 +160,7 @@ def main() -> None:
     """Measure every chain in both precisions."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, metavar="N", help="besides 0")
-    parser.add_argument("--longest-chain", type=float, nargs="+", default=[push.LONGEST_CHAIN], metavar="X")
+    parser.add_argument("--longest-chain", type=float, nargs="+", default=[bases.LONGEST_CHAIN], metavar="X")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="chains whose name or dtype has one")
     parser.add_argument("--versions", type=int, default=corpora.CHAIN_LENGTH, help="how many of each chain")
     parser.add_argument("--rounds", type=int, default=ROUNDS)

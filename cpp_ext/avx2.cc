@@ -1,6 +1,6 @@
-// The AVX2 variant. Only entered on a CPU that has AVX2, F16C and POPCNT; see CMakeLists.txt for why nothing in here
-// may come from a header as an inline function: intrinsics are the one exception, since they are always inlined.
-#include <immintrin.h>
+// The AVX2 variant. Only entered on a CPU that has AVX2, F16C and POPCNT; see CMakeLists.txt for why what comes from a
+// header has to be static or in an unnamed namespace. Intrinsics are the one exception, since they are always inlined.
+#include "avx2.hpp"
 
 #include <cstring>
 
@@ -11,27 +11,20 @@
 namespace lamella {
 namespace {
 
-using std::size_t;
-using std::uint64_t;
-using std::uint8_t;
-
 // Work goes in blocks of 32 lanes of W bytes: W registers, which become W planes of one register each.
 constexpr size_t block = 32;
-
-__m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-void store(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 // deinterleave<H>: from two registers of lanes of 2H bytes, in order, the lower and the upper halves, in order.
 // interleave<H> is its inverse. Packs and unpacks work within 128 bits, hence the permutations.
 template <size_t H>
-void deinterleave(__m256i first, __m256i second, __m256i& low, __m256i& high) {
-    __m256i l, h;
+void deinterleave(Vector first, Vector second, Vector& low, Vector& high) {
+    Vector l, h;
     if constexpr (H == 1) {
-        const __m256i mask = _mm256_set1_epi16(0x00ff);
+        const Vector mask = _mm256_set1_epi16(0x00ff);
         l = _mm256_packus_epi16(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
         h = _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8));
     } else if constexpr (H == 2) {
-        const __m256i mask = _mm256_set1_epi32(0x0000ffff);
+        const Vector mask = _mm256_set1_epi32(0x0000ffff);
         l = _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
         h = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));
     } else {
@@ -44,8 +37,8 @@ void deinterleave(__m256i first, __m256i second, __m256i& low, __m256i& high) {
 }
 
 template <size_t H>
-void interleave(__m256i low, __m256i high, __m256i& first, __m256i& second) {
-    __m256i a, b;
+void interleave(Vector low, Vector high, Vector& first, Vector& second) {
+    Vector a, b;
     if constexpr (H == 1) {
         a = _mm256_unpacklo_epi8(low, high);
         b = _mm256_unpackhi_epi8(low, high);
@@ -61,11 +54,11 @@ void interleave(__m256i low, __m256i high, __m256i& first, __m256i& second) {
 }
 
 template <size_t W>
-void lanes_to_planes(const __m256i* lanes, __m256i* planes) {
+void lanes_to_planes(const Vector* lanes, Vector* planes) {
     if constexpr (W == 1) {
         planes[0] = lanes[0];
     } else {
-        __m256i low[W / 2], high[W / 2];
+        Vector low[W / 2], high[W / 2];
         for (size_t i = 0; i < W / 2; ++i) deinterleave<W / 2>(lanes[2 * i], lanes[2 * i + 1], low[i], high[i]);
         lanes_to_planes<W / 2>(low, planes);
         lanes_to_planes<W / 2>(high, planes + W / 2);
@@ -73,112 +66,68 @@ void lanes_to_planes(const __m256i* lanes, __m256i* planes) {
 }
 
 template <size_t W>
-void planes_to_lanes(const __m256i* planes, __m256i* lanes) {
+void planes_to_lanes(const Vector* planes, Vector* lanes) {
     if constexpr (W == 1) {
         lanes[0] = planes[0];
     } else {
-        __m256i low[W / 2], high[W / 2];
+        Vector low[W / 2], high[W / 2];
         planes_to_lanes<W / 2>(planes, low);
         planes_to_lanes<W / 2>(planes + W / 2, high);
         for (size_t i = 0; i < W / 2; ++i) interleave<W / 2>(low[i], high[i], lanes[2 * i], lanes[2 * i + 1]);
     }
 }
 
-// Arithmetic on lanes of W bytes.
-template <size_t W>
-struct Lanes {
-    static __m256i add(__m256i a, __m256i b) {
-        if constexpr (W == 1) return _mm256_add_epi8(a, b);
-        if constexpr (W == 2) return _mm256_add_epi16(a, b);
-        if constexpr (W == 4) return _mm256_add_epi32(a, b);
-        if constexpr (W == 8) return _mm256_add_epi64(a, b);
-    }
-    static __m256i subtract(__m256i a, __m256i b) {
-        if constexpr (W == 1) return _mm256_sub_epi8(a, b);
-        if constexpr (W == 2) return _mm256_sub_epi16(a, b);
-        if constexpr (W == 4) return _mm256_sub_epi32(a, b);
-        if constexpr (W == 8) return _mm256_sub_epi64(a, b);
-    }
-    // All ones in lanes whose sign bit is set.
-    static __m256i negative(__m256i v) {
-        const __m256i zero = _mm256_setzero_si256();
-        if constexpr (W == 1) return _mm256_cmpgt_epi8(zero, v);
-        if constexpr (W == 2) return _mm256_srai_epi16(v, 15);
-        if constexpr (W == 4) return _mm256_srai_epi32(v, 31);
-        if constexpr (W == 8) return _mm256_cmpgt_epi64(zero, v);
-    }
-    static __m256i below_sign() {
-        if constexpr (W == 1) return _mm256_set1_epi8(0x7f);
-        if constexpr (W == 2) return _mm256_set1_epi16(0x7fff);
-        if constexpr (W == 4) return _mm256_set1_epi32(0x7fffffff);
-        if constexpr (W == 8) return _mm256_set1_epi64x(0x7fffffffffffffff);
-    }
-    static __m256i one() {
-        if constexpr (W == 1) return _mm256_set1_epi8(1);
-        if constexpr (W == 2) return _mm256_set1_epi16(1);
-        if constexpr (W == 4) return _mm256_set1_epi32(1);
-        if constexpr (W == 8) return _mm256_set1_epi64x(1);
-    }
-    // Unsigned halves. There is no shift of bytes: shift pairs and drop what came from the neighbour.
-    static __m256i half(__m256i v) {
-        if constexpr (W == 1) return _mm256_and_si256(_mm256_srli_epi16(v, 1), below_sign());
-        if constexpr (W == 2) return _mm256_srli_epi16(v, 1);
-        if constexpr (W == 4) return _mm256_srli_epi32(v, 1);
-        if constexpr (W == 8) return _mm256_srli_epi64(v, 1);
-    }
-    static __m256i negate_where(__m256i v, __m256i mask) { return subtract(_mm256_xor_si256(v, mask), mask); }
-    static __m256i ordered(__m256i v) { return _mm256_xor_si256(v, _mm256_and_si256(negative(v), below_sign())); }
-};
-
 template <size_t W>
 struct Plain {
     static constexpr bool has_base = false;
-    static __m256i forward(__m256i x, __m256i) { return x; }
-    static __m256i inverse(__m256i z, __m256i) { return z; }
+    static Vector forward(Vector x, Vector) { return x; }
+    static Vector inverse(Vector z, Vector) { return z; }
 };
 
 template <size_t W>
 struct Xor {
     static constexpr bool has_base = true;
-    static __m256i forward(__m256i x, __m256i base) { return _mm256_xor_si256(x, base); }
-    static __m256i inverse(__m256i z, __m256i base) { return _mm256_xor_si256(z, base); }
+    static Vector forward(Vector x, Vector base) { return _mm256_xor_si256(x, base); }
+    static Vector inverse(Vector z, Vector base) { return _mm256_xor_si256(z, base); }
 };
 
 template <size_t W>
 struct Residual {
     static constexpr bool has_base = true;
-    using L = Lanes<W>;
-    static __m256i forward(__m256i x, __m256i base) {
-        const __m256i d = L::negate_where(L::subtract(L::ordered(x), L::ordered(base)), L::negative(base));
+    using L = LanesOf<W>;
+    static Vector negate_where(Vector v, Vector mask) { return L::subtract(_mm256_xor_si256(v, mask), mask); }
+    static Vector ordered(Vector v) { return _mm256_xor_si256(v, _mm256_and_si256(L::negative(v), L::below_sign())); }
+    static Vector forward(Vector x, Vector base) {
+        const Vector d = negate_where(L::subtract(ordered(x), ordered(base)), L::negative(base));
         return _mm256_xor_si256(L::add(d, d), L::negative(d));
     }
-    static __m256i inverse(__m256i z, __m256i base) {
-        const __m256i odd = L::subtract(_mm256_setzero_si256(), _mm256_and_si256(z, L::one()));
-        const __m256i d = L::negate_where(_mm256_xor_si256(L::half(z), odd), L::negative(base));
-        return L::ordered(L::add(L::ordered(base), d));
+    static Vector inverse(Vector z, Vector base) {
+        const Vector odd = L::subtract(_mm256_setzero_si256(), _mm256_and_si256(z, L::all(1)));
+        const Vector d = negate_where(_mm256_xor_si256(L::half(z), odd), L::negative(base));
+        return ordered(L::add(ordered(base), d));
     }
 };
 
 // One block of lanes to one register a plane; plane p starts at planes + p * n.
 template <size_t W, class Relation>
 void split_block(const uint8_t* src, const uint8_t* base, size_t n, uint8_t* planes) {
-    __m256i lanes[W], out[W];
+    Vector lanes[W], out[W];
     for (size_t k = 0; k < W; ++k) {
-        lanes[k] = load(src + k * block);
-        if constexpr (Relation::has_base) lanes[k] = Relation::forward(lanes[k], load(base + k * block));
+        lanes[k] = load_vector(src + k * block);
+        if constexpr (Relation::has_base) lanes[k] = Relation::forward(lanes[k], load_vector(base + k * block));
     }
     lanes_to_planes<W>(lanes, out);
-    for (size_t p = 0; p < W; ++p) store(planes + p * n, out[p]);
+    for (size_t p = 0; p < W; ++p) store_vector(planes + p * n, out[p]);
 }
 
 template <size_t W, class Relation>
 void merge_block(const uint8_t* const* planes, size_t at, const uint8_t* base, uint8_t* out) {
-    __m256i in[W], lanes[W];
-    for (size_t p = 0; p < W; ++p) in[p] = load(planes[p] + at);
+    Vector in[W], lanes[W];
+    for (size_t p = 0; p < W; ++p) in[p] = load_vector(planes[p] + at);
     planes_to_lanes<W>(in, lanes);
     for (size_t k = 0; k < W; ++k) {
-        if constexpr (Relation::has_base) lanes[k] = Relation::inverse(lanes[k], load(base + k * block));
-        store(out + k * block, lanes[k]);
+        if constexpr (Relation::has_base) lanes[k] = Relation::inverse(lanes[k], load_vector(base + k * block));
+        store_vector(out + k * block, lanes[k]);
     }
 }
 
@@ -273,9 +222,6 @@ struct Eight {
     __m256d low, high;
 };
 
-__m128i load64(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
-__m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-
 struct Table8 {
     static constexpr size_t width = 1;
     const double* table;
@@ -284,17 +230,17 @@ struct Table8 {
 
 struct Int16 {
     static constexpr size_t width = 2;
-    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepi16_epi32(load64(p))); }
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepi16_epi32(load_quarter(p))); }
 };
 
 struct UInt16 {
     static constexpr size_t width = 2;
-    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepu16_epi32(load64(p))); }
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(_mm_cvtepu16_epi32(load_quarter(p))); }
 };
 
 struct Int32 {
     static constexpr size_t width = 4;
-    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(load128(p)); }
+    __m256d four(const uint8_t* p) const { return _mm256_cvtepi32_pd(load_half(p)); }
 };
 
 struct UInt32 {
@@ -302,7 +248,7 @@ struct UInt32 {
     __m256d four(const uint8_t* p) const {
         // Below 2^32, the bits of 2^52 or-ed with u are those of 2^52 + u.
         const __m256d two52 = _mm256_set1_pd(4503599627370496.0);
-        const __m256i bits = _mm256_or_si256(_mm256_cvtepu32_epi64(load128(p)), _mm256_castpd_si256(two52));
+        const Vector bits = _mm256_or_si256(_mm256_cvtepu32_epi64(load_half(p)), _mm256_castpd_si256(two52));
         return _mm256_sub_pd(_mm256_castsi256_pd(bits), two52);
     }
 };
@@ -321,7 +267,7 @@ struct Integer64 {
 struct Float16 {
     static constexpr size_t width = 2;
     Eight eight(const uint8_t* p) const {
-        const __m256 lanes = _mm256_cvtph_ps(load128(p));
+        const __m256 lanes = _mm256_cvtph_ps(load_half(p));
         return {_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)), _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1))};
     }
 };
@@ -329,7 +275,7 @@ struct Float16 {
 struct BFloat16 {
     static constexpr size_t width = 2;
     Eight eight(const uint8_t* p) const {  // a bfloat16 is the high half of a float32
-        const __m128i lanes = load128(p), zero = _mm_setzero_si128();
+        const __m128i lanes = load_half(p), zero = _mm_setzero_si128();
         return {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, lanes))),
                 _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, lanes)))};
     }
@@ -337,12 +283,12 @@ struct BFloat16 {
 
 struct Float32 {
     static constexpr size_t width = 4;
-    __m256d four(const uint8_t* p) const { return _mm256_cvtps_pd(_mm_castsi128_ps(load128(p))); }
+    __m256d four(const uint8_t* p) const { return _mm256_cvtps_pd(_mm_castsi128_ps(load_half(p))); }
 };
 
 struct Float64 {
     static constexpr size_t width = 8;
-    __m256d four(const uint8_t* p) const { return _mm256_castsi256_pd(load(p)); }
+    __m256d four(const uint8_t* p) const { return _mm256_castsi256_pd(load_vector(p)); }
 };
 
 template <class Lane>
@@ -354,24 +300,22 @@ Eight eight(const Lane& lane, const uint8_t* p) {
     }
 }
 
-int count(int mask) { return _mm_popcnt_u32(static_cast<unsigned>(mask)); }
-
 // How many of the elements of E bytes in `nbytes` (8 lanes: 8, 16, 32 or 64) differ.
 template <size_t E, size_t nbytes>
 uint64_t changed(const uint8_t* a, const uint8_t* b) {
+    const auto count = [](int mask) { return count_bits(static_cast<unsigned>(mask)); };
     if constexpr (nbytes == 8) {
-        return static_cast<uint64_t>(8 - count(_mm_movemask_epi8(_mm_cmpeq_epi8(load64(a), load64(b))) & 0xff));
+        return 8 - count(_mm_movemask_epi8(_mm_cmpeq_epi8(load_quarter(a), load_quarter(b))) & 0xff);
     } else if constexpr (nbytes == 16) {
-        return static_cast<uint64_t>(8 - count(_mm_movemask_epi8(_mm_cmpeq_epi16(load128(a), load128(b)))) / 2);
+        return 8 - count(_mm_movemask_epi8(_mm_cmpeq_epi16(load_half(a), load_half(b)))) / 2;
     } else if constexpr (nbytes == 64) {
         return changed<E, 32>(a, b) + changed<E, 32>(a + 32, b + 32);
     } else if constexpr (E == 4) {
-        const int equal = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(load(a), load(b))));
-        return static_cast<uint64_t>(8 - count(equal));
+        return 8 - count_bits(mask_of(_mm256_cmpeq_epi32(load_vector(a), load_vector(b))));
     } else {
-        const int equal = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(load(a), load(b))));
-        if constexpr (E == 8) return static_cast<uint64_t>(4 - count(equal));
-        return static_cast<uint64_t>(2 - count(equal & (equal >> 1) & 5));
+        const int equal = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(load_vector(a), load_vector(b))));
+        if constexpr (E == 8) return 4 - count(equal);
+        return 2 - count(equal & (equal >> 1) & 5);
     }
 }
 

@@ -1,8 +1,7 @@
 // Floats of four bytes against what is left of them after a decay. No kernel has a variant: the compiler's vectors are
 // as fast as the coder that comes after needs.
-#include <cstring>
-
 #include "kernels.hpp"
+#include "lanes.hpp"
 
 namespace lamella {
 namespace {
@@ -15,23 +14,6 @@ using std::uint8_t;
 constexpr unsigned mantissa_bits = 23;
 constexpr uint32_t sign = 1u << 31, implicit = 1u << mantissa_bits, mantissa = implicit - 1, no_number = 255;
 
-uint32_t load(const uint8_t* lanes, size_t i) {
-    uint32_t value;
-    std::memcpy(&value, lanes + 4 * i, sizeof value);
-    return value;
-}
-void store(uint8_t* lanes, size_t i, uint32_t value) { std::memcpy(lanes + 4 * i, &value, sizeof value); }
-
-uint32_t negated_if(uint32_t value, uint32_t by) { return by >> 31 != 0 ? 0 - value : value; }
-uint32_t ordered(uint32_t u) { return u ^ ((u >> 31 != 0 ? ~uint32_t{0} : 0) & (sign - 1)); }
-
-// Steps above the decayed base, negated if its sign bit is set.
-uint32_t delta(uint32_t x, uint32_t base) { return negated_if(ordered(x) - ordered(base), base); }
-uint32_t from_delta(uint32_t d, uint32_t base) { return ordered(ordered(base) + negated_if(d, base)); }
-
-uint32_t zigzag(uint32_t d) { return (d << 1) ^ (d >> 31 != 0 ? ~uint32_t{0} : 0); }
-uint32_t from_zigzag(uint32_t z) { return (z >> 1) ^ (0 - (z & 1)); }
-
 // Exchanges 0 and `decay_slack`.
 uint32_t exchanged(uint32_t z) { return z == 0 ? decay_slack : z == decay_slack ? 0 : z; }
 
@@ -39,29 +21,29 @@ uint32_t exchanged(uint32_t z) { return z == 0 ? decay_slack : z == decay_slack 
 
 void decay(const uint8_t* base, size_t n, uint32_t factor, unsigned halvings, uint8_t* out) noexcept {
     for (size_t i = 0; i < n; ++i) {
-        const uint32_t b = load(base, i), exponent = b >> mantissa_bits & 255;
+        const uint32_t b = load<uint32_t>(base + 4 * i), exponent = b >> mantissa_bits & 255;
         const uint64_t product = uint64_t{(b & mantissa) | implicit} * factor;
         const bool whole = product >> (mantissa_bits + 32) != 0;
         const uint32_t scaled = static_cast<uint32_t>(product >> (whole ? 32 : 31)) & mantissa;
         const uint32_t left = exponent - halvings - (whole ? 0 : 1);
         const bool fits = exponent != no_number && exponent > halvings + 1;
-        store(out, i, fits ? (b & sign) | left << mantissa_bits | scaled : b);
+        store(out + 4 * i, fits ? (b & sign) | left << mantissa_bits | scaled : b);
     }
 }
 
 void decay_fold(const uint8_t* src, const uint8_t* decayed, size_t n, uint8_t* out) noexcept {
     for (size_t i = 0; i < n; ++i) {
-        const uint32_t base = load(decayed, i);
-        const uint32_t z = exchanged(delta(load(src, i), base) + decay_slack);
-        store(out, i, from_delta(from_zigzag(z), base));
+        const uint32_t base = load<uint32_t>(decayed + 4 * i);
+        const uint32_t z = exchanged(delta(load<uint32_t>(src + 4 * i), base) + decay_slack);
+        store(out + 4 * i, from_delta(from_zigzag(z), base));
     }
 }
 
 void decay_unfold(const uint8_t* folded, const uint8_t* decayed, size_t n, uint8_t* out) noexcept {
     for (size_t i = 0; i < n; ++i) {
-        const uint32_t base = load(decayed, i);
-        const uint32_t z = exchanged(zigzag(delta(load(folded, i), base)));
-        store(out, i, from_delta(z - decay_slack, base));
+        const uint32_t base = load<uint32_t>(decayed + 4 * i);
+        const uint32_t z = exchanged(zigzag(delta(load<uint32_t>(folded + 4 * i), base)));
+        store(out + 4 * i, from_delta(z - decay_slack, base));
     }
 }
 

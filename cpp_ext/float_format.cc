@@ -65,13 +65,13 @@ const char* decode(const Loops& loops, const uint8_t* payload, size_t nbytes, co
     source.escapes_end = source.raw + stored;
     if (const char* fault = rans::read_states(source.escapes_end, payload + nbytes, model.streams, from)) return fault;
     const char* short_stream = "payload that ends before its lanes";
-    const size_t blocks = (n + block_lanes - 1) / block_lanes;
+    const size_t blocks = block_count(n);
     if (!rans::read_classes(room.class_slots, model.streams, from, blocks, room.block_classes)) return short_stream;
 
     size_t needed = 0;
     for (size_t k = 0; k < blocks; ++k) {
-        const size_t lanes = n - k * block_lanes < block_lanes ? n - k * block_lanes : block_lanes;
-        if (room.block_classes[k] != zero_class) needed += raw_nbytes(lanes, raw_bits(model));
+        if (room.block_classes[k] == zero_class) continue;
+        needed += raw_nbytes(lanes_of_block(n, k * block_lanes), raw_bits(model));
     }
     if (needed > stored || (stored - needed) % 2 != 0) return "raw bytes that are not those of lanes";
     source.escapes = source.raw + needed;

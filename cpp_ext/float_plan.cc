@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "floats.hpp"
-#include "rans_plan.hpp"
+#include "rans_encoding.hpp"
 
 namespace lamella::floats {
 namespace {
@@ -42,21 +42,19 @@ struct Plan {
     rans::Table tables[rans::max_tables];
 
     unsigned contexts() const { return guide == nullptr ? 1 : rans::contexts; }
-    size_t lanes_of(size_t block) const { return std::min(block_lanes, n - block * block_lanes); }
+    size_t lanes_of(size_t block) const { return lanes_of_block(n, block * block_lanes); }
 };
 
 // Neighbours often have the same symbol, and would wait for one another: they have counters of their own.
 constexpr size_t banks = 4;
-constexpr size_t most_counts = size_t{rans::classes} * rans::contexts * symbol_stride;
+constexpr size_t most_counts = rans::all_contexts * symbol_stride;
 
 // Bits that any lane has.
 uint64_t any_bits(const Plan& plan) {
     uint64_t any = 0;
     const size_t nbytes = plan.n * plan.width, whole = nbytes / 8 * 8;
     for (size_t i = 0; i < whole; i += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, plan.src + i, 8);
-        any |= eight;
+        any |= load<uint64_t>(plan.src + i);
     }
     for (size_t i = whole; i < nbytes; ++i) any |= uint64_t{plan.src[i]} << (8 * (i % 8));
     for (size_t bits = 32; bits >= 8 * plan.width; bits /= 2) any |= any >> bits;
@@ -103,9 +101,7 @@ size_t sample_tops(const Plan& plan, unsigned cut, uint32_t* seen) {
     for (size_t r = 0; r < runs; ++r) {
         const size_t end = runs == 1 ? std::min(plan.n, most_samples) : r * apart + sampled_run;
         for (size_t i = r * apart; i < end; ++i, ++samples) {
-            uint64_t lane = 0;
-            std::memcpy(&lane, plan.src + i * plan.width, plan.width);
-            ++seen[lane >> cut & (values - 1)];
+            ++seen[rans::lane_at(plan.src, i, plan.width) >> cut & (values - 1)];
         }
     }
     return samples;
@@ -356,8 +352,7 @@ uint8_t* lay_out(Plan& plan, uint8_t* workspace) {
 }
 
 Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* guide, size_t n, size_t width) {
-    Plan plan{loops, src, guide, n,  width, (n + block_lanes - 1) / block_lanes, {}, {}, {}, {}, {}, {},
-              {},    {},  {},    {}, {}};
+    Plan plan{loops, src, guide, n, width, block_count(n), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     plan.model.width = static_cast<unsigned>(width);
     return plan;
 }
@@ -366,8 +361,7 @@ Plan make_plan(const Loops& loops, const uint8_t* src, const uint8_t* guide, siz
 
 size_t encoder_workspace(size_t n, size_t width) noexcept {
     Plan plan = make_plan(scalar_loops, nullptr, nullptr, n, width);
-    uint8_t* const start = reinterpret_cast<uint8_t*>(std::uintptr_t{64});
-    return static_cast<size_t>(lay_out(plan, start) - start) + 64;
+    return rans::nbytes_of([&plan](uint8_t* at) { return lay_out(plan, at); });
 }
 
 size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* guide, size_t n, size_t width, uint8_t* workspace,
@@ -388,8 +382,7 @@ size_t encode(const Loops& loops, const uint8_t* src, const uint8_t* guide, size
 
     const auto zero = static_cast<size_t>(std::count(plan.block_classes, plan.block_classes + plan.blocks, zero_class));
     plan.model.streams = rans::streams_for((plan.blocks - zero) * block_lanes);
-    Sink sink{{plan.words_end, {}, 0}, plan.escapes_end};
-    std::fill(sink.to.states, sink.to.states + rans::max_streams, rans::low_state);
+    Sink sink{rans::empty_sink(plan.words_end), plan.escapes_end};
     loops.write(plan.model, plan.steps, plan.block_classes, plan.lanes, src, guide != nullptr, n, sink);
     rans::write_classes(class_steps, plan.block_classes, plan.blocks, plan.model.streams, sink.to);
 

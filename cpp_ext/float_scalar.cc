@@ -13,16 +13,6 @@ using std::uint64_t;
 using std::uint8_t;
 
 template <class U>
-U load(const uint8_t* p) {
-    U value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <class U>
-constexpr U sign_bit = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
-
-template <class U>
 unsigned top_of(const Model& model, U lane) {
     return static_cast<unsigned>((lane & (sign_bit<U> - 1)) >> model.cut);
 }
@@ -51,9 +41,8 @@ U from_parts(const Model& model, unsigned top, uint64_t raw) {
 template <class U>
 unsigned context_of(const Model& model, const uint8_t* guide, size_t i) {
     if (guide == nullptr) return 0;
-    const uint64_t magnitude = static_cast<uint64_t>(load<U>(guide + i * sizeof(U)) & (sign_bit<U> - 1)) >> model.shift;
-    if (magnitude <= model.low) return 0;
-    return magnitude - model.low < rans::contexts ? static_cast<unsigned>(magnitude - model.low) : rans::contexts - 1;
+    const auto magnitude = static_cast<uint64_t>(load<U>(guide + i * sizeof(U)) & (sign_bit<U> - 1));
+    return rans::exponent_context(model, magnitude);
 }
 
 // Calls take(bits, offset, nbytes, at) for each piece of the raw bits of a block: its length, the lowest raw bit that
@@ -111,7 +100,7 @@ uint8_t* split(const Model& model, const uint8_t* weight_table, const uint8_t* s
                const Lanes& to, uint8_t* raw) {
     const unsigned bits = raw_bits(model);
     for (size_t at = 0; at < n; at += block_lanes) {
-        const size_t count = n - at < block_lanes ? n - at : block_lanes;
+        const size_t count = lanes_of_block(n, at);
         uint32_t& level = to.levels[at / block_lanes];
         level = 0;
         if (is_zero<U>(src + at * sizeof(U), count)) continue;
@@ -152,9 +141,9 @@ template <class U>
 bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source, const uint8_t* guide,
           size_t first, size_t n, uint8_t* out) {
     rans::Source& from = source.from;
-    const unsigned bits = raw_bits(model);
+    const unsigned bits = raw_bits(model), escape = escape_of(model);
     for (size_t at = first * block_lanes; at < n; at += block_lanes) {
-        const size_t count = n - at < block_lanes ? n - at : block_lanes;
+        const size_t count = lanes_of_block(n, at);
         const unsigned block_class = block_classes[at / block_lanes];
         if (block_class == zero_class) {
             std::memset(out + at * sizeof(U), 0, count * sizeof(U));
@@ -163,25 +152,19 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
         uint64_t values[block_lanes];
         take_raw(source.raw, bits, count, values);
         for (size_t i = at; i < at + count; ++i) {
-            const unsigned table = model.table_of[block_class][context_of<U>(model, guide, i)];
-            uint32_t& state = from.states[i % model.streams];
-            const Slot slot = slots[table << rans::probability_bits | (state & (rans::scale - 1))];
-            state = (slot & 0xfff) * (state >> rans::probability_bits) + (slot >> 12 & 0xfff);
-            if (state < rans::low_state) {
-                if (from.words == from.words_end) return false;
-                state = state << 16 | load<uint16_t>(from.words);
-                from.words += 2;
-            }
-            const unsigned symbol = slot >> 24;
+            const size_t table = model.table_of[block_class][context_of<U>(model, guide, i)];
+            unsigned symbol;
+            if (!rans::take_symbol(from, from.states[i % model.streams], slots + (table << rans::probability_bits),
+                                   symbol))
+                return false;
             unsigned top = symbol == 0 ? 0 : model.first + symbol - 1;
-            if (symbol == escape_of(model)) {
+            if (symbol == escape) {
                 if (source.escapes == source.escapes_end) return false;
                 top = load<uint16_t>(source.escapes);
                 source.escapes += 2;
                 if (top >> top_bits(model) != 0) return false;
             }
-            const U lane = from_parts<U>(model, top, values[i - at]);
-            std::memcpy(out + i * sizeof(U), &lane, sizeof lane);
+            store(out + i * sizeof(U), from_parts<U>(model, top, values[i - at]));
         }
         source.raw += raw_nbytes(count, bits);
     }
@@ -190,44 +173,21 @@ bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, S
 
 uint8_t* split_any(const Model& model, const uint8_t* weight_table, const uint8_t* src, const uint8_t* guide, size_t n,
                    const Lanes& to, uint8_t* raw) noexcept {
-    switch (model.width) {
-        case 1:
-            return split<uint8_t>(model, weight_table, src, guide, n, to, raw);
-        case 2:
-            return split<uint16_t>(model, weight_table, src, guide, n, to, raw);
-        case 4:
-            return split<uint32_t>(model, weight_table, src, guide, n, to, raw);
-        default:
-            return split<uint64_t>(model, weight_table, src, guide, n, to, raw);
-    }
+    return with_lane(model.width,
+                     [&](auto lane) { return split<decltype(lane)>(model, weight_table, src, guide, n, to, raw); });
 }
 
 void write_any(const Model& model, const Step* steps, const uint8_t* block_classes, const Lanes& from,
                const uint8_t* src, bool guided, size_t n, Sink& to) noexcept {
-    switch (model.width) {
-        case 1:
-            return write<uint8_t>(model, steps, block_classes, from, src, guided, n, to);
-        case 2:
-            return write<uint16_t>(model, steps, block_classes, from, src, guided, n, to);
-        case 4:
-            return write<uint32_t>(model, steps, block_classes, from, src, guided, n, to);
-        default:
-            return write<uint64_t>(model, steps, block_classes, from, src, guided, n, to);
-    }
+    with_lane(model.width,
+              [&](auto lane) { write<decltype(lane)>(model, steps, block_classes, from, src, guided, n, to); });
 }
 
 bool read_any(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& source, const uint8_t* guide,
               size_t first, size_t n, uint8_t* out) noexcept {
-    switch (model.width) {
-        case 1:
-            return read<uint8_t>(model, slots, block_classes, source, guide, first, n, out);
-        case 2:
-            return read<uint16_t>(model, slots, block_classes, source, guide, first, n, out);
-        case 4:
-            return read<uint32_t>(model, slots, block_classes, source, guide, first, n, out);
-        default:
-            return read<uint64_t>(model, slots, block_classes, source, guide, first, n, out);
-    }
+    return with_lane(model.width, [&](auto lane) {
+        return read<decltype(lane)>(model, slots, block_classes, source, guide, first, n, out);
+    });
 }
 
 }  // namespace

@@ -5,7 +5,8 @@
 //   float_format.cc   the payload's header, and reading a whole payload
 //   float_plan.cc     what the encoder chooses, and writing a whole payload
 //   float_scalar.cc   the loops over lanes, written to be read
-//   float_avx2.cc     the same loops, bit for bit, with vectors
+//   float_avx2.hpp, float_avx2_read.cc, float_avx2_write.cc, and states_avx2.hpp of the residual coder
+//                     the same loops, bit for bit, with vectors
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,9 @@
 
 namespace lamella::floats {
 
+using rans::block_count;
 using rans::block_lanes;
+using rans::lanes_of_block;
 using rans::Slot;
 using rans::Step;
 using rans::TableMap;

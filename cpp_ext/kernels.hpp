@@ -73,10 +73,10 @@ enum class Cast : std::uint8_t {
 };
 
 // Bytes of a lane before and after.
-constexpr std::size_t source_width(Cast how) {
+static constexpr std::size_t source_width(Cast how) {
     return how == Cast::float32_to_bfloat16 || how == Cast::float32_to_float16 ? 4 : 2;
 }
-constexpr std::size_t target_width(Cast how) { return 6 - source_width(how); }
+static constexpr std::size_t target_width(Cast how) { return 6 - source_width(how); }
 
 // Sums over the lanes of a and b, all in float64. A NaN is always the one quiet NaN without payload.
 struct Moments {

@@ -3,16 +3,17 @@
 //
 //   rans_format.cc   the payload's header, the tables, and reading a whole payload
 //   rans_plan.cc     what the encoder chooses, and writing a whole payload
+//   rans_encoding.hpp, rans_encoding.cc
+//                    what encoders of both coders do: choosing tables, and coding classes
 //   rans_patches.cc  blocks of which few lanes differ from their base
 //   rans_scalar.cc   the loops over the lanes of the others, written to be read
-//   rans_avx2.hpp, rans_avx2_read.cc, rans_avx2_write.cc
+//   states_avx2.hpp, rans_avx2.hpp, rans_avx2_read.cc, rans_avx2_write.cc
 //                    the same loops, bit for bit, with vectors
 //
 // Nothing allocates: what does not fit on a stack lies in a workspace that the caller passes. Functions of this header
 // are static, so that no object file takes another's copy of them (see CMakeLists.txt).
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,6 +23,12 @@
 namespace lamella::rans {
 
 inline constexpr std::size_t block_lanes = 128;
+static constexpr std::size_t block_count(std::size_t n) { return (n + block_lanes - 1) / block_lanes; }
+
+// Of n lanes, how many are in the block that begins with lane `at`.
+static constexpr std::size_t lanes_of_block(std::size_t n, std::size_t at) {
+    return n - at < block_lanes ? n - at : block_lanes;
+}
 
 // What a block is. An equal one is its base, and a patched one is that but for a few lanes. The others are dense: each
 // of their lanes is coded, in drifting ones against an offset that depends on the base's mantissa; the classes between
@@ -58,7 +65,8 @@ static constexpr unsigned symbol_count(std::size_t width) {
 }
 static constexpr unsigned symbol_of(std::uint64_t residual) {
     if (residual < direct) return static_cast<unsigned>(residual);
-    const unsigned highest = static_cast<unsigned>(std::bit_width(residual)) - 1;
+    // Not std::bit_width, a template that objects of other flags would share.
+    const auto highest = 63 - static_cast<unsigned>(__builtin_clzll(residual));
     return direct + 2 * (highest - 5) + static_cast<unsigned>(residual >> (highest - 1) & 1);
 }
 static constexpr unsigned raw_bits(unsigned symbol) { return symbol < direct ? 0 : 4 + (symbol - direct) / 2; }
@@ -86,6 +94,14 @@ inline constexpr unsigned drift_shift = 18;
 
 // One of the 2^11 slots of a table to decode with: symbol << 24 | slot - first slot of the symbol << 12 | frequency.
 using Slot = std::uint32_t;
+
+// The context of a lane by the bits below the sign of its base; for the float coder's model, of its guide.
+template <class Model>
+static unsigned exponent_context(const Model& model, std::uint64_t magnitude) {
+    const std::uint64_t exponent = magnitude >> model.shift;
+    if (exponent <= model.low) return 0;
+    return exponent - model.low < contexts ? static_cast<unsigned>(exponent - model.low) : contexts - 1;
+}
 
 // What is being read. All of it was checked to lie in the payload.
 struct Source {
@@ -199,12 +215,12 @@ struct Table {
 // Writes bits, the least significant of a byte first, and counts those that there is no room for.
 class BitWriter {
   public:
-    BitWriter(std::uint8_t* to, std::size_t room) : to_(to), room_(8 * room) {}
+    BitWriter(std::uint8_t* to, std::size_t room);
     void put(std::uint64_t value, unsigned bits);
     void put_near(int difference);        // 1 bit for 0, |difference| + 2 for others
     void put_signed(std::int64_t value);  // about 2 log2 |value| bits
-    std::size_t nbytes() const { return (bit_ + 7) / 8; }
-    bool fits() const { return bit_ <= room_; }
+    std::size_t nbytes() const;
+    bool fits() const;
 
   private:
     std::uint8_t* to_;
@@ -215,13 +231,13 @@ class BitWriter {
 // Reads what a BitWriter wrote; what it takes from past the end is 0, and it has failed.
 class BitReader {
   public:
-    BitReader(const std::uint8_t* from, std::size_t nbytes) : from_(from), end_(8 * std::uint64_t{nbytes}) {}
+    BitReader(const std::uint8_t* from, std::size_t nbytes);
     std::uint64_t take(unsigned bits);
     int take_near();             // of differences within +-31; beyond them this fails
     std::int64_t take_signed();  // of numbers of 33 bits
     bool is_padded() const;      // whether nothing but zeros is left of the last byte
-    bool failed() const { return failed_; }
-    std::size_t nbytes() const { return static_cast<std::size_t>((bit_ + 7) / 8); }
+    bool failed() const;
+    std::size_t nbytes() const;
 
   private:
     unsigned next();

@@ -1,17 +1,15 @@
 // Writing the lanes of dense blocks with AVX2.
-#include <cstring>
-
 #include "rans_avx2.hpp"
+
+#include <cstring>
 
 namespace lamella::rans {
 namespace {
 
-unsigned mask_of_bytes(Vector v) { return static_cast<unsigned>(_mm256_movemask_epi8(v)); }
-
 // See lanes_of in rans_avx2_read.cc, of which this is the inverse.
 template <size_t W>
 Vector residuals_of(Vector x, Vector base, Vector offset) {
-    using L = Lanes<W>;
+    using L = LanesOf<W>;
     const Vector crossed = L::negative(_mm256_xor_si256(x, base));
     const Vector sum = _mm256_xor_si256(x, _mm256_and_si256(crossed, L::below_sign()));
     const Vector d = L::subtract(L::subtract(sum, base), offset);
@@ -29,37 +27,22 @@ Vector symbols_of(Vector z) {
 }
 
 // Symbols of a run's residuals.
-Vector symbols_of_run(const uint8_t* z, Lanes<1>) {
-    const Vector v = load_vector(z);
-    if (_mm256_testz_si256(v, _mm256_set1_epi8(static_cast<char>(~(direct - 1))))) return v;
-    return pack(symbols_of(Lanes<1>::load_eight(z)), symbols_of(Lanes<1>::load_eight(z + 8)),
-                symbols_of(Lanes<1>::load_eight(z + 16)), symbols_of(Lanes<1>::load_eight(z + 24)));
-}
-
-Vector symbols_of_run(const uint8_t* z, Lanes<2>) {
-    const Vector first = load_vector(z), second = load_vector(z + 32);
-    const Vector above = _mm256_set1_epi16(static_cast<short>(~(direct - 1)));
-    if (_mm256_testz_si256(_mm256_or_si256(first, second), above)) {
-        return _mm256_permute4x64_epi64(_mm256_packus_epi16(first, second), 0xd8);
+template <size_t W>
+Vector symbols_of_run(const uint8_t* z) {
+    Vector any = load_vector(z);
+    for (size_t i = 1; i < W; ++i) any = _mm256_or_si256(any, load_vector(z + 32 * i));
+    if constexpr (W == 4) {
+        if (mask_of(any) != 0) {
+            uint8_t symbols[run_lanes];
+            for (size_t i = 0; i < run_lanes; ++i) {
+                symbols[i] = static_cast<uint8_t>(symbol_of(load<uint32_t>(z + 4 * i)));
+            }
+            return load_vector(symbols);
+        }
+    } else if (_mm256_testz_si256(any, LanesOf<W>::all(~uint64_t{direct - 1}))) {
+        return to_bytes<W>([z](size_t i) { return load_vector(z + 32 * i); });
     }
-    return pack(symbols_of(Lanes<2>::load_eight(z)), symbols_of(Lanes<2>::load_eight(z + 16)),
-                symbols_of(Lanes<2>::load_eight(z + 32)), symbols_of(Lanes<2>::load_eight(z + 48)));
-}
-
-Vector symbols_of_run(const uint8_t* z, Lanes<4>) {
-    const Vector a = load_vector(z), b = load_vector(z + 32), c = load_vector(z + 64), d = load_vector(z + 96);
-    if (mask_of(_mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d))) == 0) {
-        return pack(symbols_of(a), symbols_of(b), symbols_of(c), symbols_of(d));
-    }
-    uint8_t symbols[run_lanes];
-    for (size_t i = 0; i < run_lanes; ++i) symbols[i] = static_cast<uint8_t>(symbol_of(load<uint32_t>(z + 4 * i)));
-    return load_vector(symbols);
-}
-
-uint64_t sum_of_bytes(Vector v) {
-    const Vector sums = _mm256_sad_epu8(v, _mm256_setzero_si256());
-    const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    return static_cast<uint64_t>(_mm_cvtsi128_si64(halves)) + static_cast<uint64_t>(_mm_extract_epi64(halves, 1));
+    return to_bytes<4>([z](size_t i) { return symbols_of(load_eight<W>(z + 8 * W * i)); });
 }
 
 // How many lanes of a block differ, up to the first more than most_patches.
@@ -67,9 +50,9 @@ template <size_t W>
 unsigned count_changed(const uint8_t* a, const uint8_t* b) {
     unsigned changed = 0;
     for (size_t i = 0; i < block_lanes * W && changed <= most_patches; i += 64) {
-        const unsigned first = mask_of_bytes(Lanes<W>::equal(load_vector(a + i), load_vector(b + i)));
-        const unsigned second = mask_of_bytes(Lanes<W>::equal(load_vector(a + i + 32), load_vector(b + i + 32)));
-        changed += (64 - count(first) - count(second)) / static_cast<unsigned>(W);
+        const unsigned first = mask_of_bytes(LanesOf<W>::equal(load_vector(a + i), load_vector(b + i)));
+        const unsigned second = mask_of_bytes(LanesOf<W>::equal(load_vector(a + i + 32), load_vector(b + i + 32)));
+        changed += (64 - count_bits(first) - count_bits(second)) / static_cast<unsigned>(W);
     }
     return changed;
 }
@@ -85,7 +68,7 @@ uint64_t symbolize_block(const uint8_t* x, const uint8_t* base, const Offsets& o
     }
     uint64_t sum = 0;
     for (size_t i = 0; i < block_lanes; i += run_lanes) {
-        const Vector found = symbols_of_run(residuals + i * W, Lanes<W>{});
+        const Vector found = symbols_of_run<W>(residuals + i * W);
         store_vector(symbols + i, found);
         sum += sum_of_bytes(found);
     }
@@ -95,15 +78,16 @@ uint64_t symbolize_block(const uint8_t* x, const uint8_t* base, const Offsets& o
 unsigned count_direct(const uint8_t* symbols) {
     unsigned found = 0;
     for (size_t i = 0; i < block_lanes; i += 32) {
-        found += count(mask_of_bytes(_mm256_cmpgt_epi8(_mm256_set1_epi8(direct), load_vector(symbols + i))));
+        found += count_bits(mask_of_bytes(_mm256_cmpgt_epi8(LanesOf<1>::all(direct), load_vector(symbols + i))));
     }
     return found;
 }
 
 template <size_t W>
-void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) {
+[[gnu::noinline]] void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size_t n,
+                                 const Symbols& to) {
     const Offsets offset_of(model);
-    const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(model.shift));
+    const Contexts<W> contexts_of(model.shift, model.low);
     size_t at = 0;
     for (; at + block_lanes <= n; at += block_lanes) {
         const uint8_t *x = src + at * W, *b = base + at * W;
@@ -129,14 +113,14 @@ void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size
                     std::memcpy(block.residuals, residuals, sizeof residuals);
                     std::memcpy(block.symbols, symbols, sizeof symbols);
                     for (size_t i = 0; i < block_lanes; i += run_lanes) {
-                        store_vector(block.contexts + i, contexts_of<W, true>(b + i * W, shift, model.low));
+                        store_vector(block.contexts + i, drift_contexts(b + i * W));
                     }
                     continue;
                 }
             }
         }
         for (size_t i = 0; i < block_lanes; i += run_lanes) {
-            store_vector(block.contexts + i, contexts_of<W, false>(b + i * W, shift, model.low));
+            store_vector(block.contexts + i, contexts_of(b + i * W));
         }
     }
     if (at < n) scalar_loops.symbolize(model, src + at * W, base + at * W, n - at, from_lane(to, at, W));
@@ -162,21 +146,6 @@ void measure(const Symbols& of, const uint8_t* expected, size_t n, std::int32_t*
     }
 }
 
-// Of 32 lanes, contexts * stride + symbol, 16 bits each; or tables in place of contexts.
-template <size_t W>
-void numbers_of(Vector of_contexts, Vector of_symbols, uint64_t (&to)[8]) {
-    constexpr int log_stride = W <= 2 ? 6 : 7;
-    static_assert(1u << log_stride == symbol_stride(W) && contexts << log_stride <= 1u << 16);
-    const auto number = [](__m128i context, __m128i symbol) {
-        return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(context), log_stride),
-                               _mm256_cvtepu8_epi16(symbol));
-    };
-    _mm256_store_si256(reinterpret_cast<Vector*>(to),
-                       number(_mm256_castsi256_si128(of_contexts), _mm256_castsi256_si128(of_symbols)));
-    _mm256_store_si256(reinterpret_cast<Vector*>(to + 4),
-                       number(_mm256_extracti128_si256(of_contexts, 1), _mm256_extracti128_si256(of_symbols, 1)));
-}
-
 // Most lanes of a quiet block count on one counter, and would wait for one another: odd lanes have counters of their
 // own.
 template <size_t W>
@@ -187,7 +156,7 @@ void count(const Symbols& of, const uint8_t* block_classes, size_t n, uint32_t* 
         uint32_t *even = counters + block_classes[k] * of_class, *odd = even + classes * of_class;
         for (size_t i = k * block_lanes; i < (k + 1) * block_lanes; i += 32) {
             alignas(32) uint64_t numbers[8];
-            numbers_of<W>(load_vector(of.contexts + i), load_vector(of.symbols + i), numbers);
+            numbers_of<symbol_stride(W)>(load_vector(of.contexts + i), load_vector(of.symbols + i), numbers);
             for (const uint64_t four : numbers) {
                 ++even[four & 0xffff];
                 ++odd[four >> 16 & 0xffff];
@@ -209,59 +178,6 @@ void count_any(const Symbols& of, const uint8_t* block_classes, size_t n, size_t
                        counters);
 }
 
-// For each set of lanes that give a word away: those lanes, at the end of eight.
-struct Squeeze {
-    uint8_t lane_of[256][8];
-};
-constexpr Squeeze make_squeeze() {
-    Squeeze squeeze{};
-    for (unsigned set = 0; set < 256; ++set) {
-        unsigned free = 8;
-        for (unsigned lane = 8; lane-- > 0;) {
-            if ((set >> lane & 1) != 0) squeeze.lane_of[set][--free] = static_cast<uint8_t>(lane);
-        }
-    }
-    return squeeze;
-}
-constexpr Squeeze squeeze = make_squeeze();
-
-// The words that those of eight states give away that are not to keep all, and the states after it.
-[[gnu::always_inline]] inline Vector give(Vector state, Vector keeps, uint8_t*& words) {
-    const unsigned giving = ~mask_of(keeps) & 0xff;
-    const Vector order =
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(squeeze.lane_of[giving])));
-    const Vector given = _mm256_and_si256(_mm256_permutevar8x32_epi32(state, order), all(0xffff));
-    const __m128i given16 = _mm_packus_epi32(_mm256_castsi256_si128(given), _mm256_extracti128_si256(given, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 16), given16);
-    words -= 2 * count(giving);
-    return _mm256_blendv_epi8(_mm256_srli_epi32(state, 16), state, keeps);
-}
-
-// Codes one symbol with each of eight states; `at` are the numbers of their steps, 16 bits each, four and four.
-[[gnu::always_inline]] inline void code_symbols(Vector& state, const uint64_t* at, const Step* steps, uint8_t*& words) {
-    const auto four = [&](unsigned lane) {
-        const auto two = [&](uint64_t i, uint64_t j) {
-            const __m128d first = _mm_load_sd(reinterpret_cast<const double*>(steps + (i & 0xffff)));
-            return _mm_castpd_si128(_mm_loadh_pd(first, reinterpret_cast<const double*>(steps + (j & 0xffff))));
-        };
-        const uint64_t low = at[0] >> (16 * lane), high = at[1] >> (16 * lane);
-        return _mm256_castsi256_ps(
-            _mm256_inserti128_si256(_mm256_castsi128_si256(two(low, low >> 16)), two(high, high >> 16), 1));
-    };
-    const __m256 even = four(0), odd = four(2);
-    const Vector reciprocal = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88));
-    const Vector packed = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xdd));
-    const Vector frequency = _mm256_and_si256(packed, all(0xfff));
-    const Vector x = give(state, _mm256_cmpgt_epi32(frequency, _mm256_srli_epi32(state, 31 - probability_bits)), words);
-    const Vector even_product = _mm256_srli_epi64(_mm256_mul_epu32(x, reciprocal), 32);
-    const Vector odd_product = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(reciprocal, 32));
-    const Vector quotient =
-        _mm256_srlv_epi32(_mm256_blend_epi32(even_product, odd_product, 0xaa), _mm256_srli_epi32(packed, 25));
-    const Vector bias = _mm256_and_si256(_mm256_srli_epi32(packed, 12), all(0x1fff));
-    state = _mm256_add_epi32(_mm256_add_epi32(x, bias),
-                             _mm256_mullo_epi32(quotient, _mm256_sub_epi32(all(scale), frequency)));
-}
-
 [[gnu::always_inline]] inline void code_bits(Vector& state, Vector value, Vector bits, uint8_t*& words) {
     const Vector keeps = _mm256_cmpgt_epi32(all(1), _mm256_srlv_epi32(state, _mm256_sub_epi32(all(31), bits)));
     state = _mm256_or_si256(_mm256_sllv_epi32(give(state, keeps, words), bits), low_bits(value, bits));
@@ -273,21 +189,21 @@ template <size_t W, size_t R>
                                                  uint8_t*& words) {
     const Vector most = all(most_raw_bits);
     Vector lengths[4];
-    for (size_t i = 0; i < 4; ++i) lengths[i] = raw_bits_of(Lanes<1>::load_eight(symbols + 8 * i));
+    for (size_t i = 0; i < 4; ++i) lengths[i] = raw_bits_of(load_eight<1>(symbols + 8 * i));
     if constexpr (W == 4) {
         const Vector longest =
             _mm256_max_epi32(_mm256_max_epi32(lengths[0], lengths[1]), _mm256_max_epi32(lengths[2], lengths[3]));
         if (mask_of(_mm256_cmpgt_epi32(longest, most)) != 0) {
             for (size_t i = 4; i-- > 0;) {
                 const Vector left = _mm256_max_epi32(_mm256_sub_epi32(lengths[i], most), _mm256_setzero_si256());
-                const Vector above = _mm256_srli_epi32(Lanes<W>::load_eight(residuals + 8 * W * i), most_raw_bits);
+                const Vector above = _mm256_srli_epi32(load_eight<W>(residuals + 8 * W * i), most_raw_bits);
                 code_bits(states[i % R], above, left, words);
                 lengths[i] = _mm256_min_epi32(lengths[i], most);
             }
         }
     }
     for (size_t i = 4; i-- > 0;) {
-        code_bits(states[i % R], Lanes<W>::load_eight(residuals + 8 * W * i), lengths[i], words);
+        code_bits(states[i % R], load_eight<W>(residuals + 8 * W * i), lengths[i], words);
     }
 }
 
@@ -304,14 +220,14 @@ void write_dense(const Model& model, const Step* steps, const uint8_t* block_cla
             i -= run_lanes;
             const Vector tables = table_of(load_vector(from.contexts + i)), symbols = load_vector(from.symbols + i);
             alignas(32) uint64_t at[8];
-            numbers_of<W>(tables, symbols, at);
-            if (mask_of_bytes(_mm256_cmpgt_epi8(symbols, _mm256_set1_epi8(direct - 1))) != 0) {
+            numbers_of<symbol_stride(W)>(tables, symbols, at);
+            if (mask_of_bytes(_mm256_cmpgt_epi8(symbols, LanesOf<1>::all(direct - 1))) != 0) {
                 code_raw_bits<W>(from.symbols + i, from.residuals + i * W, states, words);
             }
-            code_symbols(states[3 % R], at + 6, steps, words);
-            code_symbols(states[2 % R], at + 4, steps, words);
-            code_symbols(states[1 % R], at + 2, steps, words);
-            code_symbols(states[0], at, steps, words);
+            code_symbols(Steps(steps, at + 6), states[3 % R], words);
+            code_symbols(Steps(steps, at + 4), states[2 % R], words);
+            code_symbols(Steps(steps, at + 2), states[1 % R], words);
+            code_symbols(Steps(steps, at), states[0], words);
         }
     }
     to.words = words;
@@ -319,8 +235,8 @@ void write_dense(const Model& model, const Step* steps, const uint8_t* block_cla
 }
 
 template <size_t W, size_t R>
-void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
-           Sink& to) {
+[[gnu::noinline]] void write(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from,
+                             size_t n, Sink& to) {
     const size_t whole = n / block_lanes;
     scalar_loops.write(model, steps, block_classes + whole, from_lane(from, whole * block_lanes, W),
                        n - whole * block_lanes, to);
@@ -336,44 +252,18 @@ void write(const Model& model, const Step* steps, const uint8_t* block_classes, 
     }
 }
 
-template <size_t W>
-void write_streams(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
-                   Sink& to) {
-    switch (model.streams) {
-        case 16:
-            return write<W, 2>(model, steps, block_classes, from, n, to);
-        case 32:
-            return write<W, 4>(model, steps, block_classes, from, n, to);
-        default:
-            return scalar_loops.write(model, steps, block_classes, from, n, to);
-    }
-}
-
 void symbolize_any(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) noexcept {
-    switch (model.width) {
-        case 1:
-            return symbolize<1>(model, src, base, n, to);
-        case 2:
-            return symbolize<2>(model, src, base, n, to);
-        case 4:
-            return symbolize<4>(model, src, base, n, to);
-        default:
-            return scalar_loops.symbolize(model, src, base, n, to);
-    }
+    with_width(
+        model.width, [&](auto w) { symbolize<w.value>(model, src, base, n, to); },
+        [&] { scalar_loops.symbolize(model, src, base, n, to); });
 }
 
 void write_any(const Model& model, const Step* steps, const uint8_t* block_classes, const Symbols& from, size_t n,
                Sink& to) noexcept {
-    switch (model.width) {
-        case 1:
-            return write_streams<1>(model, steps, block_classes, from, n, to);
-        case 2:
-            return write_streams<2>(model, steps, block_classes, from, n, to);
-        case 4:
-            return write_streams<4>(model, steps, block_classes, from, n, to);
-        default:
-            return scalar_loops.write(model, steps, block_classes, from, n, to);
-    }
+    with_registers(
+        model.width, model.streams,
+        [&](auto w, auto r) { write<w.value, r.value>(model, steps, block_classes, from, n, to); },
+        [&] { scalar_loops.write(model, steps, block_classes, from, n, to); });
 }
 
 }  // namespace

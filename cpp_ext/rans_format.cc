@@ -97,8 +97,6 @@ const char* read_header(BitReader& from, Model& model, Slot* class_slots, Slot* 
     return end_header(from);
 }
 
-constexpr size_t block_count(size_t n) { return (n + block_lanes - 1) / block_lanes; }
-
 constexpr const char* short_stream = "payload that ends before its lanes, or patches what is none";
 
 // A payload of which all that stands before its lanes has been read.
@@ -156,6 +154,12 @@ void write_table(BitWriter& to, const Table& table, unsigned symbols) {
 }
 
 }  // namespace
+
+BitReader::BitReader(const uint8_t* from, size_t nbytes) : from_(from), end_(8 * uint64_t{nbytes}) {}
+
+bool BitReader::failed() const { return failed_; }
+
+size_t BitReader::nbytes() const { return static_cast<size_t>((bit_ + 7) / 8); }
 
 uint64_t BitReader::take(unsigned bits) {
     uint64_t value = 0;
@@ -312,6 +316,12 @@ const char* add_moments(const Kernels& kernels, const uint8_t* payload, size_t n
     }
     return end(reading);
 }
+
+BitWriter::BitWriter(uint8_t* to, size_t room) : to_(to), room_(8 * room) {}
+
+size_t BitWriter::nbytes() const { return (bit_ + 7) / 8; }
+
+bool BitWriter::fits() const { return bit_ <= room_; }
 
 void BitWriter::put(uint64_t value, unsigned bits) {
     while (bits > 0) {

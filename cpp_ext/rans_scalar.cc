@@ -1,5 +1,4 @@
 // The residual coder's loops over lanes: the reference, written to be read.
-#include <bit>
 #include <cstring>
 
 #include "rans.hpp"
@@ -17,9 +16,7 @@ unsigned context_of(const Model& model, unsigned block_class, U base) {
     if constexpr (sizeof(U) == 4) {
         if (block_class == drift_class) return base >> drift_shift & (contexts - 1);
     }
-    const uint64_t magnitude = static_cast<uint64_t>(base & (sign_bit<U> - 1)) >> model.shift;
-    if (magnitude <= model.low) return 0;
-    return magnitude - model.low < contexts ? static_cast<unsigned>(magnitude - model.low) : contexts - 1;
+    return exponent_context(model, static_cast<uint64_t>(base & (sign_bit<U> - 1)));
 }
 
 template <class U>
@@ -50,7 +47,7 @@ bool drifts(const Model& model, const uint8_t* src, const uint8_t* base, size_t 
 template <class U>
 void symbolize(const Model& model, const uint8_t* src, const uint8_t* base, size_t n, const Symbols& to) {
     for (size_t at = 0; at < n; at += block_lanes) {
-        const size_t count = n - at < block_lanes ? n - at : block_lanes;
+        const size_t count = lanes_of_block(n, at);
         const uint8_t *x = src + at * sizeof(U), *b = base + at * sizeof(U);
         uint8_t& kind = to.kinds[at / block_lanes];
         kind = equal_class;
@@ -156,7 +153,7 @@ template <class U>
 bool read(const Model& model, const Slot* slots, const uint8_t* block_classes, Source& from, const uint8_t* base,
           size_t first, size_t n, uint8_t* out) {
     for (size_t at = first * block_lanes; at < n; at += block_lanes) {
-        const size_t end = n - at < block_lanes ? n : at + block_lanes;
+        const size_t end = at + lanes_of_block(n, at);
         const unsigned block_class = block_classes[at / block_lanes];
         const uint8_t* lanes = base + at * sizeof(U);
         uint8_t* to = out + at * sizeof(U);

@@ -16,6 +16,7 @@ class CountingObjects:
 
     def __init__(self, inner: Objects) -> None:
         self.inner = inner
+        self.store_name = inner.store_name
         self._lock = Lock()
         self.reset()
 
@@ -109,6 +110,7 @@ class FaultyObjects:
 
     def __init__(self, inner: Objects, fail_at: int, fault: Fault) -> None:
         self.inner = inner
+        self.store_name = inner.store_name
         self.fail_at = fail_at
         self.fault = fault
         self.writes = 0

@@ -93,6 +93,37 @@ def test_a_wrong_base_costs_at_most_sixteen_bytes(dtype, count):
         assert len(encoded.payload) <= alone + 16
 
 
+def rows(seed: int, count: int, length: int, *, zero: float = 0.0) -> np.ndarray:
+    """Return rows of weights, of which a share is zero, as in embeddings of words that no text has."""
+    drawn = weights(count * length, seed=seed).astype(np.float32).reshape(count, length)
+    drawn[np.random.default_rng(seed).random(count) < zero] = 0
+    return drawn
+
+
+REPEATING = np.resize(rows(1, 6, 100), (100, 100))
+SPARSE = rows(1, 1000, 384, zero=0.5)
+EMBEDDING = rows(1, 1000, 384, zero=0.3)
+
+MISLEADING = {
+    "rows that repeat, guided by themselves": (REPEATING, None, REPEATING * 3),
+    "rows that repeat, shifted": (REPEATING, np.roll(REPEATING, 7), None),
+    "rows that repeat, with noise": (REPEATING, REPEATING * (1 + rows(6, 100, 100)), None),
+    "zero rows, against zeros": (EMBEDDING, np.zeros_like(EMBEDDING), None),
+    "zero rows, shifted": (EMBEDDING, np.roll(EMBEDDING, 7), None),
+    "zero rows, half of all equal": (SPARSE, np.vstack((SPARSE[:500], rows(100, 1000, 384)[500:])), None),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("way", MISLEADING)
+def test_what_a_sample_does_not_show_costs_at_most_sixteen_bytes_as_well(way, dtype):
+    found = dtype_named(dtype)
+    chunk, base, guide = (None if it is None else it.astype(found.numpy).tobytes() for it in MISLEADING[way])
+    alone = encode(chunk, width=found.lane, floating=True)
+    encoded = encode(chunk, width=found.lane, floating=True, base=base, guide=guide)
+    assert len(encoded.payload) <= len(alone.payload) + 16
+
+
 def test_what_a_payload_was_made_against_is_what_decodes_it():
     random = np.random.default_rng(0)
     size = np.exp(2 * random.standard_normal(1 << 15))
@@ -165,7 +196,7 @@ def test_threads_do_not_share_scratch():
         assert list(pool.map(there_and_back, chunks * 4)) == chunks * 4
 
 
-# The format, written out by hand from the tables in codecs.py.
+# The format, written out by hand from the tables at the top of codecs.
 
 
 def plane(form: int, data: bytes, *, length: int | None = None) -> bytes:

@@ -12,6 +12,7 @@ from strategies import ChunkPair, chunk_pairs, lanes
 
 from lamella_engine import _kernels, codecs
 from lamella_engine.codecs import Encoding, decode, encode
+from lamella_engine.codecs.payloads import payload_of
 from lamella_engine.errors import CorruptionError
 
 WIDTHS = (1, 2, 4, 8)
@@ -143,6 +144,24 @@ def test_every_length_up_to_three_blocks_comes_back(isa, dtype):
 def test_every_number_of_streams_comes_back(isa, dtype, streams_lanes):
     x = scaled(streams_lanes, dtype)
     assert decoded(coded(x), x) == x.tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "exponent_at"), [("bf16", 7), ("float32", 23)])
+def test_contexts_may_begin_lower_in_a_guide_than_any_encoder_has_them(isa, dtype, exponent_at):
+    x = scaled(40_000, dtype)
+    guide = guides(x)[1]
+    payload = bytearray(coded(x, guide))
+    header = Bits(bytes(payload[5:8]))  # of shift and low, which begin with byte 5
+    assert header.take(6) == exponent_at
+    contexts = np.clip((guide >> exponent_at).astype(np.int64) - header.take(12), 0, 31)
+    assert len(np.unique(contexts)) > 10
+
+    # The same contexts, in eleven bits and more of another guide.
+    shift, low = 4, 1000
+    payload[5], payload[6] = shift | (low & 3) << 6, low >> 2 & 255
+    payload[7] = payload[7] & ~3 | low >> 10
+    lower = ((contexts + low) << shift).astype(x.dtype)
+    assert decoded(bytes(payload), x, lower) == x.tobytes()
 
 
 # What it is worth.
@@ -485,7 +504,7 @@ def test_few_blocks_that_are_not_zero_are_never_passed_over(width, block):
     chunk, guide = lanes.tobytes(), np.random.default_rng(0).bytes(lanes.nbytes)
     for encoding, other in ((Encoding.FLOAT_RANS, None), (Encoding.GUIDED_RANS, np.frombuffer(guide, np.uint8))):
         source = np.frombuffer(chunk, np.uint8)
-        payload = codecs._encode_as(encoding, source, other, width=width, floating=True, limit=source.size)
+        payload = payload_of(encoding, source, other, width=width, floating=True, limit=source.size)
         assert payload is not None
         out = bytearray(len(chunk))
         codecs.decode(encoding, payload, out, width=width, base=guide)

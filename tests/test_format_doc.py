@@ -11,6 +11,7 @@ import pytest
 
 from lamella_engine import chunking, codecs
 from lamella_engine.chunking import grid
+from lamella_engine.codecs import planes
 from lamella_engine.dtypes import DTYPES
 from lamella_engine.format import canonical, entry, fold, manifest, names, pack, version
 from lamella_engine.format.digests import Context, blob_digest, chunk_id
@@ -76,7 +77,7 @@ def test_encodings_are_those_of_the_code():
 
 def test_forms_of_planes_are_those_of_the_code():
     rows = table("Chunks and encodings", "form", "name", "length", "bytes")
-    assert [(int(row["form"]), row["name"]) for row in rows] == [(form.value, form.name) for form in codecs._Form]
+    assert [(int(row["form"]), row["name"]) for row in rows] == [(form.value, form.name) for form in planes.Form]
 
 
 def sizes_of(layout: struct.Struct) -> list[int]:
@@ -104,7 +105,7 @@ def test_the_layout_of_packs_is_that_of_the_code():
 
 
 def test_the_layout_of_planes_is_that_of_the_code():
-    assert documented_sizes("Chunks and encodings") == [sizes_of(codecs._PLANE_HEADER)]
+    assert documented_sizes("Chunks and encodings") == [sizes_of(planes.PLANE_HEADER)]
 
 
 def test_limits_are_those_of_the_code():

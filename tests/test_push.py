@@ -10,7 +10,7 @@ from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tensors as drawn_tensors
-from support import bits, names_of, new_repository, noise, open_again, store_of
+from support import bits, copies_in, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine import codecs
 from lamella_engine.content_store.log import new_push_id
@@ -401,3 +401,31 @@ def test_an_array_that_changes_between_hash_and_store_is_said_to_have_changed(mo
         repo.push({"w": array}, "m@main")
     assert caught.value.kind == "source_changed"
     assert repo.models() == []
+
+
+@pytest.mark.parametrize("wrong", ["master", "short", "other"])
+def test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported(wrong, monkeypatch, caplog):
+    objects = MemoryObjects()
+    repo, master = new_repository(objects), noise(0, 5_000)
+    weights = {"master": master, "other": noise(1, 5_000), "short": master.astype(ml_dtypes.bfloat16)}
+    chunk = weights[wrong].tobytes()
+    encode = codecs.encode
+
+    def broken(data, **options):
+        encoded = encode(data, **options)
+        if bytes(data) != chunk:
+            return encoded
+        return encoded._replace(payload=encoded.payload[:-1] + bytes([encoded.payload[-1] ^ 1]))
+
+    monkeypatch.setattr(codecs, "encode", broken)
+    repo.push(weights, "m@main")
+    assert bits(repo.checkout("m@main")) == bits(weights)
+    assert repo.verify(deep=True).ok
+    (pack,) = store_of(repo).log.refresh().packs()
+    stored = copies_in(objects, pack.name)
+    assert [row.encoding for row, _ in stored.values() if row.chunk == chunk_id(chunk)] == [codecs.Encoding.RAW]
+    assert stored[chunk_id(weights["short"].tobytes())].row.encoding == (
+        codecs.Encoding.RAW if wrong == "short" else codecs.Encoding.CAST
+    )
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "please report this" in record.getMessage()

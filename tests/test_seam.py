@@ -1,5 +1,7 @@
 """A push believes nothing that it is handed: blobs must be asked for, stand on what it offered, and decode."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import pytest
 from support import new_repository, noise, store_of
@@ -80,10 +82,12 @@ def test_a_delta_of_a_companion_that_leans_on_one_itself_is_refused(push):
     assert refused(push, FULL["master"], CAST, third) == "wrong_base"
 
 
-def test_a_blob_of_other_bytes_is_refused(push):
+def test_a_blob_of_other_bytes_is_refused_unless_its_chunk_can_be_read_again(push):
     plan(push, Planned(CELLS["master"], IDS["master"]), Planned(CELLS["short"], IDS["short"], CELLS["master"]))
     lie = Blob(IDS["short"], Encoding.CAST, 2, SHORT.nbytes, b"\x01", IDS["master"])
     assert refused(push, FULL["master"], lie) == "wrong_blob"
+    assert refused(push, replace(lie, read=lambda: bytes(SHORT.nbytes))) == "wrong_blob"
+    push.write([replace(lie, read=SHORT.tobytes)])
 
 
 def test_a_blob_may_be_given_twice(push):

@@ -25,6 +25,9 @@ class Decay(NamedTuple):
     """2^31 to 2^32 - 1: the factor times 2^(32 + halvings)."""
 
 
+WIDTH = 4
+"""Bytes of a lane of what decays: optimizers keep their moments in float32."""
+
 LAYOUT = struct.Struct("<BI")
 """How a decay is stored: its fields."""
 

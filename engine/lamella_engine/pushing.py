@@ -139,7 +139,7 @@ def push_checkpoint(
     except BaseException as error:
         push.abandon()
         if isinstance(error, InvalidInputError) and error.kind == "wrong_blob":
-            # Found when the store decoded what it was given: the bytes were others when they were hashed.
+            # The store decoded what it was given, and read the chunk again: it was another when it was hashed.
             raise InvalidInputError(
                 "a tensor changed while it was pushed: push again when nothing writes to it", kind="source_changed"
             ) from error
@@ -364,7 +364,8 @@ class _Pushing:
             }[encoded.against]
         self._release(chunk.memory)
         self._release(memory)
-        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against)
+        again = partial(place.read, None)
+        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again)
 
 
 def _page(data: bytes, memory: bytearray | None) -> Buffer:

@@ -152,7 +152,9 @@ def decode_error(data: bytes) -> LamellaError:
         fields = json.loads(data)
         found = _CLASSES[fields["class"]](str(fields["message"]), kind=str(fields["kind"]), **fields["context"])
     except (ValueError, KeyError, TypeError):
-        return errors.StorageError("the server failed in a way that it could not say", kind="bad_error", transient=False)
+        return errors.StorageError(
+            "the server failed in a way that it could not say", kind="bad_error", transient=False
+        )
     return found
 
 

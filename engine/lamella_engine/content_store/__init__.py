@@ -2,6 +2,7 @@
 
 packed                    a ContentStore on objects
 push                      what is missing, packs for it, one entry that makes it a version
+bases  intake  locating   what a chunk may be made against; blobs checked; the packs that a version stands on
 reader                    from an id to metadata, cells and copies
 revisions  packs  log     how a version is named; blobs in packs; the log and its state
 decoding                  from a chain of blobs to a chunk

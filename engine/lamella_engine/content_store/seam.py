@@ -3,8 +3,8 @@
 No call takes a bare chunk id: what can be read is what a version names.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lamella_engine.content_store.manifest import Manifest
@@ -29,6 +29,8 @@ class Blob:
     payload: Buffer
     base: ChunkId | None
     """The chunk that must be decoded first, for a delta."""
+    read: Callable[[], Buffer] | None = field(default=None, compare=False)
+    """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
 
 
 class Reading(NamedTuple):
@@ -184,8 +186,9 @@ class Push(Protocol):
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
 
-        Raises InvalidInputError (``wrong_blob``) for one that does not decode to its chunk. What a failed call wrote is
-        harmless.
+        One that does not decode to its chunk is stored as the chunk itself, with a warning, if that can be read again
+        and is what it was: then whoever encoded it has erred. Raises InvalidInputError (``wrong_blob``) if not. What a
+        failed call wrote is harmless.
         """
 
     def abandon(self) -> None:

@@ -43,6 +43,10 @@ class Objects(Protocol):
     PermissionDeniedError where the place fails; ``transient`` says whether the same call may succeed later.
     """
 
+    store_name: str
+    """What keeps these promises, or does not, for many places at once, such as a bucket and its endpoint; ``""`` where
+    each place does so for itself. Says nothing that is secret."""
+
     def get(self, name: str) -> bytes:
         """Return the whole of a small object: at most :data:`MAX_GET_NBYTES`.
 
@@ -140,7 +144,7 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
     ------
     InvalidInputError
         Kind ``unsupported_url`` for another scheme, ``bad_url`` for one that names no place, ``not_a_directory`` for a
-        path to something else.
+        path to something else, ``bad_endpoint`` for an object store's address in the environment that is none.
     RepositoryNotFoundError
         There is no directory at that path, and ``create`` was not given.
     """
@@ -178,7 +182,9 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
 
 def _bad_url(url: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{url!r} names no place: give a directory, file:///absolute/path or memory://name", kind="bad_url", url=url
+        f"{url!r} names no place: give a directory, file:///absolute/path, s3://bucket/prefix or memory://name",
+        kind="bad_url",
+        url=url,
     )
 
 

@@ -63,6 +63,8 @@ class LocalObjects:
         Kind ``not_a_directory``: there is something else.
     """
 
+    store_name = ""
+
     def __init__(self, root: Path) -> None:
         self.root = _absolute(root)
         self._poisoned = False

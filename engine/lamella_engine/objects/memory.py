@@ -24,6 +24,8 @@ class MemoryObjects:
     _shared: ClassVar[dict[str, "MemoryObjects"]] = {}
     _shared_lock: ClassVar[Lock] = Lock()
 
+    store_name = ""
+
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
         self._lock = Lock()

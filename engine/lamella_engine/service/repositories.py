@@ -4,12 +4,12 @@ import re
 import threading
 from pathlib import Path
 
+from lamella_engine.chunk_index import index_path
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.jobs import OBJECT_DIRECTORIES
 from lamella_engine.objects import Objects, open_objects
-from lamella_engine.repository import index_path
 from lamella_engine.service.access import repository_not_found
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")

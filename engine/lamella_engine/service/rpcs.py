@@ -1,7 +1,6 @@
 """What each rpc of the wire does: messages in, nouns to the engine, messages out."""
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import sums
 from lamella_engine.errors import InvalidInputError, LimitError, RefNotFoundError
 from lamella_engine.executor import Executor
-from lamella_engine.format import names
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
 from lamella_engine.jobs import LocalJobs
@@ -178,9 +176,7 @@ class Rpcs:
         cells = (cell for cell, _ in decode_cells(request.cells))
         located = store.locate(_version_id(request.version), cells)
         for batch in batches(located, _LOCATED_AT_ONCE):
-            chains = [
-                pb.Chain(blobs=[pb.StoredBlob(**blob._asdict()) for blob in chain]) for _, chain in batch
-            ]
+            chains = [pb.Chain(blobs=[pb.StoredBlob(**blob._asdict()) for blob in chain]) for _, chain in batch]
             yield pb.LocateReply(chains=chains)
 
     def versions_read(self, request: pb.ReadRequest, call: Call) -> Iterator[bytes]:

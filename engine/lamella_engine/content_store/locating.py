@@ -1,0 +1,78 @@
+"""Where a version lies: in which packs, cell by cell, and on which others those stand."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.content_store.packs import Packs
+from lamella_engine.content_store.reader import PackedReader
+from lamella_engine.format.version import Description, PackRef
+from lamella_engine.model import ChunkId
+
+Runs = tuple[tuple[int, int], ...]
+"""Packs of chunks in order: how many lie in the one of which number, then in the next."""
+
+
+class Located(NamedTuple):
+    """What a version's locator says of packs, which it numbers."""
+
+    packs: tuple[PackRef, ...]
+    """The closure: all that hold its chunks, or a base of one."""
+    manifest_runs: Runs
+    cell_runs: Runs
+
+
+def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: Packs, reader: PackedReader) -> Located:
+    """Find the packs of a version's closure.
+
+    Parameters
+    ----------
+    description
+        The version.
+    pack_of
+        Names the pack that holds a chunk; what it raises is raised.
+    packs, reader
+        The store that has those packs.
+
+    Raises
+    ------
+    CorruptionError
+        The manifest is not what the description says, or a pack is damaged.
+    """
+    numbers: dict[str, int] = {}
+    closure: set[tuple[ChunkId, str]] = set()
+
+    def number_of(pack: str) -> int:
+        return numbers.setdefault(pack, len(numbers))
+
+    def place(chunk: ChunkId) -> int:
+        pack = pack_of(chunk)
+        closure.add((chunk, pack))
+        return number_of(pack)
+
+    def load(at: int) -> bytes:
+        chunk, nbytes = description.manifest_chunks[at]
+        return bytes(reader.decoded(packs.find(chunk, [pack_of(chunk)]), nbytes))
+
+    manifest_runs = _runs(place(chunk) for chunk, _ in description.manifest_chunks)
+    manifest = Manifest(description, load)
+    manifest.check()
+    cell_runs = _runs(None if row.chunk is None else place(row.chunk) for row in manifest.all_rows())
+    for chunk, pack in sorted(closure, key=itemgetter(1)):  # pack by pack, so that each index is parsed once
+        for link in reader.chain(packs.find(chunk, [pack])):
+            number_of(link.pack)
+    return Located(tuple(packs.ref(name) for name in numbers), manifest_runs, cell_runs)
+
+
+def _runs(numbers: Iterable[int | None]) -> Runs:
+    """Join equal neighbours into (count, number); None joins whatever is before it."""
+
+    def filled() -> Iterator[int]:
+        last = 0
+        for number in numbers:
+            last = last if number is None else number
+            yield last
+
+    return tuple((sum(1 for _ in run), number) for number, run in groupby(filled()))
