@@ -196,10 +196,10 @@ def encode_cells(cells: Iterable[tuple[Cell, ChunkId | None]]) -> list[pb.CellRu
     runs: list[pb.CellRun] = []
     for cell, held in cells:
         last = runs[-1] if runs else None
-        if last is not None and not held and not last.held and _tensor_of(last) == cell.tensor:
-            if cell.number == last.first + last.count:
-                last.count += 1
-                continue
+        alike = last is not None and not held and not last.held and _tensor_of(last) == cell.tensor
+        if last is not None and alike and cell.number == last.first + last.count:
+            last.count += 1
+            continue
         runs.append(pb.CellRun(tensor=cell.tensor, first=cell.number, count=1, held=held or b""))
     return runs
 

@@ -11,7 +11,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -125,7 +126,7 @@ class Log:
             self._state = self._follow(self._state)
             return self._state
 
-    def commit(self, push: PushId, make: Callable[[State], Change | None]) -> State:
+    def commit(self, push: PushId, make: Callable[[State], Change | None], *, writer: PushId | None = None) -> State:
         """Add an entry that commits ``push``: the only way in which a repository changes.
 
         Parameters
@@ -135,6 +136,8 @@ class Log:
         make
             Given the newest state, returns what to change, or None for nothing; raises if the change is not right any
             more. Called again after every lost race.
+        writer
+            The id in the names of what the push has written, if that is another one.
 
         Raises
         ------
@@ -147,12 +150,13 @@ class Log:
             state = self.refresh()
             if state.committed_at(push) is not None:
                 return self._durable(state)
-            if state.is_fenced(push):
+            pushes = (push,) if writer is None else (push, writer)
+            if any(map(state.is_fenced, pushes)):
                 raise ConflictError("this push was fenced off as abandoned: push again", kind="fenced", push_id=push)
             change = make(state)
             if change is None:
                 return self._durable(state)
-            entry = self._entry(state, push, change)
+            entry = self._entry(state, pushes, change)
             data = encode_entry(entry)
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
@@ -223,6 +227,13 @@ class Log:
         except NotFoundError:
             return False
         return True
+
+    def entry(self, number: int) -> Entry:
+        """Read an entry after the first, which is there; raises CorruptionError."""
+        data = self._entry_bytes(number)
+        if data is None:
+            raise _gap(number)
+        return decode_entry(data, number=number, repository=self._state.genesis.repository, previous=None)
 
     def check_fold(self, fold: FoldRef) -> None:
         """Read every byte of a fold that an entry names; raise CorruptionError if any is not as it was written."""
@@ -337,7 +348,7 @@ class Log:
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
         return entry, entry_digest(data)
 
-    def _entry(self, state: State, push: PushId, change: Change) -> Entry:
+    def _entry(self, state: State, pushes: tuple[PushId, ...], change: Change) -> Entry:
         fold = state.fold
         if state.number - (0 if fold is None else fold.number) >= FOLD_EVERY:
             fold = self._write_fold(state)
@@ -349,7 +360,7 @@ class Log:
             refs=change.refs,
             versions=change.versions,
             packs=change.packs,
-            pushes=(push,),
+            pushes=pushes,
             principal=principal(),
             time=now(),
         )
@@ -403,8 +414,23 @@ def new_push_id() -> PushId:
     return PushId(f"{time.time_ns() // 1_000_000 & (1 << 48) - 1:012x}{secrets.token_hex(10)}")
 
 
+_acting: ContextVar[str | None] = ContextVar("acting", default=None)
+
+
+@contextmanager
+def acting_as(name: str) -> Iterator[None]:
+    """Have entries that are written in this block, by this thread, say that ``name`` acted: on behalf of a caller."""
+    token = _acting.set(name)
+    try:
+        yield
+    finally:
+        _acting.reset(token)
+
+
 def principal() -> str:
-    """Return who is acting, as far as the machine can tell."""
+    """Return who is acting, as far as is known: by :func:`acting_as`, or else by the machine."""
+    if (name := _acting.get()) is not None:
+        return name
     try:
         return getpass.getuser().encode(errors="replace").decode()
     except (OSError, KeyError):  # a uid without a name, as in many containers

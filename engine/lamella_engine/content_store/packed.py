@@ -1,10 +1,11 @@
 """The content store on objects: packs, metadata objects and the log."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, new_push_id
@@ -25,7 +26,7 @@ from lamella_engine.errors import (
 )
 from lamella_engine.executor import Executor
 from lamella_engine.format.entry import RefChange, VersionAdded
-from lamella_engine.model import Cell, PushId, RefInfo, VersionId, check_name, check_ref_name
+from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
 
@@ -187,9 +188,20 @@ class PackedStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return [RefInfo(model, name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
 
-    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
-        return self.reader.read(id, cells, have)
+    def read(
+        self,
+        id: VersionId,
+        cells: Iterable[Cell],
+        have: VersionId | None = None,
+        *,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> Iterator[Reading]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+
+        ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``. It is looked at
+        when a cell is.
+        """
+        return self.reader.read(id, cells, have, held)
 
     def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -197,8 +209,16 @@ class PackedStore:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> PackedPush:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+    def begin(
+        self,
+        model: str,
+        branch: str,
+        *,
+        parent: VersionId | None,
+        push_id: PushId,
+        writer_id: PushId | None = None,
+    ) -> PackedPush:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`; ``writer_id`` is explained at PackedPush."""
         check_name(model, what="model")
         check_ref_name(branch)
         self._probe_once()
@@ -225,7 +245,23 @@ class PackedStore:
             opened = self.reader.open(parent)
         self._catch_up(state, opened)
         context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
-        return PackedPush(context, model=model, branch=branch, push_id=push_id, state=state, head=head, parent=opened)
+        return PackedPush(
+            context,
+            model=model,
+            branch=branch,
+            push_id=push_id,
+            writer_id=writer_id or push_id,
+            state=state,
+            head=head,
+            parent=opened,
+        )
+
+    def pushed(self, push_id: PushId) -> Recorded | None:
+        """Return the version that a push recorded; None if it has not, or found its branch's head to be equal."""
+        number = self.log.refresh().committed_at(push_id)
+        added = () if number is None else self.log.entry(number).versions
+        found = (self.reader.open_added(version).recorded for version in added)
+        return next((version for version in found if version.description.push == push_id), None)
 
     def _probe_once(self) -> None:
         if not self._probed:

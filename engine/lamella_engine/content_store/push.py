@@ -54,6 +54,9 @@ class PackedPush:
         The store.
     model, branch
         Where to.
+    writer_id
+        In the names of what is written. Not the push's own id where that may be under way in several places: what one
+        of them gives up must not be what another commits.
     state
         The newest state when the push began: chunks are planned against what is live in it.
     head
@@ -69,14 +72,16 @@ class PackedPush:
         model: str,
         branch: str,
         push_id: PushId,
+        writer_id: PushId,
         state: State,
         head: Ref | None,
         parent: OpenVersion | None,
     ) -> None:
         self._store = context
         self.model = model
-        self._branch = branch
+        self.branch = branch
         self.id = push_id
+        self._writer_id = writer_id
         self._head = head
         recorded = None if parent is None else parent.recorded
         self.parents: tuple[Parent, ...] = ()
@@ -90,7 +95,7 @@ class PackedPush:
             packs=context.packs,
             index=context.index,
         )
-        self._writer = PackWriter(context.objects, context.executor, push_id, self._note_pack)
+        self._writer = PackWriter(context.objects, context.executor, writer_id, self._note_pack)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._intake = Intake(self._bases, context.executor)
@@ -139,7 +144,7 @@ class PackedPush:
     def _beat_if_due(self) -> None:
         if time.monotonic() < self._next_beat:
             return
-        self._store.objects.put_if_absent(session_name(self.id, self._beats), [b""])
+        self._store.objects.put_if_absent(session_name(self._writer_id, self._beats), [b""])
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
 
@@ -170,7 +175,7 @@ class PackedPush:
 
         def make(state: State) -> Change | None:
             equal.clear()
-            head = state.ref(self.model, self._branch)
+            head = state.ref(self.model, self.branch)
             self._check_head(state, head)
             if head is not None and (same := self._same_as_head(state, head, description)) is not None:
                 equal.append(same)
@@ -187,14 +192,15 @@ class PackedPush:
                 )
                 added.append(self._write_metadata(data, locator, description))
             return Change(
-                refs=(RefChange(self.model, self._branch, "branch", head.number if head else None, number),),
+                refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
                 versions=(added[-1][0],),
                 packs=tuple(
                     PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in self._writer.written.values()
                 ),
             )
 
-        state = self._store.log.commit(self.id, make)
+        writer = None if self._writer_id == self.id else self._writer_id
+        state = self._store.log.commit(self.id, make, writer=writer)
         if equal:
             return self._store.reader.open_added(equal[0]).recorded
         if not added:  # an earlier call with this push id has committed it already
@@ -216,12 +222,12 @@ class PackedPush:
     def _check_head(self, state: State, head: Ref | None) -> None:
         if head is not None and head.kind != "branch":
             raise AlreadyExistsError(
-                f"{self.model}@{self._branch} is a {head.kind}: push to a branch", kind="not_a_branch"
+                f"{self.model}@{self.branch} is a {head.kind}: push to a branch", kind="not_a_branch"
             )
         if head != self._head:
             expected, actual = (self._name(state, ref) for ref in (self._head, head))
             raise ConflictError(
-                f"{self.model}@{self._branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
+                f"{self.model}@{self.branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
                 f"{expected or 'nothing'}; look at it, then push again",
                 expected=expected,
                 actual=actual,
@@ -256,7 +262,7 @@ class PackedPush:
 
     def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
         data = encode_metadata(line, locator)
-        name = metadata_name(version_id(line), self.id, self._attempt)
+        name = metadata_name(version_id(line), self._writer_id, self._attempt)
         self._attempt += 1
         self._store.objects.put_if_absent(name, [data])
         added = VersionAdded(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TypeVar
 
 from lamella_engine import sketches
@@ -264,20 +265,27 @@ class PackedReader:
         decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
         return out
 
-    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
-        """See ``ContentStore.read``."""
+    def read(
+        self,
+        id: VersionId,
+        cells: Iterable[Cell],
+        have: VersionId | None = None,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> Iterator[Reading]:
+        """See ``PackedStore.read``."""
         version = self.open(id)
-        held = None if have is None else self.open(have)
+        whole = None if have is None else self.open(have)
+        locate = partial(self._locate, version, whole=whole, held=held)
         window: list[_Located] = []
         nbytes = 0
         for cell in cells:
-            located = self._following_packs(partial(self._locate, version, cell, held))
+            located = self._following_packs(partial(locate, cell))
             window.append(located)
             nbytes += sum(link.row.encoded_nbytes for link in located.chain)
             if nbytes >= WINDOW_NBYTES or len(window) >= WINDOW_CELLS:
-                yield from self._readings(version, window, held)
+                yield from self._readings(locate, window)
                 window, nbytes = [], 0
-        yield from self._readings(version, window, held)
+        yield from self._readings(locate, window)
 
     def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
         """See ``ContentStore.locate``."""
@@ -287,14 +295,12 @@ class PackedReader:
             rows = (link.row for link in chain)
             yield cell, tuple(Stored(row.chunk, row.decoded_nbytes, row.encoded_nbytes) for row in rows)
 
-    def _readings(
-        self, version: OpenVersion, window: Sequence[_Located], held: OpenVersion | None
-    ) -> Iterator[Reading]:
+    def _readings(self, locate: Callable[[Cell], _Located], window: Sequence[_Located]) -> Iterator[Reading]:
         located = iter([window])
 
         def fetch() -> list[Reading]:
             # The second time round, when a pack was missing, every cell is located again.
-            cells = next(located, None) or [self._locate(version, item.cell, held) for item in window]
+            cells = next(located, None) or [locate(item.cell) for item in window]
             payloads = self._packs.payloads((link for item in cells for link in item.chain), self._executor)
             return [item.reading(payloads) for item in cells]
 
@@ -310,17 +316,25 @@ class PackedReader:
             self._log.refresh()
         return read()
 
-    def _locate(self, version: OpenVersion, cell: Cell, held: OpenVersion | None = None) -> _Located:
+    def _locate(
+        self,
+        version: OpenVersion,
+        cell: Cell,
+        whole: OpenVersion | None = None,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> _Located:
         if cell.tensor is None:
             return _Located(cell, None, self.chain(self.copy_of_manifest(version, cell.number)))
         row = version.manifest.row(cell.tensor, cell.number)
-        have = None if held is None else _content_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
-        if have == row.content:
+        have: set[bytes | None] = {held.get(cell)}
+        if whole is not None:
+            have.add(_content_of(whole.manifest, version.manifest.spec(cell.tensor), cell.number))
+        if row.content in have:
             return _Located(cell, None, ())
         if row.chunk is None:
             return _Located(cell, row.content, ())
         chain = self.chain(self.copy_of_row(version, row))
-        following = max((at for at, link in enumerate(chain, 1) if link.row.chunk == have), default=0)
+        following = max((at for at, link in enumerate(chain, 1) if link.row.chunk in have), default=0)
         return _Located(cell, None, chain[following:])
 
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:

@@ -324,18 +324,20 @@ class OutcomeReply(_message.Message):
     def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ...) -> None: ...
 
 class PairRequest(_message.Message):
-    __slots__ = ("repository", "a", "b", "include", "whole")
+    __slots__ = ("repository", "a", "b", "include", "exclude", "equal")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     A_FIELD_NUMBER: _ClassVar[int]
     B_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_FIELD_NUMBER: _ClassVar[int]
-    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    EQUAL_FIELD_NUMBER: _ClassVar[int]
     repository: str
     a: str
     b: str
     include: _containers.RepeatedScalarFieldContainer[str]
-    whole: bool
-    def __init__(self, repository: _Optional[str] = ..., a: _Optional[str] = ..., b: _Optional[str] = ..., include: _Optional[_Iterable[str]] = ..., whole: bool = ...) -> None: ...
+    exclude: _containers.RepeatedScalarFieldContainer[str]
+    equal: bool
+    def __init__(self, repository: _Optional[str] = ..., a: _Optional[str] = ..., b: _Optional[str] = ..., include: _Optional[_Iterable[str]] = ..., exclude: _Optional[_Iterable[str]] = ..., equal: bool = ...) -> None: ...
 
 class DiffReply(_message.Message):
     __slots__ = ("added", "removed", "reshaped", "changed", "same")

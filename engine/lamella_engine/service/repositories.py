@@ -9,7 +9,7 @@ from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.jobs import OBJECT_DIRECTORIES
-from lamella_engine.objects import Objects, open_objects
+from lamella_engine.objects import open_objects
 from lamella_engine.service.access import repository_not_found
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")
@@ -48,9 +48,11 @@ class Repositories:
 
     def create(self, name: str, *, max_depth: int) -> PackedStore:
         """Make a repository; raises AlreadyExistsError."""
-        objects = self._objects(check_repository_name(name), create=True)
+        place = self._place(check_repository_name(name))
+        objects = open_objects(place, create=True)
+        path = index_path(objects, place)
         try:
-            store = PackedStore.create(objects, self._executor, index_path=index_path(objects), max_depth=max_depth)
+            store = PackedStore.create(objects, self._executor, index_path=path, max_depth=max_depth)
         except AlreadyExistsError:
             raise AlreadyExistsError(
                 f"there is a repository {name} already: use it as it is, or choose another name",
@@ -67,14 +69,13 @@ class Repositories:
         if store is not None:
             return store
         try:
-            objects = self._objects(check_repository_name(name))
-            store = PackedStore(objects, self._executor, index_path=index_path(objects))
+            place = self._place(check_repository_name(name))
+            objects = open_objects(place)
+            store = PackedStore(objects, self._executor, index_path=index_path(objects, place))
         except (RepositoryNotFoundError, InvalidInputError):
             raise repository_not_found(name) from None
         with self._lock:
             return self._open.setdefault(name, store)
 
-    def _objects(self, name: str, *, create: bool = False) -> Objects:
-        if "://" in self._root:
-            return open_objects(f"{self._root}/{name}", create=create)
-        return open_objects(str(Path(self._root, *name.split("/"))), create=create)
+    def _place(self, name: str) -> str:
+        return f"{self._root}/{name}" if "://" in self._root else str(Path(self._root, *name.split("/")))

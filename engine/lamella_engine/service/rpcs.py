@@ -10,7 +10,7 @@ from typing import Any
 from lamella_engine.content_store.log import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
-from lamella_engine.distance import sums
+from lamella_engine.distance import common, sums
 from lamella_engine.errors import InvalidInputError, LimitError, RefNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.manifest import parse_structure_page
@@ -192,7 +192,7 @@ class Rpcs:
                 yield cell
 
         with self._readers.taken():
-            readings = store.reader.read(_version_id(request.version), cells(), have, held=held)
+            readings = store.read(_version_id(request.version), cells(), have, held=held)
             yield from frames(part for reading in readings for part in encode_reading(reading))
 
     # -- pushes -------------------------------------------------------------------------------------------------------
@@ -283,16 +283,12 @@ class Rpcs:
     def jobs_distance(self, request: pb.PairRequest, call: Call) -> Iterator[pb.DistanceUpdate]:
         """Measure two versions, tensor by tensor."""
         store = self._repositories.open(request.repository)
-        selection = select(list(request.include) or None)
-        measured = sums(
-            Reader(store, self._executor),
-            store.resolve(request.a),
-            store.resolve(request.b),
-            selection,
-            whole=request.whole,
-        )
+        a, b = store.resolve(request.a), store.resolve(request.b)
+        reader = Reader(store, self._executor)
+        selection = select(list(request.include) or None, list(request.exclude))
+        specs = common(reader, a, b, selection)
         with self._readers.taken():
-            for spec, found in measured:
+            for spec, found in sums(reader, a, b, specs, equal=request.equal):
                 if not call.active():
                     return
                 fields = {name: getattr(found, name) for name in found.__dataclass_fields__}

@@ -3,17 +3,25 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from lamella_engine import codecs
 from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError, PermissionDeniedError
+from lamella_engine.errors import (
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    LimitError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from lamella_engine.format.version import Description
 from lamella_engine.model import ChunkId, PushId, VersionId
+from lamella_engine.sketches import Sketch
 from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
 
 IDLE_S = 600.0
@@ -51,6 +59,7 @@ class Session:
         self.used = time.monotonic()
         self.recorded: Recorded | None = None
         """The version, once it is committed."""
+        self._may_be_recorded = False
         self._store = store
         self._turn = threading.Condition(threading.RLock())
         self._planned = 0
@@ -60,16 +69,6 @@ class Session:
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
 
-    def restart(self) -> int:
-        """Let everything be planned again, from the first cell, and written from position 0."""
-        with self._turn:
-            self.push.restart()
-            self._planned = self._taken = 0
-            self._answers.clear()
-            self._missing.clear()
-            self.rewind()
-            return 0
-
     def rewind(self) -> int:
         """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
         with self._turn:
@@ -77,6 +76,13 @@ class Session:
             self._batch.clear()
             self._received = self._taken
             return self._taken
+
+    def consider(self, sketch: Sketch) -> None:
+        """Let bases be chosen by a sketch of what is pushed, as long as nothing has been planned."""
+        with self._turn:
+            self.used = time.monotonic()
+            if not self._planned:  # else a repeated call
+                self.push.consider(sketch)
 
     def plan(self, first: int, cells: Sequence[Planned]) -> list[Missing | None]:
         """Return what the store says of ``cells``, the first of which has number ``first`` in this push."""
@@ -151,13 +157,18 @@ class Session:
             self.used = time.monotonic()
             if self.recorded is None:
                 self._store_batch()
-                self.recorded = self.push.commit(description)
+                self._may_be_recorded = True
+                try:
+                    self.recorded = self.push.commit(description)
+                except (ConflictError, InvalidInputError):  # of others nobody knows what they left
+                    self._may_be_recorded = False
+                    raise
             return self.recorded
 
     def abandon(self) -> None:
-        """Give up, unless it has been committed."""
+        """Give up, unless it has been committed, or may have been."""
         with self._turn:
-            if self.recorded is None:
+            if not self._may_be_recorded:
                 self.push.abandon()
 
 
@@ -184,22 +195,22 @@ class Sessions:
         Raises what ``ContentStore.begin`` does, and LimitError for one too many.
         """
         self.sweep()
-        begin = partial(store.begin, model, branch, parent=parent, push_id=push_id)
         with self._lock:
             session = self._sessions.get((store, push_id))
             if session is None and len(self._sessions) >= MAX_SESSIONS:
                 raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
-        if session is None:
-            return self._started(store, owner, push_id, begin), 0
-        self._check_owner(session, owner)
-        if (session.push.model, session.push.branch) != (model, branch):
-            raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
-        return session, session.restart() if again else session.rewind()
-
-    def _started(self, store: PackedStore, owner: str, push_id: PushId, begin: Callable[[], PackedPush]) -> Session:
-        made = Session(store, begin(), owner)
+        if session is not None:
+            self._check_owner(session, owner)
+            if (session.push.model, session.push.branch) != (model, branch):
+                raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
+            if not again:
+                return session, session.rewind()
+            self.end(store, push_id)
+            session.abandon()
+        # What this session writes has names of its own: the same push may be under way at another server.
+        push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
         with self._lock:
-            return self._sessions.setdefault((store, push_id), made)
+            return self._sessions.setdefault((store, push_id), Session(store, push, owner)), 0
 
     def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
         """Return a push that was begun; raises NotFoundError (``no_session``)."""
