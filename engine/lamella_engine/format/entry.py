@@ -121,6 +121,9 @@ class Entry:
     pushes: tuple[PushId, ...] = ()
     """Pushes that this entry commits."""
     principal: str = ""
+    """Who acted, as far as the writer knew."""
+    by: tuple[str, ...] = ()
+    """Who asked for each of ``pushes``, if not all are ``principal``."""
     time: str = ""
     """UTC, ISO 8601; information only."""
 
@@ -154,6 +157,9 @@ _ENTRY = {
     "time": str,
     "versions": [(str, int, str, int, str, int)],
 }
+
+_WHERE_NEEDED: dict[str, Any] = {"by": [str]}
+"""Fields that stand only in entries which they tell something of."""
 
 
 def entry_digest(data: bytes) -> bytes:
@@ -198,26 +204,27 @@ def encode_entry(entry: Entry) -> bytes:
 
     Raises LimitError if they would be more than any reader accepts: such an entry would end the log for everybody.
     """
-    data = _sealed(
-        {
-            "condemned": entry.condemned,
-            "fenced": entry.fenced,
-            "fold": None if entry.fold is None else encode_fold_ref(entry.fold),
-            "format": ENTRY_FORMAT,
-            "n": entry.number,
-            "packs": [[pack.name, pack.nbytes, pack.verifier] for pack in entry.packs],
-            "previous": entry.previous.hex(),
-            "principal": entry.principal,
-            "pushes": entry.pushes,
-            "refs": [[ref.model, ref.name, ref.kind, ref.old, ref.new] for ref in entry.refs],
-            "replaced": {old: list(new) for old, new in entry.replaced.items()},
-            "repository": entry.repository,
-            "time": entry.time,
-            "versions": [
-                [v.model, v.number, v.metadata, v.nbytes, v.digest.hex(), v.decoded_nbytes] for v in entry.versions
-            ],
-        }
-    )
+    value = {
+        "condemned": entry.condemned,
+        "fenced": entry.fenced,
+        "fold": None if entry.fold is None else encode_fold_ref(entry.fold),
+        "format": ENTRY_FORMAT,
+        "n": entry.number,
+        "packs": [[pack.name, pack.nbytes, pack.verifier] for pack in entry.packs],
+        "previous": entry.previous.hex(),
+        "principal": entry.principal,
+        "pushes": entry.pushes,
+        "refs": [[ref.model, ref.name, ref.kind, ref.old, ref.new] for ref in entry.refs],
+        "replaced": {old: list(new) for old, new in entry.replaced.items()},
+        "repository": entry.repository,
+        "time": entry.time,
+        "versions": [
+            [v.model, v.number, v.metadata, v.nbytes, v.digest.hex(), v.decoded_nbytes] for v in entry.versions
+        ],
+    }
+    if entry.by:
+        value["by"] = entry.by
+    data = _sealed(value)
     if len(data) > MAX_ENTRY_NBYTES:
         raise LimitError(
             f"this commit is {len(data)} bytes long, and {MAX_ENTRY_NBYTES} are the limit: split it", kind="entry_limit"
@@ -232,7 +239,7 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
     """
     what = f"entry {number}"
     value = _parse(data, what)
-    canonical.conform(value, _ENTRY, what=what)
+    canonical.conform(value, _ENTRY | {name: _WHERE_NEEDED[name] for name in _WHERE_NEEDED.keys() & value}, what=what)
     if value["n"] != number or value["repository"] != repository:
         raise CorruptionError(f"{what} belongs elsewhere", kind="bad_entry")
     follows = _hex(value["previous"], 32, what)
@@ -268,6 +275,9 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         parse_pack_name(name)
     for push in (*value["pushes"], *value["fenced"]):
         _hex(push, 16, what)
+    by = tuple(value.get("by", ()))
+    if "by" in value and (len(by) != len(value["pushes"]) or set(by) <= {value["principal"]}):
+        raise CorruptionError(f"{what} does not say for each of its pushes who asked for it", kind="bad_entry")
     return Entry(
         repository=repository,
         number=number,
@@ -281,6 +291,7 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         fenced=tuple(map(PushId, value["fenced"])),
         pushes=tuple(map(PushId, value["pushes"])),
         principal=value["principal"],
+        by=by,
         time=value["time"],
     )
 
