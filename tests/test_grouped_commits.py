@@ -33,14 +33,14 @@ class Gathering:
     def __init__(self, inner, calls, monkeypatch):
         self.inner = inner
         self._calls = calls
-        self._arrivals = Arrivals(monkeypatch)
+        self.arrivals = Arrivals(monkeypatch)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
     def put_if_absent(self, name, parts):
         if name.startswith("log/"):
-            self._arrivals.until(self._calls)
+            self.arrivals.until(self._calls)
         self.inner.put_if_absent(name, parts)
 
 
@@ -71,10 +71,16 @@ def some_history(*, entries=3):
     return objects
 
 
-def gathered(objects, tasks_of, monkeypatch):
-    """Run the tasks on one repository; those that do not lead come together while the first entry is put."""
-    repo = open_again(Gathering(objects, len(tasks_of), monkeypatch))
-    return at_once([lambda task=task: task(repo) for task in tasks_of])
+def gathered(objects, tasks, monkeypatch):
+    """Run tasks on one repository: the first leads, and the others come while its entry is put."""
+    gathering = Gathering(objects, len(tasks), monkeypatch)
+    repo = open_again(gathering)
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        running = []
+        for task in tasks:
+            running.append(threads.submit(outcome, partial(task, repo)))
+            gathering.arrivals.until(1)
+        return [future.result(PATIENCE_S) for future in running]
 
 
 def push_to(branch, seed):
@@ -335,6 +341,38 @@ def test_an_entry_that_is_refused_fails_each_of_its_commits_with_an_error_of_its
     failed = [result for result in results if isinstance(result, StorageError)]
     assert [error.kind for error in failed] == ["disk_full"] * 4
     assert len(set(map(id, failed))) == 4
+
+
+def refuse_entry_5_once():
+    refused = []
+
+    def hook(name, put):
+        if name == f"log/{5:020d}" and not refused:
+            refused.append(name)
+            raise StorageError("the disk is full: make room", kind="disk_full")
+        put()
+
+    return hook
+
+
+def test_nobody_is_told_of_a_conflict_with_what_was_never_recorded(monkeypatch):
+    objects = some_history()
+    tasks = [push_to("side", 3)]
+    tasks += [lambda repo, seed=seed: repo.push({"w": noise(seed, 100)}, "m@main") for seed in (1, 2)]
+    _, *results = gathered(Failing(objects, refuse_entry_5_once()), tasks, monkeypatch)
+    (refused,) = (result for result in results if isinstance(result, LamellaError))
+    (pushed,) = (result for result in results if result is not refused)
+    assert refused.kind == "disk_full"
+    assert open_again(objects).version("m@main").id == pushed.id
+
+
+def test_nothing_to_do_is_said_only_of_what_is_recorded(monkeypatch):
+    """Two commits want one alias; the entry that would have set it for the first of them is refused."""
+    objects = some_history()
+    tasks = [push_to("side", 3), *[lambda repo: repo.alias("m@production", "m@v1")] * 2]
+    results = gathered(Failing(objects, refuse_entry_5_once()), tasks, monkeypatch)
+    assert [type(result) for result in results].count(StorageError) == 1
+    assert "production" in {ref.name for ref in open_again(objects).refs("m")}
 
 
 def test_a_lost_race_is_lost_and_run_again_by_all_of_the_group(monkeypatch):
