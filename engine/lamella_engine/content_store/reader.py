@@ -24,7 +24,7 @@ from lamella_engine.format.digests import Context, chunk_id, digest
 from lamella_engine.format.entry import VersionAdded
 from lamella_engine.format.names import metadata_version
 from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
-from lamella_engine.model import Cell, ChunkId, TensorSpec, VersionId
+from lamella_engine.model import Buffer, Cell, ChunkId, TensorSpec, VersionId
 from lamella_engine.objects import Objects
 from lamella_engine.sketches import Sketch
 
@@ -34,6 +34,10 @@ Result = TypeVar("Result")
 
 VERSIONS_KEPT = 16
 """Opened versions kept with their parsed pages."""
+
+BASES_KEPT = 16
+"""Decoded bases kept, for all pushes of a process into one repository: each is wanted twice, by the encoder and by the
+check of what it made. At most 64 MiB."""
 
 SKETCHES_KEPT = 64
 """Sketches of versions kept in memory, each a few hundred bytes for a tensor, 2 MiB at most for each width of lanes."""
@@ -95,6 +99,7 @@ class PackedReader:
         self._lock = threading.Lock()
         self._open: OrderedDict[VersionId, OpenVersion] = OrderedDict()
         self._places: dict[VersionId, tuple[str, int]] = {}
+        self._bases: OrderedDict[StoredBlob, Buffer] = OrderedDict()
         self._sketches: OrderedDict[VersionId, Sketch] = OrderedDict()
         self._structure_kept: tuple[str, list[TensorSpec]] = "", []
 
@@ -264,6 +269,18 @@ class PackedReader:
             raise CorruptionError(f"a chunk of {len(out)} bytes stands where {nbytes} belong", kind="bad_length")
         decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
         return out
+
+    def base(self, blob: StoredBlob) -> Buffer:
+        """Return the chunk of a copy that several blobs are made against, or one of them more than once."""
+        with self._lock:
+            data = self._bases.get(blob)
+        if data is None:
+            data = self.decoded(blob, blob.row.decoded_nbytes)
+            with self._lock:
+                self._bases[blob] = data
+                if len(self._bases) > BASES_KEPT:
+                    self._bases.popitem(last=False)
+        return data
 
     def read(
         self,

@@ -20,7 +20,7 @@ from lamella_engine.maintenance import Verification, verify
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId, check_name, check_ref_name
 from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import Principal
+from lamella_engine.service.access import Principal, Resource, Verb, authorize
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
@@ -48,7 +48,7 @@ _LOCATED_AT_ONCE = 1024
 _WATCH_S = 1.0
 
 # Streams of blobs at a time, in either direction: a push may hold two packs of 64 MiB, a read a window of 16 MiB.
-_WRITERS, _READERS = 4, 16
+_WRITERS, _READERS = 8, 16
 # Calls that wait for a version to be published: each holds a thread.
 _WATCHERS = 64
 
@@ -153,7 +153,7 @@ class Rpcs:
         check_ref_name(request.ref)
         published = self._published[store]
         last = request.after
-        with self._watchers.taken():
+        with self._watchers.taken(call.principal.name):
             while call.active() and call.remaining_s() > 0:
                 ref = store.log.refresh().ref(request.model, request.ref)
                 if ref is None:
@@ -191,7 +191,7 @@ class Rpcs:
                     held[cell] = chunk
                 yield cell
 
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             readings = store.read(_version_id(request.version), cells(), have, held=held)
             yield from frames(part for reading in readings for part in encode_reading(reading))
 
@@ -214,7 +214,11 @@ class Rpcs:
 
     def _session(self, repository: str, push: str, call: Call) -> tuple[PackedStore, Session]:
         store = self._repositories.open(repository)
-        return store, self.sessions.get(store, call.principal.name, _push_id(push))
+        session = self.sessions.get(store, call.principal.name, _push_id(push))
+        # Somebody may have several tokens, not all of them for this branch.
+        branch = f"{session.push.model}@{session.push.branch}"
+        authorize(call.principal, Verb.PUSH, Resource(repository, (branch,)))
+        return store, session
 
     def pushes_consider(self, request: pb.ConsiderRequest, call: Call) -> pb.Empty:
         """Let bases be chosen by a sketch."""
@@ -235,7 +239,7 @@ class Rpcs:
         """Take blobs."""
         header = parse(pb.WriteHeader, next(messages, b""))
         _, session = self._session(header.repository, header.push, call)
-        with self._writers.taken():
+        with self._writers.taken(call.principal.name):
             session.rewind()
             for message in messages:
                 if len(message) < 8:
@@ -287,7 +291,7 @@ class Rpcs:
         reader = Reader(store, self._executor)
         selection = select(list(request.include) or None, list(request.exclude))
         specs = common(reader, a, b, selection)
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             for spec, found in sums(reader, a, b, specs, equal=request.equal):
                 if not call.active():
                     return
@@ -298,7 +302,7 @@ class Rpcs:
     def jobs_verify(self, request: pb.VerifyRequest, call: Call) -> Iterator[pb.VerifyUpdate]:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             found = verify(PackedStore(store.objects, self._executor), deep=request.deep)
         yield _verified(found)
 

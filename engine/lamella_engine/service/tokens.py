@@ -65,17 +65,22 @@ class Tokens:
         repositories: Sequence[str] = ("*",),
         refs: Sequence[str] = ("*",),
         ttl_s: int = 0,
+        certificate: str = "",
     ) -> tuple[str, Grant]:
         """Make a token; return it, and what it stands for. It cannot be had again.
 
-        Raises InvalidInputError for a role that there is not, or a name that is none.
+        With ``certificate``, a name in client certificates, those take the place of the token, and nothing is to be
+        kept secret.
+
+        Raises InvalidInputError for a role that there is not, or a name that is none; AlreadyExistsError for a
+        certificate that stands for somebody already, or did.
         """
         if not principal or len(principal) > 255 or not principal.isprintable():
             raise InvalidInputError("a principal is 1 to 255 printable characters", kind="bad_principal")
         if ttl_s < 0 or not all((*repositories, *refs)):
             raise InvalidInputError("a lifetime is not negative, and a glob not empty", kind="bad_grant")
         body = PREFIX + secrets.token_hex(_SECRET_BYTES)
-        token = f"{body}{zlib.crc32(body.encode()):08x}"
+        token = _of_certificate(certificate) if certificate else f"{body}{zlib.crc32(body.encode()):08x}"
         hashed = self._hash(token)
         expires = int(time.time()) + ttl_s if ttl_s else 0
         id = hashed[:8].hex()
@@ -83,7 +88,7 @@ class Tokens:
         document = asdict(grant) | {"hash": hashed.hex()}
         del document["revoked"]
         self._objects.put_if_absent(_grant_name(id), [json.dumps(document).encode()])
-        return token, grant
+        return "" if certificate else token, grant
 
     def principal(self, token: str) -> Principal:
         """Return whom a token stands for; NOBODY for one that is none, or is not valid any more."""
@@ -91,6 +96,13 @@ class Tokens:
             return NOBODY
         if f"{zlib.crc32(token[:-8].encode()):08x}" != token[-8:]:
             return NOBODY
+        return self._granted(token)
+
+    def principal_of_certificate(self, name: str) -> Principal:
+        """Return whom a name in a client's certificate stands for; NOBODY for one that no grant names."""
+        return self._granted(_of_certificate(name))
+
+    def _granted(self, token: str) -> Principal:
         hashed = self._hash(token)
         grant, expected = self._look_up(hashed[:8].hex())
         if grant is None or not hmac.compare_digest(hashed, expected) or not grant.valid:
@@ -149,6 +161,11 @@ class Tokens:
         except NotFoundError:
             return False
         return True
+
+
+def _of_certificate(name: str) -> str:
+    """Return what stands for a certificate where tokens are hashed: no token begins so."""
+    return f"certificate {name}"
 
 
 def _grant_name(id: str) -> str:
