@@ -4,8 +4,8 @@
 
 The MiniLM family in float32, in one run on one machine, client and server each a process. Every contender moves the
 same checkpoints: the engine embedded; through a service on loopback, in the clear and with TLS; the encoded bytes alone
-over a TCP connection; each whole file to an HTTP server, as uploads of files do. In every round each runs once, in turn;
-what is shown are medians. Before each round the caches of clients are empty.
+over a TCP connection; each whole file to an HTTP server, as uploads of files do. In every round each runs once, in
+turn; what is shown are medians. Before each round the caches of clients are empty.
 """
 
 import argparse
