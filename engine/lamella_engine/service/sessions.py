@@ -35,7 +35,7 @@ MAX_SESSIONS = 512
 _BATCH_NBYTES = 4 << 20
 
 FILLED_NBYTES = 256 << 20
-"""What packs that are being filled may hold, in all pushes together. Beyond it they are written before they are full."""
+"""What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
 
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
