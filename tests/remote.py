@@ -1,0 +1,90 @@
+"""Repositories behind a service for tests, and a proxy on the way there that counts, cuts and swallows."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+PIECE_NBYTES = 1 << 16
+
+
+@dataclass
+class Proxy:
+    """Passes bytes on between clients and one server."""
+
+    server: tuple[str, int]
+    sent: int = 0
+    """Bytes of all clients so far."""
+    received: int = 0
+    """Bytes for all clients so far."""
+    cut_sent_at: int | None = None
+    """When clients have sent so many bytes, the connection that it happens on is cut, once."""
+    cut_received_at: int | None = None
+    """The same of what they receive."""
+    cuts: int = 0
+    _listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+    _open: list[socket.socket] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def address(self) -> str:
+        host, port = self._listener.getsockname()
+        return f"{host}:{port}"
+
+    def cut_next_reply(self) -> None:
+        """Let nothing more of what the server says come through on the connection on which it speaks next."""
+        self.cut_received_at = self.received
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(self.server)
+                except OSError:
+                    client.close()
+                    continue
+                self._open += [client, server]
+                for pair, sent in ((client, server), True), ((server, client), False):
+                    threading.Thread(target=self._pass, args=(*pair, sent), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, sent: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(PIECE_NBYTES):
+                if self._cuts(len(data), sent):
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cuts(self, nbytes: int, sent: bool) -> bool:
+        with self._lock:
+            if sent:
+                self.sent += nbytes
+                cut = self.cut_sent_at is not None and self.sent >= self.cut_sent_at
+                self.cut_sent_at = None if cut else self.cut_sent_at
+            else:
+                self.received += nbytes
+                cut = self.cut_received_at is not None and self.received >= self.cut_received_at
+                self.cut_received_at = None if cut else self.cut_received_at
+            self.cuts += cut
+            return cut
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for end in (self._listener, *self._open):
+            end.close()
+
+
+@contextmanager
+def proxied(address: str) -> Iterator[Proxy]:
+    """Run a proxy before a server."""
+    host, _, port = address.rpartition(":")
+    proxy = Proxy((host, int(port)))
+    threading.Thread(target=proxy.run, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.close()
