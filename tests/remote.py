@@ -1,10 +1,24 @@
 """Repositories behind a service for tests, and a proxy on the way there that counts, cuts and swallows."""
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.executor import Executor, InlineExecutor
+from lamella_engine.objects import Objects
+from lamella_engine.objects.memory import MemoryObjects
+from lamella_engine.remote.opening import connect
+from lamella_engine.repository import Repository
+from lamella_engine.service.server import Server
 
 PIECE_NBYTES = 1 << 16
 
@@ -88,3 +102,35 @@ def proxied(address: str) -> Iterator[Proxy]:
         yield proxy
     finally:
         proxy.close()
+
+
+# -- the engine's own tests, with a wire in between --------------------------------------------------------------------
+
+_names = (f"r{number}" for number in itertools.count())
+_stores: "WeakKeyDictionary[Repository, PackedStore]" = WeakKeyDictionary()
+
+
+def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a module of tests have its repositories behind a service, with the objects it looks at on the other side."""
+
+    def served(store: PackedStore, executor: Executor | None) -> Repository:
+        name = next(_names)
+        server._rpcs._repositories._open[name] = store
+        executor = executor or InlineExecutor()
+        remote, jobs = connect(f"grpc://{server.address}/{name}", executor)
+        repo = Repository(remote, executor, jobs)
+        _stores[repo] = store
+        return repo
+
+    def new_repository(
+        objects: Objects | None = None, executor: Executor | None = None, *, max_depth: int = DEFAULT_MAX_DEPTH
+    ) -> Repository:
+        store = PackedStore.create(objects or MemoryObjects(), InlineExecutor(), max_depth=max_depth)
+        return served(store, executor)
+
+    def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
+        return served(PackedStore(objects, InlineExecutor()), executor)
+
+    for stand_in in new_repository, open_again:
+        monkeypatch.setattr(module, stand_in.__name__, stand_in, raising=False)
+    monkeypatch.setattr(module, "store_of", _stores.__getitem__, raising=False)

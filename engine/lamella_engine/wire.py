@@ -365,7 +365,7 @@ class RecordParser:
         self._take(_RECORD.size)
         payload = self._take(encoded_nbytes)
         if blob_digest(payload) != digest:
-            raise CorruptionError("a blob was changed on its way: try again", kind="bad_digest")
+            raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
         of = ChunkId(base) if flags & HAS_BASE else None
         return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of), flags
 

@@ -290,7 +290,7 @@ def _check_names(manifest: Manifest, reading: Reading) -> None:
 
 def _lost_on_the_way(error: LamellaError) -> LamellaError:
     """Return an error as one that may pass, if what was damaged is not what is stored, but what was sent."""
-    if isinstance(error, CorruptionError) and error.kind in ("bad_digest", "short_stream"):
+    if isinstance(error, CorruptionError) and error.kind in ("changed_on_its_way", "short_stream"):
         return StorageError(error.message, kind=error.kind, transient=True)
     return error
 
