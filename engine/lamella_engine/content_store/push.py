@@ -157,6 +157,10 @@ class PackedPush:
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
 
+    def restart(self, error: LamellaError) -> bool:
+        """See :class:`~lamella_engine.content_store.seam.Push`. What this push knows lives as long as itself."""
+        return False
+
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
         with suppress(LamellaError):
