@@ -33,6 +33,9 @@ MAX_MESSAGE_NBYTES = 4 << 20
 FRAME_NBYTES = 1 << 20
 """Longest message of a raw stream: larger ones cost fresh memory, smaller ones a call for each."""
 
+LANE_WIDTHS = (1, 2, 4, 8)
+"""Bytes that a lane may have."""
+
 CELLS_AT_ONCE = 65_536
 """Most cells of a ReadRequest."""
 
@@ -235,6 +238,8 @@ def encode_planned(planned: Planned) -> pb.PlannedCell:
 
 def decode_planned(message: pb.PlannedCell) -> Planned:
     """Return a planned cell; raises InvalidInputError."""
+    if message.number < 0 and (message.HasField("tensor") or -message.number not in LANE_WIDTHS):
+        raise InvalidInputError("a cell with such a number cannot be planned", kind="bad_message")
     companion = Cell(message.companion.tensor, message.companion.number) if message.HasField("companion") else None
     return Planned(Cell(_tensor_of(message), message.number), _chunk(message.chunk), companion)
 
@@ -337,7 +342,7 @@ class RecordParser:
         if (
             encoded_nbytes > MAX_ENCODED_NBYTES
             or not 0 < decoded_nbytes <= MAX_CELL_NBYTES
-            or width not in (1, 2, 4, 8)
+            or width not in LANE_WIDTHS
             or decoded_nbytes % width
             or bool(flags & HAS_BASE) == (base == _NO_CHUNK)
         ):

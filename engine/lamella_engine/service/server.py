@@ -10,9 +10,10 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,9 @@ logger = logging.getLogger("lamella.service")
 
 # Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones.
 _CALLS = 256
+
+# Of those, one principal may have so many at a time.
+_CALLS_OF_ONE = 128
 
 # A deadline is what ends a call whose client is gone; longer ones are cut.
 _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
@@ -147,6 +151,7 @@ class Server:
         self._tokens = Tokens(open_objects(root, create=True))
         self._rpcs = Rpcs(Repositories(root, self._executor), self._tokens, self._executor)
         self._stalls = _Stalls()
+        self._shares = _Shares()
         self._health = health.HealthServicer()
         self._stopped = threading.Event()
         self._grpc = grpc.server(
@@ -234,13 +239,14 @@ class Server:
                 request, header = _request(method, traffic.received(incoming, waiting))
                 repository = getattr(header, "repository", "")
                 authorize(principal, POLICY[method.name], _resource(header))
-                replies = answer(request, call)
-                for reply in replies if method.streams_replies else (replies,):
-                    data = reply if isinstance(reply, bytes) else reply.SerializeToString()
-                    traffic.sent_nbytes += len(data)
-                    with waiting():
-                        yield data
-                    _check_time(deadline)
+                with self._shares.taken(principal.name):
+                    replies = answer(request, call)
+                    for reply in replies if method.streams_replies else (replies,):
+                        data = reply if isinstance(reply, bytes) else reply.SerializeToString()
+                        traffic.sent_nbytes += len(data)
+                        with waiting():
+                            yield data
+                        _check_time(deadline)
         except LamellaError as error:
             failure = error
         except GeneratorExit:
@@ -308,6 +314,28 @@ class _Traffic:
                 return
             self.received_nbytes += len(data)
             yield data
+
+
+class _Shares:
+    """How many calls of each principal run; refuses one too many at once, so that others are answered."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, owner: str) -> Iterator[None]:
+        with self._lock:
+            if self._running[owner] >= _CALLS_OF_ONE:
+                raise LimitError("too many calls of yours run at once: try again", kind="too_many_calls")
+            self._running[owner] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[owner] -= 1
+                if not self._running[owner]:
+                    del self._running[owner]
 
 
 class _Stalls:

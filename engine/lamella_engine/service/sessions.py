@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lamella_engine import codecs
 from lamella_engine.content_store.decoding import decode_chain
@@ -18,6 +18,7 @@ from lamella_engine.errors import (
     LimitError,
     NotFoundError,
     PermissionDeniedError,
+    StorageError,
 )
 from lamella_engine.format.version import Description
 from lamella_engine.model import ChunkId, PushId, VersionId
@@ -28,10 +29,13 @@ IDLE_S = 600.0
 """A session that nobody calls for so long is given up."""
 
 MAX_SESSIONS = 512
-"""Sessions at a time; each takes little until it writes."""
+"""Sessions at a time; each takes little until it writes. One principal may have a quarter of them."""
 
 # What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
 _BATCH_NBYTES = 4 << 20
+
+FILLED_NBYTES = 256 << 20
+"""What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
 
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
@@ -51,15 +55,20 @@ class Session:
         What is pushed there.
     owner
         Name of the principal whose push it is.
+    crowded
+        Tells whether all pushes together hold too much.
     """
 
-    def __init__(self, store: PackedStore, push: PackedPush, owner: str) -> None:
+    def __init__(self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool]) -> None:
         self.push = push
         self.owner = owner
         self.used = time.monotonic()
         self.recorded: Recorded | None = None
         """The version, once it is committed."""
+        self.failed = False
+        """Whether a pack could not be written: then nobody knows which blobs are stored, and all has to come again."""
         self._may_be_recorded = False
+        self._crowded = crowded
         self._store = store
         self._turn = threading.Condition(threading.RLock())
         self._planned = 0
@@ -113,11 +122,19 @@ class Session:
             data = data[self._received - position :]
             self._parser.feed(data)
             self._received += data.nbytes
-            while (record := self._parser.record()) is not None:
+            while (record := self._record()) is not None:
                 self._batch.append(record)
                 if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
                     self._store_batch()
             return None if self._batch or self._received - self._parser.waiting_nbytes != self._taken else self._taken
+
+    def _record(self) -> tuple[Blob, int] | None:
+        try:
+            return self._parser.record()
+        except CorruptionError as error:  # nothing that is stored is damaged
+            if error.kind == "bad_digest":
+                raise StorageError(error.message, kind="damaged_transfer", transient=True) from None
+            raise InvalidInputError(error.message, kind=error.kind) from None
 
     def flush(self) -> int:
         """Store all that has come whole; return up to where."""
@@ -128,7 +145,14 @@ class Session:
     def _store_batch(self) -> None:
         batch, self._batch = self._batch, []
         end = self._received - self._parser.waiting_nbytes
-        self.push.write(list(self._store.executor.map(self._against_base, batch)))
+        blobs = list(self._store.executor.map(self._against_base, batch))
+        try:
+            self.push.write(blobs)
+            if self._crowded():
+                self.push.seal()
+        except StorageError:
+            self.failed = True
+            raise
         self._taken = end
 
     def _against_base(self, item: tuple[Blob, int]) -> Blob:
@@ -197,26 +221,35 @@ class Sessions:
         self.sweep()
         with self._lock:
             session = self._sessions.get((store, push_id))
-            if session is None and len(self._sessions) >= MAX_SESSIONS:
-                raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+            if session is None:
+                self._check_room(owner)
         if session is not None:
             self._check_owner(session, owner)
             if (session.push.model, session.push.branch) != (model, branch):
                 raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
-            if not again:
+            if not (again or session.failed):
                 return session, session.rewind()
             self.end(store, push_id)
             session.abandon()
         # What this session writes has names of its own: the same push may be under way at another server.
         push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
         with self._lock:
-            return self._sessions.setdefault((store, push_id), Session(store, push, owner)), 0
+            return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
+
+    def _check_room(self, owner: str) -> None:
+        ours = sum(session.owner == owner for session in self._sessions.values())
+        if len(self._sessions) >= MAX_SESSIONS or ours >= MAX_SESSIONS // 4:
+            raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+
+    def _crowded(self) -> bool:
+        with self._lock:
+            return sum(session.push.filled_nbytes for session in self._sessions.values()) > FILLED_NBYTES
 
     def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
         """Return a push that was begun; raises NotFoundError (``no_session``)."""
         with self._lock:
             session = self._sessions.get((store, push_id))
-        if session is None:
+        if session is None or session.failed:
             raise NotFoundError(f"push {push_id} is not known here: begin it again", kind="no_session", push_id=push_id)
         self._check_owner(session, owner)
         return session
