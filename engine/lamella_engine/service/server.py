@@ -236,10 +236,10 @@ class Server:
                 deadline = began + _time_limit(method, context)
                 principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
                 call = Call(principal, context.is_active, lambda: deadline - time.monotonic())
-                request, header = _request(method, traffic.received(incoming, waiting))
-                repository = getattr(header, "repository", "")
-                authorize(principal, POLICY[method.name], _resource(header))
                 with self._shares.taken(principal.name):
+                    request, header = _request(method, traffic.received(incoming, waiting))
+                    repository = getattr(header, "repository", "")
+                    authorize(principal, POLICY[method.name], _resource(header))
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
                         data = reply if isinstance(reply, bytes) else reply.SerializeToString()
@@ -433,8 +433,9 @@ def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     if isinstance(failure, LimitError):
         trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
     context.set_trailing_metadata(tuple(trailers))
-    # The text beside the status is for people with other clients; gRPC takes a few KiB of it.
-    context.abort(status_of_error(failure), failure.message[:1000])
+    # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
+    # one that is not printable ASCII.
+    context.abort(status_of_error(failure), failure.message[:500].encode("ascii", "replace").decode())
     raise AssertionError("abort raises")
 
 
