@@ -6,6 +6,7 @@ returns, so no code is generated but the messages.
 
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -140,7 +141,7 @@ def encode_error(error: LamellaError) -> bytes:
     fields = {"class": type(error).__name__, "message": error.message, "kind": error.kind, "context": context}
     data = json.dumps(fields).encode()
     if len(data) > _MAX_ERROR_NBYTES:
-        fields |= {"message": f"{error.message[:500]}...", "context": {}}
+        fields |= {"message": error.message[:500].encode("ascii", "replace").decode() + "...", "context": {}}
         data = json.dumps(fields).encode()
     return data
 
@@ -271,6 +272,9 @@ _NO_CHUNK = bytes(DIGEST_NBYTES)
 # A chunk, its companion, and what that stands on: no repository has longer ones, and a reader holds all of one.
 _LONGEST_CHAIN = MAX_DEPTH + 2
 
+# Neighbours that are both shorter are joined: whoever sends a blob byte by byte costs no list of four million pieces.
+_SMALL_NBYTES = 4096
+
 HAS_BASE, FLOATING, TRIED_BASE = 1, 2, 4
 """Flags of a record."""
 
@@ -333,15 +337,17 @@ class RecordParser:
     """Finds records in a run of bytes that comes in pieces, cut anywhere."""
 
     def __init__(self) -> None:
-        self._pieces: list[memoryview] = []
+        self._pieces: deque[memoryview] = deque()
         self._nbytes = 0
 
     def feed(self, piece: Buffer) -> None:
         """Take the next piece."""
         view = memoryview(piece)
+        self._nbytes += view.nbytes
+        if self._pieces and max(view.nbytes, self._pieces[-1].nbytes) < _SMALL_NBYTES:
+            view = memoryview(b"".join((self._pieces.pop(), view)))
         if view.nbytes:
             self._pieces.append(view)
-            self._nbytes += view.nbytes
 
     @property
     def waiting_nbytes(self) -> int:
@@ -400,7 +406,7 @@ class RecordParser:
         while nbytes:
             piece = self._pieces[0]
             if piece.nbytes <= nbytes:
-                taken.append(self._pieces.pop(0))
+                taken.append(self._pieces.popleft())
             else:
                 taken.append(piece[:nbytes])
                 self._pieces[0] = piece[nbytes:]

@@ -26,7 +26,7 @@ from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, S
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize
+from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.tokens import Tokens
@@ -206,7 +206,8 @@ class Server:
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Return what answers each path. An rpc without a row in the policy, or without a method, is a bug."""
-        assert set(METHODS) == set(POLICY), f"rpcs without a policy: {set(METHODS) ^ set(POLICY)}"
+        if unmatched := set(METHODS) ^ set(POLICY):  # not an assertion, which -O would take away
+            raise RuntimeError(f"rpcs without a policy, or policies without an rpc: {sorted(unmatched)}")
         return {method.path: self._handler(method) for method in METHODS.values()}
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
@@ -233,12 +234,12 @@ class Server:
         try:
             with self._stalls.watched(context) as waiting:
                 deadline = began + _time_limit(method, context)
-                principal = self._caller(context)
+                principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
                 call = Call(principal, context.is_active, lambda: deadline - time.monotonic())
-                request, header = _request(method, traffic.received(incoming, waiting))
-                repository = getattr(header, "repository", "")
-                authorize(principal, POLICY[method.name], _resource(header))
                 with self._shares.taken(principal.name):
+                    request, header = _request(method, traffic.received(incoming, waiting))
+                    repository = getattr(header, "repository", "")
+                    authorize(principal, POLICY[method.name], _resource(header))
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
                         data = reply if isinstance(reply, bytes) else reply.SerializeToString()
@@ -432,8 +433,9 @@ def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     if isinstance(failure, LimitError):
         trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
     context.set_trailing_metadata(tuple(trailers))
-    # The text beside the status is for people with other clients; gRPC takes a few KiB of it.
-    context.abort(status_of_error(failure), failure.message[:1000])
+    # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
+    # one that is not printable ASCII.
+    context.abort(status_of_error(failure), failure.message[:500].encode("ascii", "replace").decode())
     raise AssertionError("abort raises")
 
 
