@@ -40,3 +40,19 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server]
             monkeypatch.setenv(name, value)
 
     return use_server
+
+
+if os.environ.get("LAMELLA_CARRIER") == "remote":
+    import remote
+    import service
+
+    @pytest.fixture(scope="session")
+    def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[service.Server]:
+        with service.serving(tmp_path_factory.mktemp("root")) as server:
+            yield server
+
+    @pytest.fixture(autouse=True)
+    def _carrier(
+        request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        remote.put_a_wire_between(request.module, _server, monkeypatch)

@@ -387,7 +387,8 @@ def init(
     ----------
     url
         A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
-        object store; or ``memory://name`` for one that lives as long as the process.
+        object store; ``grpc://host:port/name`` for one of a service; or ``memory://name`` for one that lives as long as
+        the process.
     max_depth
         Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
         take fewer bytes, and more time to check out.
@@ -405,6 +406,8 @@ def init(
     """
     check_max_depth(max_depth)
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes, new_max_depth=max_depth)
     objects = open_objects(place, create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
@@ -421,6 +424,8 @@ def init(
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
     """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes)
     try:
         objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
@@ -431,6 +436,25 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _is_remote(place: str) -> bool:
+    return place.startswith(("grpc://", "grpcs://"))
+
+
+def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:
+    """Return a repository of a service."""
+    try:
+        from lamella_engine.remote.opening import connect  # on use: grpc takes 0.2 s to import, and may be absent
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "google"):
+            raise
+        raise InvalidInputError(
+            "a repository of a service needs gRPC: pip install 'lamella[service]'", kind="missing_extra"
+        ) from None
+    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
+    store, jobs = connect(place, executor, new_max_depth=new_max_depth)
+    return Repository(store, executor, jobs)
 
 
 def _place_of(url: "str | PathLike[str]") -> str:

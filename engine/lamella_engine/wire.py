@@ -6,6 +6,7 @@ returns, so no code is generated but the messages.
 
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +21,7 @@ from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Reading, Recorded
 from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.format.digests import DIGEST_NBYTES, blob_digest
-from lamella_engine.format.pack import MAX_ENCODED_NBYTES
+from lamella_engine.format.pack import MAX_DEPTH, MAX_ENCODED_NBYTES
 from lamella_engine.format.version import decode_description, version_id
 from lamella_engine.model import Buffer, Cell, ChunkId, VersionId
 from lamella_engine.rpc import lamella_pb2 as pb
@@ -32,6 +33,9 @@ MAX_MESSAGE_NBYTES = 4 << 20
 
 FRAME_NBYTES = 1 << 20
 """Longest message of a raw stream: larger ones cost fresh memory, smaller ones a call for each."""
+
+LANE_WIDTHS = (1, 2, 4, 8)
+"""Bytes that a lane may have."""
 
 CELLS_AT_ONCE = 65_536
 """Most cells of a ReadRequest."""
@@ -137,7 +141,7 @@ def encode_error(error: LamellaError) -> bytes:
     fields = {"class": type(error).__name__, "message": error.message, "kind": error.kind, "context": context}
     data = json.dumps(fields).encode()
     if len(data) > _MAX_ERROR_NBYTES:
-        fields |= {"message": f"{error.message[:500]}...", "context": {}}
+        fields |= {"message": error.message[:500].encode("ascii", "replace").decode() + "...", "context": {}}
         data = json.dumps(fields).encode()
     return data
 
@@ -235,6 +239,8 @@ def encode_planned(planned: Planned) -> pb.PlannedCell:
 
 def decode_planned(message: pb.PlannedCell) -> Planned:
     """Return a planned cell; raises InvalidInputError."""
+    if message.number < 0 and (message.HasField("tensor") or -message.number not in LANE_WIDTHS):
+        raise InvalidInputError("a cell with such a number cannot be planned", kind="bad_message")
     companion = Cell(message.companion.tensor, message.companion.number) if message.HasField("companion") else None
     return Planned(Cell(_tensor_of(message), message.number), _chunk(message.chunk), companion)
 
@@ -256,9 +262,18 @@ def decode_answer(planned: Planned, answer: pb.Answer) -> Missing | None:
 
 # -- blobs -------------------------------------------------------------------------------------------------------------
 
+POSITION = struct.Struct("<Q")
+"""A position in what a push sends: before each piece of it, and in each answer."""
+
 _RECORD = struct.Struct("<32s32s16sIIBBBx")  # see proto/lamella.proto
 _CHAIN = struct.Struct("<H")
 _NO_CHUNK = bytes(DIGEST_NBYTES)
+
+# A chunk, its companion, and what that stands on: no repository has longer ones, and a reader holds all of one.
+_LONGEST_CHAIN = MAX_DEPTH + 2
+
+# Neighbours that are both shorter are joined: whoever sends a blob byte by byte costs no list of four million pieces.
+_SMALL_NBYTES = 4096
 
 HAS_BASE, FLOATING, TRIED_BASE = 1, 2, 4
 """Flags of a record."""
@@ -289,36 +304,50 @@ def encode_reading(reading: Reading) -> list[Buffer]:
     return parts
 
 
-def frames(parts: Iterable[Buffer]) -> Iterator[bytes]:
-    """Cut a run of bytes into messages of :data:`FRAME_NBYTES`, the last shorter."""
-    waiting: list[memoryview] = []
+def frames(parts: Iterable[Buffer], *, position: int | None = None) -> Iterator[bytes]:
+    """Cut a run of bytes into messages of :data:`FRAME_NBYTES`, the last shorter.
+
+    With ``position``, which is that of the first byte, each message begins with its own (:data:`POSITION`).
+    """
+    waiting: list[Buffer] = []
     nbytes = 0
+
+    def message(last: memoryview) -> bytes:
+        nonlocal position
+        head = []
+        if position is not None:
+            head = [POSITION.pack(position)]
+            position += nbytes + last.nbytes
+        return b"".join([*head, *waiting, last])
+
     for part in parts:
         view = memoryview(part)
         while nbytes + view.nbytes >= FRAME_NBYTES:
             cut = FRAME_NBYTES - nbytes
-            yield b"".join([*waiting, view[:cut]])
+            yield message(view[:cut])
             waiting, nbytes, view = [], 0, view[cut:]
         if view.nbytes:
             waiting.append(view)
             nbytes += view.nbytes
     if waiting:
-        yield b"".join(waiting)
+        yield message(memoryview(b""))
 
 
 class RecordParser:
     """Finds records in a run of bytes that comes in pieces, cut anywhere."""
 
     def __init__(self) -> None:
-        self._pieces: list[memoryview] = []
+        self._pieces: deque[memoryview] = deque()
         self._nbytes = 0
 
     def feed(self, piece: Buffer) -> None:
         """Take the next piece."""
         view = memoryview(piece)
+        self._nbytes += view.nbytes
+        if self._pieces and max(view.nbytes, self._pieces[-1].nbytes) < _SMALL_NBYTES:
+            view = memoryview(b"".join((self._pieces.pop(), view)))
         if view.nbytes:
             self._pieces.append(view)
-            self._nbytes += view.nbytes
 
     @property
     def waiting_nbytes(self) -> int:
@@ -337,7 +366,7 @@ class RecordParser:
         if (
             encoded_nbytes > MAX_ENCODED_NBYTES
             or not 0 < decoded_nbytes <= MAX_CELL_NBYTES
-            or width not in (1, 2, 4, 8)
+            or width not in LANE_WIDTHS
             or decoded_nbytes % width
             or bool(flags & HAS_BASE) == (base == _NO_CHUNK)
         ):
@@ -347,7 +376,7 @@ class RecordParser:
         self._take(_RECORD.size)
         payload = self._take(encoded_nbytes)
         if blob_digest(payload) != digest:
-            raise CorruptionError("a blob was changed on its way: try again", kind="bad_digest")
+            raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
         of = ChunkId(base) if flags & HAS_BASE else None
         return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of), flags
 
@@ -377,7 +406,7 @@ class RecordParser:
         while nbytes:
             piece = self._pieces[0]
             if piece.nbytes <= nbytes:
-                taken.append(self._pieces.pop(0))
+                taken.append(self._pieces.popleft())
             else:
                 taken.append(piece[:nbytes])
                 self._pieces[0] = piece[nbytes:]
@@ -403,6 +432,8 @@ def decode_readings(messages: Iterable[bytes], cells: Iterable[Cell]) -> Iterato
 
     for cell in cells:
         count = wait(parser.chain_length)
+        if count > _LONGEST_CHAIN:
+            raise CorruptionError(f"the server sent a chain of {count} blobs", kind="bad_chain")
         yield Reading(cell, tuple(wait(parser.record)[0] for _ in range(count)))
     if parser.waiting_nbytes or any(source):
         raise CorruptionError("the server sent more than was asked for", kind="long_stream")

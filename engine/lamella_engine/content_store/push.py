@@ -138,6 +138,15 @@ class PackedPush:
         for blob, base in self._intake.checked(blobs, self._packs):
             self._writer.add(blob, base=base)
 
+    @property
+    def filled_nbytes(self) -> int:
+        """Bytes held of the pack that is being filled."""
+        return self._writer.filled_nbytes
+
+    def seal(self) -> None:
+        """Take the pack that is being filled for full: its memory is wanted for something else."""
+        self._writer.seal()
+
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))
 
@@ -147,6 +156,10 @@ class PackedPush:
         self._store.objects.put_if_absent(session_name(self._writer_id, self._beats), [b""])
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
+
+    def restart(self, error: LamellaError) -> bool:
+        """See :class:`~lamella_engine.content_store.seam.Push`. What this push knows lives as long as itself."""
+        return False
 
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""

@@ -11,7 +11,7 @@ from lamella_engine.content_store.log import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
-from lamella_engine.errors import InvalidInputError, LimitError, RefNotFoundError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
@@ -20,13 +20,14 @@ from lamella_engine.maintenance import Verification, verify
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId, check_name, check_ref_name
 from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import Principal
+from lamella_engine.service.access import Principal, Resource, Verb, authorize
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
 from lamella_engine.service.tokens import Grant, Tokens
 from lamella_engine.sketches import parse as parse_sketch
 from lamella_engine.wire import (
+    POSITION,
     batches,
     decode_cells,
     decode_planned,
@@ -48,7 +49,7 @@ _LOCATED_AT_ONCE = 1024
 _WATCH_S = 1.0
 
 # Streams of blobs at a time, in either direction: a push may hold two packs of 64 MiB, a read a window of 16 MiB.
-_WRITERS, _READERS = 4, 16
+_WRITERS, _READERS = 8, 16
 # Calls that wait for a version to be published: each holds a thread.
 _WATCHERS = 64
 
@@ -153,7 +154,7 @@ class Rpcs:
         check_ref_name(request.ref)
         published = self._published[store]
         last = request.after
-        with self._watchers.taken():
+        with self._watchers.taken(call.principal.name):
             while call.active() and call.remaining_s() > 0:
                 ref = store.log.refresh().ref(request.model, request.ref)
                 if ref is None:
@@ -191,7 +192,7 @@ class Rpcs:
                     held[cell] = chunk
                 yield cell
 
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             readings = store.read(_version_id(request.version), cells(), have, held=held)
             yield from frames(part for reading in readings for part in encode_reading(reading))
 
@@ -214,7 +215,11 @@ class Rpcs:
 
     def _session(self, repository: str, push: str, call: Call) -> tuple[PackedStore, Session]:
         store = self._repositories.open(repository)
-        return store, self.sessions.get(store, call.principal.name, _push_id(push))
+        session = self.sessions.get(store, call.principal.name, _push_id(push))
+        # Somebody may have several tokens, not all of them for this branch.
+        branch = f"{session.push.model}@{session.push.branch}"
+        authorize(call.principal, Verb.PUSH, Resource(repository, (branch,)))
+        return store, session
 
     def pushes_consider(self, request: pb.ConsiderRequest, call: Call) -> pb.Empty:
         """Let bases be chosen by a sketch."""
@@ -235,20 +240,24 @@ class Rpcs:
         """Take blobs."""
         header = parse(pb.WriteHeader, next(messages, b""))
         _, session = self._session(header.repository, header.push, call)
-        with self._writers.taken():
-            session.rewind()
+        with self._writers.taken(call.principal.name):
+            yield POSITION.pack(session.rewind())
             for message in messages:
-                if len(message) < 8:
+                if len(message) < POSITION.size:
                     raise InvalidInputError("a message of a write begins with its position", kind="bad_message")
-                taken = session.receive(int.from_bytes(message[:8], "little"), memoryview(message)[8:])
+                (position,) = POSITION.unpack_from(message)
+                taken = session.receive(position, memoryview(message)[POSITION.size :])
                 if taken is not None:
-                    yield taken.to_bytes(8, "little")
-            yield session.flush().to_bytes(8, "little")
+                    yield POSITION.pack(taken)
+            yield POSITION.pack(session.flush())
 
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""
         store, session = self._session(request.repository, request.push, call)
-        description = decode_description(request.description, expected=version_id(request.description))
+        try:
+            description = decode_description(request.description, expected=version_id(request.description))
+        except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
+            raise InvalidInputError(error.message, kind=error.kind) from error
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self._publish(store)
@@ -287,7 +296,7 @@ class Rpcs:
         reader = Reader(store, self._executor)
         selection = select(list(request.include) or None, list(request.exclude))
         specs = common(reader, a, b, selection)
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             for spec, found in sums(reader, a, b, specs, equal=request.equal):
                 if not call.active():
                     return
@@ -298,7 +307,7 @@ class Rpcs:
     def jobs_verify(self, request: pb.VerifyRequest, call: Call) -> Iterator[pb.VerifyUpdate]:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
-        with self._readers.taken():
+        with self._readers.taken(call.principal.name):
             found = verify(PackedStore(store.objects, self._executor), deep=request.deep)
         yield _verified(found)
 

@@ -1,0 +1,48 @@
+"""From a URL to a repository that a service has."""
+
+from lamella_engine.errors import LamellaError
+from lamella_engine.executor import Executor
+from lamella_engine.jobs import Jobs
+from lamella_engine.remote.channel import OPENING_PATIENCE_S, Channel, Patience
+from lamella_engine.remote.jobs import RemoteJobs
+from lamella_engine.remote.place import Credentials, parse_url
+from lamella_engine.remote.store import RemoteStore
+from lamella_engine.rpc import lamella_pb2 as pb
+
+
+def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -> tuple[RemoteStore, Jobs]:
+    """Open a repository of a service.
+
+    Parameters
+    ----------
+    url
+        See :mod:`lamella_engine.remote.place`, which also says what the environment has to do with it.
+    executor
+        Runs what is done for each chunk.
+    new_max_depth
+        Makes the repository first, whose chains may be so long.
+
+    Raises
+    ------
+    InvalidInputError
+        The URL names no repository, or a credential cannot be read.
+    RepositoryNotFoundError
+        There is none of that name, or none that the caller may read.
+    AlreadyExistsError
+        There is one already that was to be made.
+    StorageError
+        Nobody answers there.
+    """
+    place = parse_url(url)
+    channel = Channel(place, Credentials.of())
+    try:
+        if new_max_depth is not None:  # tried once: a second call would find what the first one made
+            request = pb.CreateRequest(repository=place.repository, max_depth=new_max_depth)
+            channel.call_once("Repositories.Create", request)
+        else:
+            known = pb.RepositoryRequest(repository=place.repository)
+            channel.call("Repositories.Describe", known, patience=Patience(OPENING_PATIENCE_S))
+    except LamellaError:
+        channel.close()
+        raise
+    return RemoteStore(channel, place.repository, executor), RemoteJobs(channel, place.repository)
