@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -42,17 +42,20 @@ from lamella_engine.format.entry import (
     Genesis,
     PackAdded,
     RefChange,
+    Signature,
     VersionAdded,
     decode_entry,
     decode_genesis,
     encode_entry,
     encode_genesis,
     entry_digest,
+    to_sign,
 )
 from lamella_engine.format.names import fold_number, log_name, log_number
 from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId
 from lamella_engine.objects import Objects
+from lamella_engine.signing import KEY_NBYTES, Signer, can_verify, is_signed
 
 logger = logging.getLogger("lamella")
 
@@ -87,6 +90,8 @@ class Change:
     packs: tuple[PackAdded, ...] = ()
     objects: tuple[tuple[str, bytes], ...] = ()
     """Names and bytes of what the log has to store before an entry may say so."""
+    signers: tuple[bytes, ...] = ()
+    """Public keys, ascending, that may sign the entries that follow; empty to leave it as it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -124,11 +129,35 @@ def check_max_depth(max_depth: int) -> None:
 
 
 class Log:
-    """A repository's log. Safe for several threads and processes."""
+    """A repository's log. Safe for several threads and processes.
 
-    def __init__(self, objects: Objects) -> None:
-        """Open the log that ``objects`` holds. Raises RepositoryNotFoundError if there is none."""
+    Parameters
+    ----------
+    objects
+        Hold the log.
+    signer
+        Signs what this process commits; None leaves it unsigned.
+    trusted
+        Public keys (32 bytes each) that the caller knows from elsewhere. If there are any, the log must require
+        signatures, and what it says must be vouched for by one of them: by an entry that it signed, or by keys that
+        such an entry, or one vouched for in turn, has listed. Without any, a log is only held against itself: whoever
+        can write to the store can replace it by another.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is no log.
+    CorruptionError
+        An entry is not what was written, or is not signed as it must be (``unsigned``, ``bad_signature``,
+        ``not_trusted``).
+    """
+
+    def __init__(self, objects: Objects, *, signer: Signer | None = None, trusted: Iterable[bytes] = ()) -> None:
         self._objects = objects
+        self._signer = signer
+        self._trusted = frozenset(trusted)
+        self._vouched = False
+        """Whether a trusted key has signed an entry that was read, after which signatures were required."""
         self._blocks = Blocks(objects)
         self._lock = threading.Lock()
         self._state = self._load()
@@ -203,7 +232,7 @@ class Log:
         if not parts or not self._store(parts):
             return
         with _failing([part.waiting for part in parts]):
-            entry = self._entry(state, parts)
+            entry = self._signed(state, self._entry(state, parts))
             data = encode_entry(entry)
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
@@ -242,6 +271,8 @@ class Log:
                 alone = self._joined(state, None, [part])
                 nbytes_with = nbytes + len(encode_entry(alone))
                 named = {(ref.model, ref.name) for ref in change.refs}
+                if change.signers:
+                    named.add(("", "signers"))  # no model has this name
                 if parts and (named & refs or nbytes_with > TOGETHER_NBYTES):
                     continue
                 expected = expected.after(alone, b"")
@@ -393,6 +424,16 @@ class Log:
                         state = self._at_or_replayed(state, entry.fold)
                     break
         state = self._follow(state, read)
+        if self._trusted and not self._vouched:
+            # No entry since that fold is signed by a key that the caller knows: an older one may list its signers.
+            for _, _, replayed in self.history():
+                state = replayed
+            if not self._vouched:
+                raise CorruptionError(
+                    "no key that you trust vouches for this repository: ask for its public keys where you trust the "
+                    "answer, and do not use what is stored here before",
+                    kind="not_trusted",
+                )
         self.check_tail(state)
         return state
 
@@ -425,7 +466,9 @@ class Log:
     def _at(self, state: State, fold: FoldRef) -> State:
         data = part_of(self._objects, fold.name, fold.start, fold.nbytes)
         root = folds.parse_root(data, name=fold.name, expected=fold.digest, repository=state.genesis.repository)
-        return replace(state, number=root.number, digest=root.entry, fold=fold, root=root, changes={})
+        return replace(
+            state, number=root.number, digest=root.entry, fold=fold, root=root, changes={}, signers=root.signers
+        )
 
     def _follow(self, state: State, read: Mapping[int, bytes] = MappingProxyType({})) -> State:
         """Return the newest state; ``read`` holds entries that need not be read again."""
@@ -445,7 +488,7 @@ class Log:
             except CorruptionError as error:
                 logger.warning("a fold is left out: %s", error)
             else:
-                state = folded if folded.digest == state.digest else state
+                state = folded if (folded.digest, folded.signers) == (state.digest, state.signers) else state
         return state.after(entry, digest)
 
     def _next(self, state: State, data: bytes | None = None) -> tuple[Entry, bytes] | None:
@@ -455,13 +498,16 @@ class Log:
         if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
+        _check_signature(state, entry)
+        if entry.signature is not None and entry.signature.key in self._trusted and (state.signers or entry.signers):
+            self._vouched = True
         return entry, entry_digest(data)
 
     def _entry(self, state: State, parts: Sequence[_Part]) -> Entry:
         fold = state.fold
         if state.number - (0 if fold is None else fold.number) >= FOLD_EVERY:
             fold = self._write_fold(state)
-        return self._joined(state, fold, parts)
+        return replace(self._joined(state, fold, parts), time=now())
 
     def _joined(self, state: State, fold: FoldRef | None, parts: Sequence[_Part]) -> Entry:
         acted = [part.commit.principal for part in parts for _ in part.commit.pushes]
@@ -474,10 +520,36 @@ class Log:
             versions=tuple(version for part in parts for version in part.change.versions),
             packs=tuple(pack for part in parts for pack in part.change.packs),
             pushes=tuple(push for part in parts for push in part.commit.pushes),
+            signers=tuple(key for part in parts for key in part.change.signers),
             principal=acted[0],
             by=tuple(acted) if len(set(acted)) > 1 else (),
-            time=now(),
         )
+
+    def _signed(self, state: State, entry: Entry) -> Entry:
+        """Return ``entry`` signed, if there is a key; raises PermissionDeniedError if it must be one of others."""
+        allowed = state.signers or entry.signers
+        key = None if self._signer is None else self._signer.public
+        if allowed and key not in allowed:
+            raise PermissionDeniedError(
+                "this repository takes only entries that are signed by a key it lists: give such a key",
+                kind="not_a_signer",
+            )
+        if self._signer is None:
+            return entry
+        return replace(entry, signature=Signature(self._signer.public, self._signer.sign(to_sign(entry))))
+
+    def require_signed(self, keys: Iterable[bytes]) -> State:
+        """Have every entry after the next be signed by one of ``keys`` (public, 32 bytes each).
+
+        There is no way back: the list can be replaced, by whoever holds a key of it, but it never becomes empty. This
+        log's own signer must be on the list that holds now, or on the first one.
+
+        Raises InvalidInputError for no keys or too many, PermissionDeniedError without a key that may do this.
+        """
+        signers = tuple(sorted(set(keys)))
+        if not 0 < len(signers) <= folds.MAX_SIGNERS or any(len(key) != KEY_NBYTES for key in signers):
+            raise InvalidInputError(f"1 to {folds.MAX_SIGNERS} public keys may sign", kind="bad_signers")
+        return self.commit(new_push_id(), lambda state: None if state.signers == signers else Change(signers=signers))
 
     def _write_fold(self, state: State) -> FoldRef:
         """Write the fold of ``state``, or find it written: its bytes, and so its name, follow from the log alone."""
@@ -486,7 +558,7 @@ class Log:
             top = None if state.root is None else state.root.tables[table]
             writer.update(table, top, state.changes.get(table, {}))
         name, parts, start, digest = writer.finish(
-            repository=state.genesis.repository, number=state.number, entry=state.digest
+            repository=state.genesis.repository, number=state.number, entry=state.digest, signers=state.signers
         )
         try:
             self._objects.put_if_absent(name, parts)
@@ -504,6 +576,27 @@ def _check_no_log(objects: Objects) -> None:
 
 def _gap(number: int) -> CorruptionError:
     return CorruptionError(f"entry {number} is missing from the log: restore it from a copy", kind="log_gap")
+
+
+def _check_signature(state: State, entry: Entry) -> None:
+    """Raise CorruptionError unless an entry may follow ``state`` as it is signed, or not signed."""
+    allowed = state.signers or entry.signers
+    signature = entry.signature
+    if signature is None:
+        if allowed:
+            raise CorruptionError(
+                f"entry {entry.number} is not signed, and must be: whoever wrote it was not allowed to", kind="unsigned"
+            )
+        return
+    if allowed and signature.key not in allowed:
+        raise CorruptionError(
+            f"entry {entry.number} is signed by a key that the repository does not list: whoever wrote it was not "
+            "allowed to",
+            kind="bad_signature",
+        )
+    # Where no signature is required, a reader without the means to check one may go on.
+    if (allowed or can_verify()) and not is_signed(to_sign(entry), key=signature.key, signature=signature.value):
+        raise CorruptionError(f"the signature of entry {entry.number} is forged", kind="bad_signature")
 
 
 def _change(commit: _Commit, state: State) -> Change | None:
