@@ -1,7 +1,5 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -11,6 +9,7 @@ from typing import Any, Literal
 from lamella_engine import maintenance
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.chunk_index import index_path
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
@@ -22,17 +21,12 @@ from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecu
 from lamella_engine.format import canonical
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
-from lamella_engine.objects import Objects, open_objects
-from lamella_engine.objects.local import LocalObjects
+from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
-
-INDEX_PATH = Path("index", "chunks.sqlite")
-"""Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object. That of a
-repository in a bucket lies in the user's cache."""
 
 OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
 """Every object of a repository lies in one of these."""
@@ -481,7 +475,7 @@ def init(
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
         return Repository(
-            PackedStore.create(objects, executor, index_path=_index_path(objects, place), max_depth=max_depth), executor
+            PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth), executor
         )
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -497,7 +491,7 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
     try:
         objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return Repository(PackedStore(objects, executor, index_path=_index_path(objects, place)), executor)
+        return Repository(PackedStore(objects, executor, index_path=index_path(objects, place)), executor)
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
@@ -511,24 +505,3 @@ def _place_of(url: "str | PathLike[str]") -> str:
     if not isinstance(place, str):
         raise InvalidInputError(f"{url!r} is no path or URL: give text or a path", kind="bad_url")
     return place
-
-
-def _index_path(objects: Objects, place: str) -> Path | None:
-    """Return the file of the chunk index; None if there is nothing that outlives the process to keep it for."""
-    if isinstance(objects, LocalObjects):
-        return objects.root / INDEX_PATH
-    cache = _cache()
-    if not objects.store_name or cache is None:
-        return None
-    # Of two names for one place, each gets an index: both are derived.
-    key = hashlib.sha256(f"{objects.store_name}\n{place.rstrip('/')}".encode()).hexdigest()[:32]
-    return cache / "lamella" / "index" / key / INDEX_PATH.name
-
-
-def _cache() -> Path | None:
-    """Return the directory that the XDG Base Directory Specification gives to caches, if this user has one."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():
-        return given
-    home = Path(os.path.expanduser("~"))
-    return home / ".cache" if home.is_absolute() else None
