@@ -42,7 +42,7 @@ from lamella_engine.objects import (
 
 # Parts of an upload: S3 takes none below 5 MiB, and a part that fails is sent again whole.
 _PART_NBYTES = 8 << 20
-# Parts on their way at a time. One connection to S3 carries some 50 to 90 MB/s. They go from the caller's buffers.
+# Parts on their way at a time. One connection to S3 carries 50 to 90 MB/s. They are sent from the caller's buffers.
 _PARTS_AT_ONCE = 4
 
 # Ranges that lie at most this far apart are asked for as one: a request waits 10 to 30 ms for its first byte, and in
