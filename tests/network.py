@@ -117,7 +117,7 @@ class Proxy:
                 raise _Cut
             if harm is Harm.LATE:
                 gone.wait(30)
-            # A stream keeps its order, so only what its client says twice comes twice: a part of a write, not its header.
+            # A stream keeps its order: only what its client says twice comes twice, a part of a write, not its header.
             if harm is Harm.REPEAT and way == "up" and not (method.streams_requests and first):
                 yield message
             first = False

@@ -99,34 +99,35 @@ def test_two_servers_over_one_root_serve_the_same_repositories(
     if place == "bucket":
         use(request.getfixturevalue("seaweedfs"))
         root = s3.new_url()
-    with serving(root) as one, serving(root) as other:
-        with (
-            lamella.init(f"grpc://{one.address}/team") as first,
-            lamella.open(f"grpc://{other.address}/team") as second,
-        ):
-            repos = [first, second]
-            for number in range(4):
-                pushed = repos[number % 2].push({"w": noise(number, 500)}, "m@main")
-                assert repos[(number + 1) % 2].version("m@main").id == pushed.id
-            with pytest.raises(ConflictError):
-                second.push({"w": noise(9, 500)}, "m@main", parent="m@v1")
-            barrier = threading.Barrier(2)
-            outcomes: list[str] = []
+    with (
+        serving(root) as one,
+        serving(root) as other,
+        lamella.init(f"grpc://{one.address}/team") as first,
+        lamella.open(f"grpc://{other.address}/team") as second,
+    ):
+        repos = [first, second]
+        for number in range(4):
+            pushed = repos[number % 2].push({"w": noise(number, 500)}, "m@main")
+            assert repos[(number + 1) % 2].version("m@main").id == pushed.id
+        with pytest.raises(ConflictError):
+            second.push({"w": noise(9, 500)}, "m@main", parent="m@v1")
+        barrier = threading.Barrier(2)
+        outcomes: list[str] = []
 
-            def race(repo: lamella.Repository, seed: int) -> None:
-                barrier.wait()
-                for turn in range(3):
-                    repo.push({"w": noise(seed + turn, 500)}, f"m@branch-{seed}")
-                    outcomes.append("pushed")
+        def race(repo: lamella.Repository, seed: int) -> None:
+            barrier.wait()
+            for turn in range(3):
+                repo.push({"w": noise(seed + turn, 500)}, f"m@branch-{seed}")
+                outcomes.append("pushed")
 
-            threads = [threading.Thread(target=race, args=(repo, 100 * at)) for at, repo in enumerate(repos, 1)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert outcomes == ["pushed"] * 6
-            assert first.stats().versions == second.stats().versions == 10
-            assert first.verify(deep=True).problems == second.verify(deep=True).problems == []
+        threads = [threading.Thread(target=race, args=(repo, 100 * at)) for at, repo in enumerate(repos, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes == ["pushed"] * 6
+        assert first.stats().versions == second.stats().versions == 10
+        assert first.verify(deep=True).problems == second.verify(deep=True).problems == []
 
 
 def test_a_push_begun_at_one_server_is_finished_at_another(tmp_path: Path) -> None:
@@ -177,6 +178,15 @@ KILLS = int(os.environ.get("LAMELLA_KILLS", "30"))
 """How often a server is killed; a campaign takes more."""
 
 
+def load(address: str, seed: int, acknowledged: list[tuple[str, str]], enough: threading.Semaphore) -> None:
+    """Push to a branch of one's own until the server is gone."""
+    with contextlib.suppress(LamellaError), lamella.open(f"grpc://{address}/team") as repo:
+        for number in count():
+            pushed = repo.push({"w": noise(1000 * seed + number, 300, 200)}, f"m@b{seed}")
+            acknowledged.append((f"m@b{seed}", pushed.id))
+            enough.release()
+
+
 def test_a_server_that_is_killed_under_load_has_lost_no_push_that_it_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,35 +198,23 @@ def test_a_server_that_is_killed_under_load_has_lost_no_push_that_it_acknowledge
         with lamella.init(f"grpc://{address}/team"):
             pass
         running.send_signal(signal.SIGKILL)
-    turns = 3
-    for turn in range(KILLS // turns):
+    for turn in range(KILLS):
         with process(root, "127.0.0.1:0") as (running, address):
             # Killed when so many have been acknowledged by threads that go on: at another point of a push each time.
             enough = threading.Semaphore(0)
-            stop = threading.Event()
-
-            def load(seed: int, address: str = address, enough: threading.Semaphore = enough) -> None:
-                with contextlib.suppress(LamellaError), lamella.open(f"grpc://{address}/team") as repo:
-                    for number in count():
-                        if stop.is_set():
-                            return
-                        tensors = {"w": noise(1000 * seed + number, 300, 200)}
-                        pushed = repo.push(tensors, f"m@b{seed}")
-                        acknowledged.append((f"m@b{seed}", pushed.id))
-                        enough.release()
-
-            threads = [threading.Thread(target=load, args=(turn * 10 + at,)) for at in range(3)]
+            threads = [
+                threading.Thread(target=load, args=(address, 10 * turn + at, acknowledged, enough)) for at in range(2)
+            ]
             for thread in threads:
                 thread.start()
-            for _ in range(int(random.integers(1, 8))):
+            for _ in range(int(random.integers(1, 6))):
                 enough.acquire()
             running.send_signal(signal.SIGKILL)
             running.wait()
-            stop.set()
             for thread in threads:
                 thread.join()
     with lamella.open(root / "team") as repo:
         for branch, id in acknowledged:
             assert id in {version.id for version in repo.log(branch)}
         assert repo.verify(deep=True).problems == []
-    assert len(acknowledged) > KILLS // turns
+    assert len(acknowledged) >= KILLS
