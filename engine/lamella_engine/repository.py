@@ -17,6 +17,7 @@ from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
+from lamella_engine.heads import Head, Pin
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
@@ -412,6 +413,8 @@ def init(
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
         store = PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth)
+        if objects.store_name:
+            Pin(place, objects.store_name).replace(_head(store))
         return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -422,20 +425,34 @@ def init(
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
-    """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
+    """Open a repository; see :func:`init` for its parameters.
+
+    Raises RepositoryNotFoundError if there is none, and CorruptionError (``rollback``, ``fork``) if one in a bucket or
+    of a service is not what this user has seen of it before.
+    """
     place = _place_of(url)
     if _is_remote(place):
         return _remote(place, memory_nbytes)
     try:
         objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return on_objects(PackedStore(objects, executor, index_path=index_path(objects, place)))
+        # Who can write to a directory can write to what is remembered of it too.
+        pin = Pin(place, objects.store_name) if objects.store_name else None
+        store = PackedStore(objects, executor, index_path=index_path(objects, place))
+        if pin is not None:
+            pin.advance(_head(store), store.log.digest_at)
+        return on_objects(store)
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _head(store: PackedStore) -> Head:
+    state = store.log.state
+    return Head(state.genesis.repository, state.number, state.digest)
 
 
 def _is_remote(place: str) -> bool:

@@ -375,6 +375,14 @@ class Log:
             raise _gap(number)
         return decode_entry(data, number=number, repository=self._state.genesis.repository, previous=None)
 
+    def digest_at(self, number: int) -> bytes | None:
+        """Return the digest of an entry up to the newest that was seen, or None if there is none of this number."""
+        state = self._state
+        if number >= state.number:
+            return state.digest if number == state.number else None
+        data = self._entry_bytes(number)
+        return None if data is None else entry_digest(data)
+
     def check_fold(self, fold: FoldRef) -> None:
         """Read every byte of a fold that an entry names; raise CorruptionError if any is not as it was written."""
         data = part_of(self._objects, fold.name, fold.start, fold.nbytes)

@@ -84,11 +84,14 @@ class Rpcs:
         """Make a repository."""
         return self._info(self._repositories.create(request.repository, max_depth=request.max_depth))
 
-    def repositories_describe(self, request: pb.RepositoryRequest, call: Call) -> pb.RepositoryInfo:
+    def repositories_describe(self, request: pb.DescribeRequest, call: Call) -> pb.RepositoryInfo:
         """Say what a client has to know."""
         store = self._repositories.open(request.repository)
         store.log.refresh()
-        return self._info(store)
+        info = self._info(store)
+        if request.HasField("seen"):
+            info.seen_digest = store.log.digest_at(request.seen) or b""
+        return info
 
     def _info(self, store: PackedStore) -> pb.RepositoryInfo:
         state = store.log.state
