@@ -52,7 +52,5 @@ if os.environ.get("LAMELLA_CARRIER") == "remote":
             yield server
 
     @pytest.fixture(autouse=True)
-    def _carrier(
-        request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def _carrier(request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch) -> None:
         remote.put_a_wire_between(request.module, _server, monkeypatch)

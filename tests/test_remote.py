@@ -17,8 +17,10 @@ from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push
 from lamella_engine.executor import InlineExecutor
+from lamella_engine.format.digests import chunk_id
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel
+from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
@@ -73,6 +75,11 @@ def proxy(server) -> Iterator[Proxy]:
 def repo(server) -> Iterator[lamella.Repository]:
     with lamella.init(f"grpc://{server.address}/team") as repo:
         yield repo
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")
 
 
 @pytest.fixture
@@ -208,7 +215,7 @@ def test_what_the_service_has_is_not_sent_again(far, proxy):
     assert proxy.sent - before < 40_000
 
 
-def test_one_layer_costs_its_own_bytes(far, proxy):
+def test_one_layer_costs_its_own_bytes(uncached, far, proxy):
     far.push(TENSORS, "bert@main")
     before = proxy.received
     got = far.checkout("bert@main", include="layer.*")
@@ -252,7 +259,7 @@ def test_a_push_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_a_checkout_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
+def test_a_checkout_whose_stream_is_cut_goes_on_where_it_was(uncached, far, proxy, share):
     far.push(LONG, "bert@main")
     before = proxy.received
     proxy.cut_received_at = before + int(share * LONG_NBYTES)
@@ -489,3 +496,124 @@ def test_grpc_is_imported_for_such_a_url_only():
     code = "import sys, lamella; lamella.init('memory://x'); print('grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False"]
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def cached_files(tmp_path):
+    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*") if path.is_file()]
+
+
+def test_what_was_checked_out_once_is_not_sent_again(server, proxy, repo, monkeypatch, tmp_path):
+    repo.push(LONG, "bert@main")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    url = f"grpc://{proxy.address}/team"
+    with lamella.open(url) as first:
+        first.checkout("bert@main")
+    before = proxy.received
+    with lamella.open(url) as second:
+        assert bits(second.checkout("bert@main")) == bits(LONG)
+    assert proxy.received - before < 4_000
+
+
+def test_a_version_that_follows_a_cached_one_is_sent_as_deltas(proxy, repo, monkeypatch, tmp_path):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    repo.push(weights, "bert@main")
+    repo.push(second, "bert@main")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with lamella.open(f"grpc://{proxy.address}/team") as far:
+        far.checkout("bert@v1")
+        before = proxy.received
+        assert bits(far.checkout("bert@v2")) == bits(second)
+        assert proxy.received - before < 0.05 * 4 * (4 << 20)
+
+
+def test_what_was_pushed_is_the_base_of_the_next_push(far, proxy):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    far.push(weights, "bert@main")
+    before = proxy.sent
+    far.push(second, "bert@main")
+    assert proxy.sent - before < 0.05 * 4 * (4 << 20)
+    assert bits(far.checkout("bert@v2")) == bits(second)
+
+
+def test_without_a_cache_chunks_are_sent_whole_and_stored_as_deltas(uncached, far, proxy, tmp_path, local):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    for place in far, local:
+        place.push(weights, "bert@main")
+    before = proxy.sent
+    for place in far, local:
+        place.push(second, "bert@main")
+    assert proxy.sent - before > 0.5 * 4 * (4 << 20)
+    assert bits(far.checkout("bert@v2")) == bits(second)
+    ours, theirs = far.stats().stored_nbytes, local.stats().stored_nbytes
+    assert abs(ours - theirs) < 0.01 * theirs
+    assert cached_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove", "directory"])
+def test_a_damaged_cache_is_as_good_as_none(repo, server, tmp_path, harm):
+    first = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(first)
+    repo.push(first, "bert@main")
+    for path in cached_files(tmp_path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        if harm == "directory":
+            path.mkdir()
+        elif harm != "remove":
+            path.write_bytes({"flip": data, "cut": data[:-1], "empty": b""}[harm])
+    repo.push(second, "bert@main")
+    with lamella.open(f"grpc://{server.address}/team") as again:
+        assert bits(again.checkout("bert@v1")) == bits(first)
+        assert bits(again.checkout("bert@v2")) == bits(second)
+
+
+def test_a_cache_without_room_is_no_error(repo, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ChunkCache, "_write", staticmethod(full))
+    repo.push(TENSORS, "bert@main")
+    assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+    assert cached_files(tmp_path) == []
+
+
+def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    real, other = bytes(5000), bytes(4999) + b"x"
+    cache.add(chunk_id(real), other)
+    assert cache.has(chunk_id(real))
+    assert cache.get(chunk_id(real)) is None
+    assert not cache.has(chunk_id(real))
+
+
+def test_a_cache_keeps_to_its_bound_and_what_was_used_last(tmp_path):
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    chunks = [bytes([number]) * 10_000 for number in range(250)]
+    for number, chunk in enumerate(chunks):
+        cache.add(chunk_id(chunk), chunk)
+        os.utime(cache._path(chunk_id(chunk)), (number, number))
+        assert cache.get(chunk_id(chunks[0])) == chunks[0]
+    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*")]
+    assert 0.7 * (1 << 20) < sum(kept) < 1.1 * (1 << 20)
+    assert cache.get(chunk_id(chunks[-1])) == chunks[-1]
+    assert cache.get(chunk_id(chunks[1])) is None
+
+
+def test_a_cache_is_for_its_user_alone(repo, tmp_path):
+    repo.push(TENSORS, "bert@main")
+    assert cached_files(tmp_path)
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "cache/lamella/chunks").glob("**/*")} == {0}
+
+
+@pytest.mark.parametrize("size", ["x", "-1", "1e9"])
+def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
+    monkeypatch.setenv("LAMELLA_CACHE_NBYTES", size)
+    with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CACHE_NBYTES"):
+        ChunkCache.of()

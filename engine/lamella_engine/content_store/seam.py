@@ -34,6 +34,8 @@ class Blob:
     """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
     floating: bool = field(default=False, compare=False)
     """Whether lanes are floats, for a store that encodes the chunk once more."""
+    keep: Callable[[Buffer], None] | None = field(default=None, compare=False)
+    """Is shown the chunk by whoever decodes it, for a store that keeps some near."""
 
 
 class Reading(NamedTuple):
@@ -163,7 +165,7 @@ class ContentStore(Protocol):
 
 
 class Push(Protocol):
-    """One push in flight, driven by one thread; :meth:`base` alone may be called from several."""
+    """One push in flight, driven by one thread; :meth:`base` and :meth:`keep` alone may be called from several."""
 
     id: PushId
     model: str
@@ -188,6 +190,9 @@ class Push(Protocol):
 
         None if they cannot be had here: a blob that is made without them is made once more where they can.
         """
+
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """Be shown a missing chunk by whoever encodes it, for a store that keeps some near. Raises nothing."""
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
