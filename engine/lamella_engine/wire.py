@@ -6,6 +6,7 @@ returns, so no code is generated but the messages.
 
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +33,9 @@ MAX_MESSAGE_NBYTES = 4 << 20
 
 FRAME_NBYTES = 1 << 20
 """Longest message of a raw stream: larger ones cost fresh memory, smaller ones a call for each."""
+
+LANE_WIDTHS = (1, 2, 4, 8)
+"""Bytes that a lane may have."""
 
 CELLS_AT_ONCE = 65_536
 """Most cells of a ReadRequest."""
@@ -137,7 +141,7 @@ def encode_error(error: LamellaError) -> bytes:
     fields = {"class": type(error).__name__, "message": error.message, "kind": error.kind, "context": context}
     data = json.dumps(fields).encode()
     if len(data) > _MAX_ERROR_NBYTES:
-        fields |= {"message": f"{error.message[:500]}...", "context": {}}
+        fields |= {"message": error.message[:500].encode("ascii", "replace").decode() + "...", "context": {}}
         data = json.dumps(fields).encode()
     return data
 
@@ -235,6 +239,8 @@ def encode_planned(planned: Planned) -> pb.PlannedCell:
 
 def decode_planned(message: pb.PlannedCell) -> Planned:
     """Return a planned cell; raises InvalidInputError."""
+    if message.number < 0 and (message.HasField("tensor") or -message.number not in LANE_WIDTHS):
+        raise InvalidInputError("a cell with such a number cannot be planned", kind="bad_message")
     companion = Cell(message.companion.tensor, message.companion.number) if message.HasField("companion") else None
     return Planned(Cell(_tensor_of(message), message.number), _chunk(message.chunk), companion)
 
@@ -265,6 +271,9 @@ _NO_CHUNK = bytes(DIGEST_NBYTES)
 
 # A chunk, its companion, and what that stands on: no repository has longer ones, and a reader holds all of one.
 _LONGEST_CHAIN = MAX_DEPTH + 2
+
+# Neighbours that are both shorter are joined: whoever sends a blob byte by byte costs no list of four million pieces.
+_SMALL_NBYTES = 4096
 
 HAS_BASE, FLOATING, TRIED_BASE = 1, 2, 4
 """Flags of a record."""
@@ -328,15 +337,17 @@ class RecordParser:
     """Finds records in a run of bytes that comes in pieces, cut anywhere."""
 
     def __init__(self) -> None:
-        self._pieces: list[memoryview] = []
+        self._pieces: deque[memoryview] = deque()
         self._nbytes = 0
 
     def feed(self, piece: Buffer) -> None:
         """Take the next piece."""
         view = memoryview(piece)
+        self._nbytes += view.nbytes
+        if self._pieces and max(view.nbytes, self._pieces[-1].nbytes) < _SMALL_NBYTES:
+            view = memoryview(b"".join((self._pieces.pop(), view)))
         if view.nbytes:
             self._pieces.append(view)
-            self._nbytes += view.nbytes
 
     @property
     def waiting_nbytes(self) -> int:
@@ -355,7 +366,7 @@ class RecordParser:
         if (
             encoded_nbytes > MAX_ENCODED_NBYTES
             or not 0 < decoded_nbytes <= MAX_CELL_NBYTES
-            or width not in (1, 2, 4, 8)
+            or width not in LANE_WIDTHS
             or decoded_nbytes % width
             or bool(flags & HAS_BASE) == (base == _NO_CHUNK)
         ):
@@ -395,7 +406,7 @@ class RecordParser:
         while nbytes:
             piece = self._pieces[0]
             if piece.nbytes <= nbytes:
-                taken.append(self._pieces.pop(0))
+                taken.append(self._pieces.popleft())
             else:
                 taken.append(piece[:nbytes])
                 self._pieces[0] = piece[nbytes:]

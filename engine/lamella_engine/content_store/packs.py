@@ -287,6 +287,15 @@ class PackWriter:
         if len(self._latest) > COMPANION_REACH:
             self._latest.popitem(last=False)
 
+    @property
+    def filled_nbytes(self) -> int:
+        """Bytes held of the pack that is being filled."""
+        return self._nbytes
+
+    def seal(self) -> None:
+        """Take the pack that is being filled for full. Raises what writing the one before raised."""
+        self._close_pack()
+
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
         self._close_pack()

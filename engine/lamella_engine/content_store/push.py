@@ -141,6 +141,15 @@ class PackedPush:
         for blob, base in self._intake.checked(blobs, self._packs):
             self._writer.add(blob, base=base)
 
+    @property
+    def filled_nbytes(self) -> int:
+        """Bytes held of the pack that is being filled."""
+        return self._writer.filled_nbytes
+
+    def seal(self) -> None:
+        """Take the pack that is being filled for full: its memory is wanted for something else."""
+        self._writer.seal()
+
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))
 

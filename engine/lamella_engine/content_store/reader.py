@@ -341,8 +341,13 @@ class PackedReader:
         held: Mapping[Cell, ChunkId] = MappingProxyType({}),
     ) -> _Located:
         if cell.tensor is None:
+            if not 0 <= cell.number < len(version.recorded.description.manifest_chunks):
+                raise _no_cell(cell)
             return _Located(cell, None, self.chain(self.copy_of_manifest(version, cell.number)))
-        row = version.manifest.row(cell.tensor, cell.number)
+        try:
+            row = version.manifest.row(cell.tensor, cell.number)
+        except IndexError:
+            raise _no_cell(cell) from None
         have: set[bytes | None] = {held.get(cell)}
         if whole is not None:
             have.add(_content_of(whole.manifest, version.manifest.spec(cell.tensor), cell.number))
@@ -357,20 +362,26 @@ class PackedReader:
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
         """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
         assert row.chunk is not None
-        return _as_long_as(row.nbytes, self.copy(row.chunk, version.pack_of_cell(row.position)))
+        return as_long_as(row.nbytes, self.copy(row.chunk, version.pack_of_cell(row.position)))
 
     def copy_of_manifest(self, version: OpenVersion, place: int) -> StoredBlob:
         """Return the copy of a manifest chunk; raises CorruptionError if it is of another length than is listed."""
         chunk, nbytes = version.recorded.description.manifest_chunks[place]
-        return _as_long_as(nbytes, self.copy(chunk, version.pack_of_manifest(place)))
+        return as_long_as(nbytes, self.copy(chunk, version.pack_of_manifest(place)))
 
 
-def _as_long_as(nbytes: int, blob: StoredBlob) -> StoredBlob:
+def as_long_as(nbytes: int, blob: StoredBlob) -> StoredBlob:
+    """Return a copy if its chunk is as long as the place where it stands; raises CorruptionError."""
     if blob.row.decoded_nbytes != nbytes:
         raise CorruptionError(
             f"a chunk of {blob.row.decoded_nbytes} bytes stands where {nbytes} belong", kind="bad_length"
         )
     return blob
+
+
+def _no_cell(cell: Cell) -> InvalidInputError:
+    what = "the manifest" if cell.tensor is None else repr(cell.tensor)
+    return InvalidInputError(f"{what} has no cell {cell.number}: ask for one that there is", kind="no_cell")
 
 
 def _content_of(manifest: Manifest, spec: TensorSpec, number: int) -> bytes | None:

@@ -58,11 +58,11 @@ class Patience:
     Parameters
     ----------
     total_s
-        So long, from the first failure on.
+        So long, from the first failure on; :data:`PATIENCE_S` unless it is given.
     """
 
-    def __init__(self, total_s: float = PATIENCE_S) -> None:
-        self._total_s = total_s
+    def __init__(self, total_s: float | None = None) -> None:
+        self._total_s = PATIENCE_S if total_s is None else total_s
         self.renew()
 
     def renew(self) -> None:

@@ -95,6 +95,13 @@ class Resource:
     """Each as ``model@ref``."""
 
 
+def identified(principal: Principal) -> Principal:
+    """Return a principal who is somebody; raises PermissionDeniedError for NOBODY, whatever the call is about."""
+    if principal is NOBODY:
+        raise PermissionDeniedError("not allowed: give a token that is valid", kind="not_allowed")
+    return principal
+
+
 def authorize(principal: Principal, verb: Verb, resource: Resource) -> None:
     """Return if ``principal`` may do ``verb`` to ``resource``.
 
@@ -111,8 +118,11 @@ def authorize(principal: Principal, verb: Verb, resource: Resource) -> None:
         if not here or allowed.isdisjoint({Verb.READ, Verb.INSPECT}):
             raise repository_not_found(resource.repository)
     if verb not in allowed:
-        said = "give a token that is valid" if principal is NOBODY else f"a {principal.role} may not {verb.value}"
-        raise PermissionDeniedError(f"not allowed: {said}", kind="not_allowed")
+        raise PermissionDeniedError(f"not allowed: a {principal.role} may not {verb.value}", kind="not_allowed")
+    if verb is Verb.GRANT and not ("*" in principal.repositories and "*" in principal.refs):
+        raise PermissionDeniedError(  # or an admin of one repository could make a token for all
+            "not allowed: whoever manages access has to be an admin of every repository and ref", kind="not_allowed"
+        )
     for ref in resource.refs:
         if not any(fnmatchcase(ref, glob) for glob in principal.refs):
             raise PermissionDeniedError(f"not allowed: you may not move {ref}", kind="not_allowed", ref=ref)

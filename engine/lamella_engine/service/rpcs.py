@@ -11,7 +11,7 @@ from lamella_engine.content_store.log import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
-from lamella_engine.errors import InvalidInputError, LimitError, RefNotFoundError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
@@ -254,7 +254,10 @@ class Rpcs:
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""
         store, session = self._session(request.repository, request.push, call)
-        description = decode_description(request.description, expected=version_id(request.description))
+        try:
+            description = decode_description(request.description, expected=version_id(request.description))
+        except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
+            raise InvalidInputError(error.message, kind=error.kind) from error
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self._publish(store)

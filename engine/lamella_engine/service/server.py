@@ -10,9 +10,10 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, S
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize
+from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.tokens import Tokens
@@ -36,6 +37,9 @@ logger = logging.getLogger("lamella.service")
 
 # Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones.
 _CALLS = 256
+
+# Of those, one principal may have so many at a time.
+_CALLS_OF_ONE = 128
 
 # A deadline is what ends a call whose client is gone; longer ones are cut.
 _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
@@ -147,6 +151,7 @@ class Server:
         self._tokens = Tokens(open_objects(root, create=True))
         self._rpcs = Rpcs(Repositories(root, self._executor), self._tokens, self._executor)
         self._stalls = _Stalls()
+        self._shares = _Shares()
         self._health = health.HealthServicer()
         self._stopped = threading.Event()
         self._grpc = grpc.server(
@@ -201,7 +206,8 @@ class Server:
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Return what answers each path. An rpc without a row in the policy, or without a method, is a bug."""
-        assert set(METHODS) == set(POLICY), f"rpcs without a policy: {set(METHODS) ^ set(POLICY)}"
+        if unmatched := set(METHODS) ^ set(POLICY):  # not an assertion, which -O would take away
+            raise RuntimeError(f"rpcs without a policy, or policies without an rpc: {sorted(unmatched)}")
         return {method.path: self._handler(method) for method in METHODS.values()}
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
@@ -228,18 +234,19 @@ class Server:
         try:
             with self._stalls.watched(context) as waiting:
                 deadline = began + _time_limit(method, context)
-                principal = self._caller(context)
+                principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
                 call = Call(principal, context.is_active, lambda: deadline - time.monotonic())
-                request, header = _request(method, traffic.received(incoming, waiting))
-                repository = getattr(header, "repository", "")
-                authorize(principal, POLICY[method.name], _resource(header))
-                replies = answer(request, call)
-                for reply in replies if method.streams_replies else (replies,):
-                    data = reply if isinstance(reply, bytes) else reply.SerializeToString()
-                    traffic.sent_nbytes += len(data)
-                    with waiting():
-                        yield data
-                    _check_time(deadline)
+                with self._shares.taken(principal.name):
+                    request, header = _request(method, traffic.received(incoming, waiting))
+                    repository = getattr(header, "repository", "")
+                    authorize(principal, POLICY[method.name], _resource(header))
+                    replies = answer(request, call)
+                    for reply in replies if method.streams_replies else (replies,):
+                        data = reply if isinstance(reply, bytes) else reply.SerializeToString()
+                        traffic.sent_nbytes += len(data)
+                        with waiting():
+                            yield data
+                        _check_time(deadline)
         except LamellaError as error:
             failure = error
         except GeneratorExit:
@@ -307,6 +314,28 @@ class _Traffic:
                 return
             self.received_nbytes += len(data)
             yield data
+
+
+class _Shares:
+    """How many calls of each principal run; refuses one too many at once, so that others are answered."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, owner: str) -> Iterator[None]:
+        with self._lock:
+            if self._running[owner] >= _CALLS_OF_ONE:
+                raise LimitError("too many calls of yours run at once: try again", kind="too_many_calls")
+            self._running[owner] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[owner] -= 1
+                if not self._running[owner]:
+                    del self._running[owner]
 
 
 class _Stalls:
@@ -404,8 +433,9 @@ def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     if isinstance(failure, LimitError):
         trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
     context.set_trailing_metadata(tuple(trailers))
-    # The text beside the status is for people with other clients; gRPC takes a few KiB of it.
-    context.abort(status_of_error(failure), failure.message[:1000])
+    # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
+    # one that is not printable ASCII.
+    context.abort(status_of_error(failure), failure.message[:500].encode("ascii", "replace").decode())
     raise AssertionError("abort raises")
 
 

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lamella_engine import codecs
 from lamella_engine.content_store.decoding import decode_chain
@@ -15,9 +16,11 @@ from lamella_engine.errors import (
     ConflictError,
     CorruptionError,
     InvalidInputError,
+    LamellaError,
     LimitError,
     NotFoundError,
     PermissionDeniedError,
+    StorageError,
 )
 from lamella_engine.format.version import Description
 from lamella_engine.model import ChunkId, PushId, VersionId
@@ -28,10 +31,13 @@ IDLE_S = 600.0
 """A session that nobody calls for so long is given up."""
 
 MAX_SESSIONS = 512
-"""Sessions at a time; each takes little until it writes."""
+"""Sessions at a time; each takes little until it writes. One principal may have a quarter of them."""
 
 # What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
 _BATCH_NBYTES = 4 << 20
+
+FILLED_NBYTES = 256 << 20
+"""What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
 
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
@@ -51,15 +57,20 @@ class Session:
         What is pushed there.
     owner
         Name of the principal whose push it is.
+    crowded
+        Tells whether all pushes together hold too much.
     """
 
-    def __init__(self, store: PackedStore, push: PackedPush, owner: str) -> None:
+    def __init__(self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool]) -> None:
         self.push = push
         self.owner = owner
         self.used = time.monotonic()
         self.recorded: Recorded | None = None
         """The version, once it is committed."""
+        self.over = False
+        """Whether it was given up, or what is stored of it is not known any more: then all has to come again."""
         self._may_be_recorded = False
+        self._crowded = crowded
         self._store = store
         self._turn = threading.Condition(threading.RLock())
         self._planned = 0
@@ -69,33 +80,51 @@ class Session:
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
 
+    @contextmanager
+    def _our_turn(self) -> Iterator[None]:
+        with self._turn:
+            self._check_it_runs()
+            self.used = time.monotonic()
+            yield
+
+    def _check_it_runs(self) -> None:
+        if self.over:  # since this call found it
+            raise _no_session(self.push.id)
+
     def rewind(self) -> int:
         """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
-        with self._turn:
-            self._parser = RecordParser()
-            self._batch.clear()
-            self._received = self._taken
+        with self._our_turn():
+            self._rewind()
             return self._taken
+
+    def _rewind(self) -> None:
+        self._parser = RecordParser()
+        self._batch.clear()
+        self._received = self._taken
 
     def consider(self, sketch: Sketch) -> None:
         """Let bases be chosen by a sketch of what is pushed, as long as nothing has been planned."""
-        with self._turn:
-            self.used = time.monotonic()
+        with self._our_turn():
             if not self._planned:  # else a repeated call
                 self.push.consider(sketch)
 
     def plan(self, first: int, cells: Sequence[Planned]) -> list[Missing | None]:
         """Return what the store says of ``cells``, the first of which has number ``first`` in this push."""
-        with self._turn:
-            self.used = time.monotonic()
+        with self._our_turn():
             known = self._answers.get(first)
             if known is not None and known[0] == list(cells):
                 return known[1]
-            if not self._turn.wait_for(lambda: self._planned >= first, _ORDER_PATIENCE_S) or self._planned != first:
+            self._turn.wait_for(lambda: self.over or self._planned >= first, _ORDER_PATIENCE_S)
+            self._check_it_runs()
+            if self._planned != first:
                 raise InvalidInputError(
                     f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
                 )
-            answers = list(self.push.plan(cells))
+            try:
+                answers = list(self.push.plan(cells))
+            except LamellaError:  # nobody knows how many of these cells the push takes for planned
+                self.over = True
+                raise
             self._missing.update((answer.chunk, answer) for answer in answers if answer is not None)
             self._planned += len(cells)
             self._answers[first] = list(cells), answers
@@ -106,30 +135,44 @@ class Session:
 
     def receive(self, position: int, data: memoryview) -> int | None:
         """Take bytes of records; return up to where they have been stored, if that has changed."""
-        with self._turn:
-            self.used = time.monotonic()
+        with self._our_turn():
             before = self._taken
             if position > self._received:
                 raise InvalidInputError(f"bytes {self._received} to {position} of this push never came", kind="gap")
             data = data[self._received - position :]
             self._parser.feed(data)
             self._received += data.nbytes
-            while (record := self._parser.record()) is not None:
+            while (record := self._record()) is not None:
                 self._batch.append(record)
                 if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
                     self._store_batch()
             return None if self._taken == before else self._taken
 
+    def _record(self) -> tuple[Blob, int] | None:
+        try:
+            return self._parser.record()
+        except CorruptionError as error:  # nothing that is stored is damaged
+            if error.kind == "bad_digest":
+                raise StorageError(error.message, kind="damaged_transfer", transient=True) from None
+            raise InvalidInputError(error.message, kind=error.kind) from None
+
     def flush(self) -> int:
         """Store all that has come whole; return up to where."""
-        with self._turn:
+        with self._our_turn():
             self._store_batch()
             return self._taken
 
     def _store_batch(self) -> None:
         batch, self._batch = self._batch, []
         end = self._received - self._parser.waiting_nbytes
-        self.push.write(list(self._store.executor.map(self._against_base, batch)))
+        try:
+            self.push.write(list(self._store.executor.map(self._against_base, batch)))
+            if self._crowded():
+                self.push.seal()
+        except LamellaError as error:
+            self._rewind()
+            self.over = isinstance(error, StorageError)  # nobody knows which blobs are stored
+            raise
         self._taken = end
 
     def _against_base(self, item: tuple[Blob, int]) -> Blob:
@@ -154,22 +197,23 @@ class Session:
 
     def commit(self, description: Description) -> Recorded:
         """Record the version; a repeated call returns it again."""
-        with self._turn:
-            self.used = time.monotonic()
+        with self._our_turn():
             if self.recorded is None:
                 self._store_batch()
-                self._may_be_recorded = True
+                before, self._may_be_recorded = self._may_be_recorded, True
                 try:
                     self.recorded = self.push.commit(description)
-                except (ConflictError, InvalidInputError):  # of others nobody knows what they left
-                    self._may_be_recorded = False
+                except (ConflictError, InvalidInputError):  # of others nobody knows what they left, then or before
+                    self._may_be_recorded = before
                     raise
             return self.recorded
 
     def abandon(self) -> None:
-        """Give up, unless it has been committed, or may have been."""
+        """Give up, unless it has been committed, or may have been; calls that wait for their turn find it gone."""
         with self._turn:
             if not self._may_be_recorded:
+                self.over = True
+                self._turn.notify_all()
                 self.push.abandon()
 
 
@@ -198,27 +242,36 @@ class Sessions:
         self.sweep()
         with self._lock:
             session = self._sessions.get((store, push_id))
-            if session is None and len(self._sessions) >= MAX_SESSIONS:
-                raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+            if session is None:
+                self._check_room(owner)
         if session is not None:
             self._check_owner(session, owner)
             if (session.push.model, session.push.branch) != (model, branch):
                 raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
-            if not again:
+            if not (again or session.over):
                 return session, session.rewind()
             self.end(store, push_id)
             session.abandon()
         # What this session writes has names of its own: the same push may be under way at another server.
         push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
         with self._lock:
-            return self._sessions.setdefault((store, push_id), Session(store, push, owner)), 0
+            return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
+
+    def _check_room(self, owner: str) -> None:
+        ours = sum(session.owner == owner for session in self._sessions.values())
+        if len(self._sessions) >= MAX_SESSIONS or ours >= MAX_SESSIONS // 4:
+            raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+
+    def _crowded(self) -> bool:
+        with self._lock:
+            return sum(session.push.filled_nbytes for session in self._sessions.values()) > FILLED_NBYTES
 
     def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
         """Return a push that was begun; raises NotFoundError (``no_session``)."""
         with self._lock:
             session = self._sessions.get((store, push_id))
-        if session is None:
-            raise NotFoundError(f"push {push_id} is not known here: begin it again", kind="no_session", push_id=push_id)
+        if session is None or session.over:
+            raise _no_session(push_id)
         self._check_owner(session, owner)
         return session
 
@@ -239,3 +292,7 @@ class Sessions:
     def _check_owner(self, session: Session, owner: str) -> None:
         if session.owner != owner:
             raise PermissionDeniedError("this push is somebody else's", kind="not_allowed")
+
+
+def _no_session(push_id: PushId) -> NotFoundError:
+    return NotFoundError(f"push {push_id} is not known here: begin it again", kind="no_session", push_id=push_id)

@@ -6,6 +6,8 @@ A token is ``lml_``, 40 hex digits drawn at random, and 8 that check them for ty
 
 import hmac
 import json
+import logging
+import re
 import secrets
 import threading
 import time
@@ -20,9 +22,13 @@ from lamella_engine.errors import AlreadyExistsError, CorruptionError, InvalidIn
 from lamella_engine.objects import Objects
 from lamella_engine.service.access import NOBODY, Principal, check_role
 
+logger = logging.getLogger("lamella.service")
+
 PREFIX = "lml_"
 _SECRET_BYTES = 20
 _LENGTH = len(PREFIX) + 2 * _SECRET_BYTES + 8
+
+LONGEST_TTL_S = 100 * 365 * 86_400
 
 FRESH_S = 30.0
 """How long what is known of a token is believed: so long, at most, does one that was revoked live on."""
@@ -77,8 +83,8 @@ class Tokens:
         """
         if not principal or len(principal) > 255 or not principal.isprintable():
             raise InvalidInputError("a principal is 1 to 255 printable characters", kind="bad_principal")
-        if ttl_s < 0 or not all((*repositories, *refs)):
-            raise InvalidInputError("a lifetime is not negative, and a glob not empty", kind="bad_grant")
+        if not 0 <= ttl_s <= LONGEST_TTL_S or not all((*repositories, *refs)):
+            raise InvalidInputError("a lifetime is 0 seconds to 100 years, and a glob not empty", kind="bad_grant")
         body = PREFIX + secrets.token_hex(_SECRET_BYTES)
         token = _of_certificate(certificate) if certificate else f"{body}{zlib.crc32(body.encode()):08x}"
         hashed = self._hash(token)
@@ -88,6 +94,7 @@ class Tokens:
         document = asdict(grant) | {"hash": hashed.hex()}
         del document["revoked"]
         self._objects.put_if_absent(_grant_name(id), [json.dumps(document).encode()])
+        self._forget(id)  # somebody may have come with this certificate before
         return "" if certificate else token, grant
 
     def principal(self, token: str) -> Principal:
@@ -110,18 +117,26 @@ class Tokens:
         return Principal(grant.principal, grant.role, grant.repositories, grant.refs)
 
     def list(self) -> "list[Grant]":
-        """Return all tokens, ended ones too."""
-        infos = self._objects.list("access/grant-")
-        ids = [info.name.removeprefix("access/grant-") for info in infos]
-        found = (self._read(id)[0] for id in ids)
-        return [grant for grant in found if grant is not None]
+        """Return all tokens, ended ones too, but for those that are damaged: of these a warning tells."""
+        found = []
+        for info in self._objects.list(_grant_name("")):
+            try:
+                grant, _ = self._read(info.name.removeprefix(_grant_name("")))
+            except CorruptionError as error:
+                logger.warning("%s", error)
+            else:
+                found += [grant] if grant is not None else []
+        return found
 
     def revoke(self, id: str) -> None:
-        """End a token. Idempotent; raises NotFoundError if there is none."""
-        if not (id.isalnum() and id.isascii()) or self._read(id)[0] is None:
+        """End a token, even a damaged one. Idempotent; raises NotFoundError if there is none."""
+        if not (re.fullmatch("[0-9a-f]{16}", id) and self._has(_grant_name(id))):
             raise NotFoundError(f"there is no token {id}: see the list", kind="token_not_found", token=id)
         with suppress(AlreadyExistsError):
             self._objects.put_if_absent(f"access/revoked-{id}", [b""])
+        self._forget(id)
+
+    def _forget(self, id: str) -> None:
         with self._lock:
             self._known.pop(id, None)
 
@@ -150,14 +165,14 @@ class Tokens:
             document = json.loads(data)
             hashed = bytes.fromhex(document.pop("hash"))
             document |= {key: tuple(document[key]) for key in ("repositories", "refs")}
-            grant = Grant(**document, revoked=self._is_revoked(id))
+            grant = Grant(**document, revoked=self._has(f"access/revoked-{id}"))
         except (ValueError, KeyError, TypeError):
             raise CorruptionError(f"the token {id} is damaged: revoke it", kind="bad_token", token=id) from None
         return grant, hashed
 
-    def _is_revoked(self, id: str) -> bool:
+    def _has(self, name: str) -> bool:
         try:
-            self._objects.size(f"access/revoked-{id}")
+            self._objects.size(name)
         except NotFoundError:
             return False
         return True
