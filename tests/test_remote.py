@@ -25,7 +25,7 @@ from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import Session, Sessions
+from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
 
 TENSORS = {
     "embedding": noise(1, 1500, 1024),
@@ -617,3 +617,9 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
     monkeypatch.setenv("LAMELLA_CACHE_NBYTES", size)
     with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CACHE_NBYTES"):
         ChunkCache.of()
+
+
+def test_a_trainer_may_push_as_often_as_it_likes(repo):
+    for number in range(MAX_SESSIONS // 4 + 5):
+        repo.push({"w": np.array([number])}, "m@main")
+    assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
