@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import pytest
 from remote import Proxy, proxied
@@ -14,6 +15,7 @@ from support import bits, noise
 
 import lamella
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.content_store import packed
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push
 from lamella_engine.executor import InlineExecutor
@@ -623,3 +625,94 @@ def test_a_trainer_may_push_as_often_as_it_likes(repo):
     for number in range(MAX_SESSIONS // 4 + 5):
         repo.push({"w": np.array([number])}, "m@main")
     assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+
+
+# -- following ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_follower_is_given_versions_as_they_are_published(repo, server):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    with lamella.open(f"grpc://{server.address}/team") as other:
+        followed = other.watch("m@main")
+        assert next(followed).id == first.id
+        for number in range(3):
+            pushed = repo.push({"w": np.array([number])}, "m@main", message=str(number))
+            assert next(followed).id == pushed.id
+        followed.close()
+        second = other.watch("m@main", after="m@v1")
+        assert next(second).id == pushed.id
+        repo.branch("m@main", "m@v1")
+        assert next(second).number == 1
+
+
+def test_a_follower_goes_on_after_a_cut(far, proxy, repo):
+    repo.push({"w": np.array([1])}, "m@main")
+    followed = far.watch("m@main")
+    next(followed)
+    proxy.cut_next_reply()
+    pushed = repo.push({"w": np.array([2])}, "m@main")
+    assert next(followed).id == pushed.id
+    assert proxy.cuts == 1
+
+
+def test_a_call_that_ends_with_its_deadline_is_renewed(repo, server, monkeypatch):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    asked = []
+    stream = Channel.stream
+
+    def short(channel, name, request):
+        replies = stream(channel, name, request)
+        if name != "Versions.Watch":
+            return replies
+        asked.append(request.after)
+        return replies if len(asked) > 1 else (message for message in [next(replies)])
+
+    with lamella.open(f"grpc://{server.address}/team") as other:
+        monkeypatch.setattr(Channel, "stream", short)
+        followed = other.watch("m@main")
+        assert next(followed).id == first.id
+        pushed = repo.push({"w": np.array([2])}, "m@main")
+        assert next(followed).id == pushed.id
+    assert asked == [0, 1]
+
+
+def test_a_local_repository_is_followed_too(local, monkeypatch):
+    first = local.push({"w": np.array([1])}, "m@main")
+    followed = local.watch("m@main")
+    assert next(followed).id == first.id
+    pushed = []
+    monkeypatch.setattr(
+        packed.time, "sleep", lambda _: pushed.append(local.push({"w": np.array([2])}, "m@main", message="two"))
+    )
+    assert next(followed).id == pushed[0].id
+
+
+def test_what_is_followed_has_to_be_there_and_of_one_model(repo, local):
+    for place in repo, local:
+        place.push({"w": np.array([1])}, "m@main")
+        place.push({"w": np.array([1])}, "n@main")
+        with pytest.raises(lamella.RefNotFoundError):
+            next(place.watch("m@other"))
+        with pytest.raises(lamella.InvalidInputError, match="a version of n"):
+            next(place.watch("m@main", after="n@v1"))
+
+
+def test_a_follower_needs_little_more_than_the_deltas(far, proxy, repo):
+    """An RL-like step changes 1 % of the elements of a model that a follower holds."""
+    weights = {f"w{number}": noise(number, 1024, 1024, dtype=ml_dtypes.bfloat16) for number in range(4)}
+    total = sum(tensor.nbytes for tensor in weights.values())
+    repo.push(weights, "m@main")
+    held = {name: tensor.copy() for name, tensor in far.checkout("m@main").items()}
+    followed = far.watch("m@main", after="m@v1")
+    random = np.random.default_rng(5)
+    for _ in range(2):
+        for tensor in weights.values():
+            bits = tensor.view(np.uint16)
+            bits[random.random(bits.shape) < 0.01] += 1
+        pushed = repo.push(weights, "m@main")
+        before = proxy.received
+        version = next(followed)
+        assert version.id == pushed.id
+        far.checkout(version.id, into=held, have=f"m@v{version.number - 1}")
+        assert all(held[name].tobytes() == weights[name].tobytes() for name in weights)
+        assert proxy.received - before < 0.012 * total

@@ -134,6 +134,13 @@ class ContentStore(Protocol):
     def refs(self, model: str) -> list[RefInfo]:
         """Return the refs of a model by name."""
 
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        The first one only if its number is not ``after``. Ends when it is closed. Whoever is slower than the ref may be
+        given only the newest. Raises RefNotFoundError, also later if the ref is deleted.
+        """
+
     def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
 

@@ -1,6 +1,7 @@
 """The content of a repository that a service has. What is read is what the version names, whoever answers."""
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ from lamella_engine.executor import Executor
 from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, RefKind, VersionId, check_name, check_ref_name
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.caching import read_through
-from lamella_engine.remote.channel import Channel, Patience
+from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import batches, decode_readings, decode_version, encode_cells
@@ -136,6 +137,26 @@ class RemoteStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         reply = self.channel.call("Versions.Refs", pb.RefsRequest(repository=self.repository, model=model))
         return [RefInfo(model, ref.name, _kind(ref.kind), ref.number) for ref in reply.refs]
+
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        patience = Patience()
+        while True:
+            began = time.monotonic()
+            request = pb.WatchRequest(repository=self.repository, model=model, ref=ref, after=after)
+            try:
+                with closing(self.channel.stream("Versions.Watch", request)) as versions:
+                    for message in versions:
+                        recorded = self._keep(decode_version(message))
+                        if recorded.model != model:
+                            raise _another_version()
+                        after = recorded.number
+                        patience.renew()
+                        yield recorded
+            except LamellaError as error:
+                if time.monotonic() - began > PATIENCE_S:  # it was well for long, such as until its deadline
+                    patience.renew()
+                patience.wait(error)
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
