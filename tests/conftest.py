@@ -5,6 +5,7 @@ Of each server one runs in a process of pytest, from the first test that asks fo
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("LAMELLA_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have each test remember heads of its own: places are used again, ports too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(_TESTS)}"))
+
+
+_TESTS = count()
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +50,17 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server]
             monkeypatch.setenv(name, value)
 
     return use_server
+
+
+if os.environ.get("LAMELLA_CARRIER") == "remote":
+    import remote
+    import service
+
+    @pytest.fixture(scope="session")
+    def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[service.Server]:
+        with service.serving(tmp_path_factory.mktemp("root")) as server:
+            yield server
+
+    @pytest.fixture(autouse=True)
+    def _carrier(request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        remote.put_a_wire_between(request.module, _server, monkeypatch)

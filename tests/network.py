@@ -33,10 +33,15 @@ class Proxy:
         self.messages: list[tuple[str, str, int]] = []
         """What went through: rpc, ``up`` or ``down``, and bytes."""
         self._lock = threading.Lock()
-        self._channel = grpc.insecure_channel(target, (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)))
+        self.turn_to(target)
         self._threads = ThreadPoolExecutor(32)
         self._server = grpc.server(self._threads, (_Handlers(self),), options=CHANNEL_OPTIONS)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def turn_to(self, target: str) -> None:
+        """Pass what comes from now on to another server."""
+        self.target = target
+        self._channel = grpc.insecure_channel(target, (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)))
 
     def __enter__(self) -> "Proxy":
         self._server.start()
@@ -54,30 +59,38 @@ class Proxy:
 
     def handle(self, method: Method, incoming: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Pass one call on."""
-        gone = threading.Event()
+        gone, cut = threading.Event(), threading.Event()
         context.add_callback(gone.set)
         metadata = tuple(item for item in context.invocation_metadata() if item[0] == "authorization")
         call = getattr(self._channel, method.shape)(method.path)
         options = {"timeout": context.time_remaining(), "metadata": metadata}
+        sent = self._treated(method, "up", iter([incoming]) if isinstance(incoming, bytes) else incoming, gone, cut)
         try:
-            sent = self._treated(method, "up", iter([incoming]) if isinstance(incoming, bytes) else incoming, gone)
             if method.streams_requests:
-                answered = call(sent, **options)
+                answered = call(self._until_cut(sent, lambda: answered.cancel()), **options)
                 context.add_callback(answered.cancel)
             else:
-                requests = list(sent)
-                for request in requests[:-1]:
-                    self._once(method, call, request, options)
-                answered = call(requests[-1], **options)
+                *repeated, request = sent
+                for once in repeated:
+                    self._once(method, call, once, options)
+                answered = call(request, **options)
             replies = answered if method.streams_replies else iter([answered])
-            yield from self._treated(method, "down", replies, gone)
-        except grpc.RpcError as error:
-            if not isinstance(error, grpc.Call):  # the client has gone
-                return
-            context.set_trailing_metadata(error.trailing_metadata() or ())
-            context.abort(error.code(), error.details() or "")
+            yield from self._treated(method, "down", replies, gone, cut)
         except _Cut:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        except grpc.RpcError as error:
+            if cut.is_set():
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+            if isinstance(error, grpc.Call):  # else the client has gone
+                context.set_trailing_metadata(error.trailing_metadata() or ())
+                context.abort(error.code(), error.details() or "")
+
+    def _until_cut(self, messages: Iterator[bytes], cancel: Callable[[], object]) -> Iterator[bytes]:
+        """Yield messages; a cut, or a client that goes, ends the call that they belong to."""
+        try:
+            yield from messages
+        except (_Cut, grpc.RpcError):
+            cancel()
 
     def _once(self, method: Method, call: Any, request: bytes, options: dict[str, Any]) -> None:
         """Make a call whose answer nobody sees."""
@@ -88,18 +101,26 @@ class Proxy:
         except grpc.RpcError:
             pass
 
-    def _treated(self, method: Method, way: str, messages: Iterator[bytes], gone: threading.Event) -> Iterator[bytes]:
+    def _treated(
+        self, method: Method, way: str, messages: Iterator[bytes], gone: threading.Event, cut: threading.Event
+    ) -> Iterator[bytes]:
+        first = True
         for message in messages:
+            if cut.is_set():
+                raise _Cut
             with self._lock:
                 number = len(self.messages)
                 self.messages.append((method.name, way, len(message)))
             harm = self.treat(number, method.name, way)
             if harm is Harm.CUT:
+                cut.set()
                 raise _Cut
             if harm is Harm.LATE:
                 gone.wait(30)
-            if harm is Harm.REPEAT and (way == "up" or method.streams_replies):
+            # A stream keeps its order: only what its client says twice comes twice, a part of a write, not its header.
+            if harm is Harm.REPEAT and way == "up" and not (method.streams_requests and first):
                 yield message
+            first = False
             yield message
 
 

@@ -14,7 +14,8 @@ from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
+from typing import Any
 from urllib.parse import urlsplit
 
 BUCKET = "lamella"
@@ -151,18 +152,35 @@ def _answers(port: int, method: str, target: str) -> bool:
 
 @contextmanager
 def moto() -> Iterator[Server]:
-    """Run moto's server, which checks neither signatures nor checksums, in threads of this process."""
-    from moto.server import ThreadedMotoServer  # takes a second
+    """Run moto's server, which checks neither signatures nor checksums, in threads of this process.
+
+    It answers one request at a time: moto looks at a condition and then puts, without a lock, so that it would now and
+    then give one name to two. Races are for real servers.
+    """
+    from moto.moto_server.werkzeug_app import (  # takes a second
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
+
+    application, turn = DomainDispatcherApplication(create_backend_app), Lock()
+
+    def one_at_a_time(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        with turn:
+            return list(application(environ, start_response))
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
+    server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
     try:
-        host, port = server.get_host_and_port()
-        assert _answers(port, "PUT", f"/{BUCKET}")
-        yield Server(f"http://{host}:{port}")
+        assert _answers(server.server_port, "PUT", f"/{BUCKET}")
+        yield Server(f"http://127.0.0.1:{server.server_port}")
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 # -- the proxy ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Repositories in buckets, and what comes between them and the store: failures, damage, and stores that lie."""
 
+import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -492,6 +493,35 @@ def test_what_is_no_endpoint_is_refused_before_anything_is_sent(monkeypatch: pyt
         open_objects(new_url())
     assert caught.value.kind == "bad_endpoint"
     assert "pa55word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize("value", ["pa55word\n", "pa55word\u00e9"])
+def test_what_no_request_can_carry_is_no_credential(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInputError) as caught:
+        open_objects(new_url())
+    assert caught.value.kind == "bad_credentials"
+    assert "pa55word" not in str(caught.value)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/new", ""], ids=["another", "its parent's"])
+def test_a_fork_is_told_that_it_cannot_use_its_parents_connections(objects: Objects, url: str) -> None:
+    """It would wait for ever, and what it did would make its parent crash."""
+    objects.put_if_absent("log/0", [b"abc"])
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            try:
+                (open_objects(url) if url else objects).get("log/0")
+            except StorageError as error:
+                os._exit(42 if (error.kind, error.transient) == ("forked", False) else 1)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+    assert objects.get("log/0") == b"abc"
 
 
 # -- repositories ------------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ class _Checker:
             return seen
         for table in TABLES:
             self._try(f"fold, table {table}", partial(_compare, table, seen, rebuilt))
+        if seen.signers != rebuilt.signers:
+            self._report.problems.append(Problem("bad_fold", "lists other signers than the entries do", "fold"))
         for model in rebuilt.models():
             for name, ref in rebuilt.refs(model):
                 if rebuilt.version(model, ref.number) is None:

@@ -17,6 +17,7 @@ from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
+from lamella_engine.heads import Head, Pin
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
@@ -387,7 +388,8 @@ def init(
     ----------
     url
         A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
-        object store; or ``memory://name`` for one that lives as long as the process.
+        object store; ``grpc://host:port/name`` for one of a service; or ``memory://name`` for one that lives as long as
+        the process.
     max_depth
         Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
         take fewer bytes, and more time to check out.
@@ -405,10 +407,14 @@ def init(
     """
     check_max_depth(max_depth)
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes, new_max_depth=max_depth)
     objects = open_objects(place, create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
         store = PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth)
+        if objects.store_name:
+            Pin(place, objects.store_name).replace(_head(store))
         return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -419,18 +425,53 @@ def init(
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
-    """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
+    """Open a repository; see :func:`init` for its parameters.
+
+    Raises RepositoryNotFoundError if there is none, and CorruptionError (``rollback``, ``fork``) if one in a bucket or
+    of a service is not what this user has seen of it before.
+    """
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes)
     try:
         objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return on_objects(PackedStore(objects, executor, index_path=index_path(objects, place)))
+        # Who can write to a directory can write to what is remembered of it too.
+        pin = Pin(place, objects.store_name) if objects.store_name else None
+        store = PackedStore(objects, executor, index_path=index_path(objects, place))
+        if pin is not None:
+            pin.advance(_head(store), store.log.digest_at)
+        return on_objects(store)
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _head(store: PackedStore) -> Head:
+    state = store.log.state
+    return Head(state.genesis.repository, state.number, state.digest)
+
+
+def _is_remote(place: str) -> bool:
+    return place.startswith(("grpc://", "grpcs://"))
+
+
+def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:
+    """Return a repository of a service."""
+    try:
+        from lamella_engine.remote.opening import connect  # on use: grpc takes 0.2 s to import, and may be absent
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "google"):
+            raise
+        raise InvalidInputError(
+            "a repository of a service needs gRPC: pip install 'lamella[service]'", kind="missing_extra"
+        ) from None
+    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
+    store, jobs = connect(place, executor, new_max_depth=new_max_depth)
+    return Repository(store, executor, jobs)
 
 
 def _place_of(url: "str | PathLike[str]") -> str:

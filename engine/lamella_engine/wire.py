@@ -21,7 +21,7 @@ from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Reading, Recorded
 from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.format.digests import DIGEST_NBYTES, blob_digest
-from lamella_engine.format.pack import MAX_ENCODED_NBYTES
+from lamella_engine.format.pack import MAX_DEPTH, MAX_ENCODED_NBYTES
 from lamella_engine.format.version import decode_description, version_id
 from lamella_engine.model import Buffer, Cell, ChunkId, VersionId
 from lamella_engine.rpc import lamella_pb2 as pb
@@ -262,9 +262,15 @@ def decode_answer(planned: Planned, answer: pb.Answer) -> Missing | None:
 
 # -- blobs -------------------------------------------------------------------------------------------------------------
 
+POSITION = struct.Struct("<Q")
+"""A position in what a push sends: before each piece of it, and in each answer."""
+
 _RECORD = struct.Struct("<32s32s16sIIBBBx")  # see proto/lamella.proto
 _CHAIN = struct.Struct("<H")
 _NO_CHUNK = bytes(DIGEST_NBYTES)
+
+# A chunk, its companion, and what that stands on: no repository has longer ones, and a reader holds all of one.
+_LONGEST_CHAIN = MAX_DEPTH + 2
 
 # Neighbours that are both shorter are joined: whoever sends a blob byte by byte costs no list of four million pieces.
 _SMALL_NBYTES = 4096
@@ -298,21 +304,33 @@ def encode_reading(reading: Reading) -> list[Buffer]:
     return parts
 
 
-def frames(parts: Iterable[Buffer]) -> Iterator[bytes]:
-    """Cut a run of bytes into messages of :data:`FRAME_NBYTES`, the last shorter."""
-    waiting: list[memoryview] = []
+def frames(parts: Iterable[Buffer], *, position: int | None = None) -> Iterator[bytes]:
+    """Cut a run of bytes into messages of :data:`FRAME_NBYTES`, the last shorter.
+
+    With ``position``, which is that of the first byte, each message begins with its own (:data:`POSITION`).
+    """
+    waiting: list[Buffer] = []
     nbytes = 0
+
+    def message(last: memoryview) -> bytes:
+        nonlocal position
+        head = []
+        if position is not None:
+            head = [POSITION.pack(position)]
+            position += nbytes + last.nbytes
+        return b"".join([*head, *waiting, last])
+
     for part in parts:
         view = memoryview(part)
         while nbytes + view.nbytes >= FRAME_NBYTES:
             cut = FRAME_NBYTES - nbytes
-            yield b"".join([*waiting, view[:cut]])
+            yield message(view[:cut])
             waiting, nbytes, view = [], 0, view[cut:]
         if view.nbytes:
             waiting.append(view)
             nbytes += view.nbytes
     if waiting:
-        yield b"".join(waiting)
+        yield message(memoryview(b""))
 
 
 class RecordParser:
@@ -358,7 +376,7 @@ class RecordParser:
         self._take(_RECORD.size)
         payload = self._take(encoded_nbytes)
         if blob_digest(payload) != digest:
-            raise CorruptionError("a blob was changed on its way: try again", kind="bad_digest")
+            raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
         of = ChunkId(base) if flags & HAS_BASE else None
         return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of), flags
 
@@ -414,6 +432,8 @@ def decode_readings(messages: Iterable[bytes], cells: Iterable[Cell]) -> Iterato
 
     for cell in cells:
         count = wait(parser.chain_length)
+        if count > _LONGEST_CHAIN:
+            raise CorruptionError(f"the server sent a chain of {count} blobs", kind="bad_chain")
         yield Reading(cell, tuple(wait(parser.record)[0] for _ in range(count)))
     if parser.waiting_nbytes or any(source):
         raise CorruptionError("the server sent more than was asked for", kind="long_stream")

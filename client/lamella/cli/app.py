@@ -12,7 +12,7 @@ from lamella.cli.history import diff, distance, log, show
 from lamella.cli.refs import alias, branch, tag
 from lamella.cli.schema import keys
 from lamella.cli.transfer import checkout, init, push
-from lamella.cli.upkeep import completion, schema, stats, verify, version
+from lamella.cli.upkeep import completion, keygen, schema, stats, verify, version
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +34,7 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (alias, "lamella alias bert@production bert@v3"),
     (stats, "lamella -C weights stats"),
     (verify, "lamella verify --deep"),
+    (keygen, "lamella keygen ada.pem"),
     (schema, "lamella schema push"),
     (completion, "lamella completion bash >> ~/.bashrc"),
     (version, "lamella version"),

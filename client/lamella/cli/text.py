@@ -237,6 +237,12 @@ def verify(found: Document) -> Iterator[str]:
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
 
 
+def keygen(made: Document) -> Iterator[str]:
+    """Yield where the key is, and its public half."""
+    yield f"wrote {made['path']}: keep it to yourself"
+    yield f"public key {made['public_key']}"
+
+
 def _falling(value: float) -> float:
     """Return a key that puts the greatest first, and before it what is no number: it wants looking at most."""
     return -math.inf if math.isnan(value) else -value

@@ -5,19 +5,23 @@ Everything that decides whether a change is right is read from a :class:`State`,
 that state is no longer the newest. This is the only commit point there is.
 """
 
+import copy
 import getpass
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
+from typing import TypeAlias
 
 from lamella_engine.content_store.state import Blocks, State, part_of
+from lamella_engine.content_store.together import Together, Waiting
 from lamella_engine.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -32,22 +36,26 @@ from lamella_engine.errors import (
 )
 from lamella_engine.format import fold as folds
 from lamella_engine.format.entry import (
+    MAX_ENTRY_NBYTES,
     Entry,
     FoldRef,
     Genesis,
     PackAdded,
     RefChange,
+    Signature,
     VersionAdded,
     decode_entry,
     decode_genesis,
     encode_entry,
     encode_genesis,
     entry_digest,
+    to_sign,
 )
 from lamella_engine.format.names import fold_number, log_name, log_number
 from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId
 from lamella_engine.objects import Objects
+from lamella_engine.signing import KEY_NBYTES, Signer, can_verify, is_signed
 
 logger = logging.getLogger("lamella")
 
@@ -62,6 +70,13 @@ COMMIT_TRIES = 64
 # Puts of one entry, as long as answers do not say whether it was written.
 UNKNOWN_TRIES = 5
 
+# Commits of one entry, each encoded on its own, add up to at most so much; an entry repeats no more than the principal
+# of each, so that it stays below its own limit.
+TOGETHER_NBYTES = MAX_ENTRY_NBYTES // 2
+
+# Threads that store what one entry names: a store takes its time for each object, and a disk syncs several at once.
+STORE_THREADS = 16
+
 DEFAULT_MAX_DEPTH = 8
 """Longest chain of deltas unless a repository says otherwise at its making."""
 
@@ -73,6 +88,38 @@ class Change:
     refs: tuple[RefChange, ...] = ()
     versions: tuple[VersionAdded, ...] = ()
     packs: tuple[PackAdded, ...] = ()
+    objects: tuple[tuple[str, bytes], ...] = ()
+    """Names and bytes of what the log has to store before an entry may say so."""
+    signers: tuple[bytes, ...] = ()
+    """Public keys, ascending, that may sign the entries that follow; empty to leave it as it is."""
+
+
+@dataclass(eq=False, slots=True)
+class _Commit:
+    """A commit that somebody has asked for."""
+
+    pushes: tuple[PushId, ...]
+    """What the entry says that it commits; the first names the commit."""
+    make: Callable[[State], Change | None]
+    principal: str
+    stored: set[str] = field(default_factory=set)
+    """Objects of its changes that are in the store already."""
+    lost_races: int = 0
+
+
+_WaitingCommit: TypeAlias = Waiting[_Commit, State]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one commit adds to the entry that is being made."""
+
+    waiting: _WaitingCommit
+    change: Change
+
+    @property
+    def commit(self) -> _Commit:
+        return self.waiting.item
 
 
 def check_max_depth(max_depth: int) -> None:
@@ -82,14 +129,39 @@ def check_max_depth(max_depth: int) -> None:
 
 
 class Log:
-    """A repository's log. Safe for several threads and processes."""
+    """A repository's log. Safe for several threads and processes.
 
-    def __init__(self, objects: Objects) -> None:
-        """Open the log that ``objects`` holds. Raises RepositoryNotFoundError if there is none."""
+    Parameters
+    ----------
+    objects
+        Hold the log.
+    signer
+        Signs what this process commits; None leaves it unsigned.
+    trusted
+        Public keys (32 bytes each) that the caller knows from elsewhere. If there are any, the log must require
+        signatures, and what it says must be vouched for by one of them: by an entry that it signed, or by keys that
+        such an entry, or one vouched for in turn, has listed. Without any, a log is only held against itself: whoever
+        can write to the store can replace it by another.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is no log.
+    CorruptionError
+        An entry is not what was written, or is not signed as it must be (``unsigned``, ``bad_signature``,
+        ``not_trusted``).
+    """
+
+    def __init__(self, objects: Objects, *, signer: Signer | None = None, trusted: Iterable[bytes] = ()) -> None:
         self._objects = objects
+        self._signer = signer
+        self._trusted = frozenset(trusted)
+        self._vouched = False
+        """Whether a trusted key has signed an entry that was read, after which signatures were required."""
         self._blocks = Blocks(objects)
         self._lock = threading.Lock()
         self._state = self._load()
+        self._commits = Together(self._commit_together)
 
     @classmethod
     def create(cls, objects: Objects, *, max_depth: int = DEFAULT_MAX_DEPTH) -> "Log":
@@ -129,13 +201,17 @@ class Log:
     def commit(self, push: PushId, make: Callable[[State], Change | None], *, writer: PushId | None = None) -> State:
         """Add an entry that commits ``push``: the only way in which a repository changes.
 
+        Commits of several threads are recorded together: while one entry is put, others gather for the next.
+
         Parameters
         ----------
         push
             Names the commit. If an entry that commits it is found, the commit has succeeded: repeating one is safe.
         make
             Given the newest state, returns what to change, or None for nothing; raises if the change is not right any
-            more. Called again after every lost race.
+            more. The state has what earlier commits add to the same entry: a change is recorded with them, but None
+            and an error count only when they are recorded. Changes nothing itself; called again as often as needed,
+            not always by the same thread.
         writer
             The id in the names of what the push has written, if that is another one.
 
@@ -146,27 +222,90 @@ class Log:
         OutcomeUnknownError
             The store did not say whether the entry was written, and could not be asked.
         """
-        for _ in range(COMMIT_TRIES):
+        return self._commits.call(_Commit((push,) if writer is None else (push, writer), make, principal()))
+
+    def _commit_together(self, waiting: Sequence[_WaitingCommit]) -> None:
+        """Settle the commits that need no entry, and those whose changes the next entry can hold together."""
+        with _failing(waiting):
             state = self.refresh()
-            if state.committed_at(push) is not None:
-                return self._durable(state)
-            pushes = (push,) if writer is None else (push, writer)
-            if any(map(state.is_fenced, pushes)):
-                raise ConflictError("this push was fenced off as abandoned: push again", kind="fenced", push_id=push)
-            change = make(state)
-            if change is None:
-                return self._durable(state)
-            entry = self._entry(state, pushes, change)
+            parts = self._parts(state, waiting)
+        if not parts or not self._store(parts):
+            return
+        with _failing([part.waiting for part in parts]):
+            entry = self._signed(state, self._entry(state, parts))
             data = encode_entry(entry)
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
             self._check_gap(entry.number)
-            if self._publish(entry.number, data, push):
+            if self._publish(entry, data):
                 with self._lock:
                     if self._state.number < after.number:
                         self._state = after
-                return after
-        raise ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
+                for part in parts:
+                    part.waiting.answer(after)
+        for part in parts:
+            part.commit.lost_races += 1
+            if part.commit.lost_races == COMMIT_TRIES:
+                part.waiting.fail(_contention(part.commit.pushes[0]))
+
+    def _parts(self, state: State, waiting: Sequence[_WaitingCommit]) -> list[_Part]:
+        """Return what one entry after ``state`` can hold, in order; settle the commits that need no entry.
+
+        No ref is named twice, and the changes of each commit are right given those before it. A commit that fails, or
+        has nothing to change, because of one before it must wait: that one is not recorded yet.
+        """
+        parts: list[_Part] = []
+        refs: set[tuple[str, str]] = set()
+        nbytes = 0
+        expected = state
+        durable: State | None = None
+        for one in waiting:
+            try:
+                change = _change(one.item, expected)
+                if change is None:
+                    if not parts:
+                        durable = durable or self._durable(state)
+                        one.answer(durable)
+                    continue
+                part = _Part(one, change)
+                alone = self._joined(state, None, [part])
+                nbytes_with = nbytes + len(encode_entry(alone))
+                named = {(ref.model, ref.name) for ref in change.refs}
+                if change.signers:
+                    named.add(("", "signers"))  # no model has this name
+                if parts and (named & refs or nbytes_with > TOGETHER_NBYTES):
+                    continue
+                expected = expected.after(alone, b"")
+            except Exception as error:
+                if not parts:
+                    one.fail(error)
+                continue
+            parts.append(part)
+            refs |= named
+            nbytes = nbytes_with
+        return parts
+
+    def _store(self, parts: Sequence[_Part]) -> bool:
+        """Store what the entry will name; return whether all of it is there, and fail the commits of which it is not.
+
+        If one is not, the entry has to be made without it, and the numbers of versions may be others then.
+        """
+
+        def store(part: _Part) -> None:
+            try:
+                for name, data in part.change.objects:
+                    if name not in part.commit.stored:
+                        self._objects.put_if_absent(name, [data])
+                        part.commit.stored.add(name)
+            except Exception as error:
+                part.waiting.fail(error)
+
+        if len(parts) == 1:
+            store(parts[0])
+        else:
+            with ThreadPoolExecutor(min(len(parts), STORE_THREADS), "lamella-log") as threads:
+                list(threads.map(store, parts))
+        return not any(part.waiting.settled for part in parts)
 
     def _durable(self, state: State) -> State:
         """Return ``state`` once its newest entry is sure to survive a power cut.
@@ -180,13 +319,14 @@ class Log:
                 self._objects.put_if_absent(name, [self._objects.get(name)])
         return state
 
-    def _publish(self, number: int, data: bytes, push: PushId) -> bool:
-        """Put entry ``number``; return whether it is ours and durable, or somebody else's.
+    def _publish(self, entry: Entry, data: bytes) -> bool:
+        """Put an entry; return whether it is ours and durable, or somebody else's of the same number.
 
         An answer that does not come is asked for by putting the same bytes again: AlreadyExists promises that the
         object of that name is durable, which reading it would not.
         """
-        name = log_name(number)
+        name = log_name(entry.number)
+        push = entry.pushes[0]
         may_land = False
         for _ in range(UNKNOWN_TRIES):
             try:
@@ -234,6 +374,14 @@ class Log:
         if data is None:
             raise _gap(number)
         return decode_entry(data, number=number, repository=self._state.genesis.repository, previous=None)
+
+    def digest_at(self, number: int) -> bytes | None:
+        """Return the digest of an entry up to the newest that was seen, or None if there is none of this number."""
+        state = self._state
+        if number >= state.number:
+            return state.digest if number == state.number else None
+        data = self._entry_bytes(number)
+        return None if data is None else entry_digest(data)
 
     def check_fold(self, fold: FoldRef) -> None:
         """Read every byte of a fold that an entry names; raise CorruptionError if any is not as it was written."""
@@ -284,6 +432,16 @@ class Log:
                         state = self._at_or_replayed(state, entry.fold)
                     break
         state = self._follow(state, read)
+        if self._trusted and not self._vouched:
+            # No entry since that fold is signed by a key that the caller knows: an older one may list its signers.
+            for _, _, replayed in self.history():
+                state = replayed
+            if not self._vouched:
+                raise CorruptionError(
+                    "no key that you trust vouches for this repository: ask for its public keys where you trust the "
+                    "answer, and do not use what is stored here before",
+                    kind="not_trusted",
+                )
         self.check_tail(state)
         return state
 
@@ -316,7 +474,9 @@ class Log:
     def _at(self, state: State, fold: FoldRef) -> State:
         data = part_of(self._objects, fold.name, fold.start, fold.nbytes)
         root = folds.parse_root(data, name=fold.name, expected=fold.digest, repository=state.genesis.repository)
-        return replace(state, number=root.number, digest=root.entry, fold=fold, root=root, changes={})
+        return replace(
+            state, number=root.number, digest=root.entry, fold=fold, root=root, changes={}, signers=root.signers
+        )
 
     def _follow(self, state: State, read: Mapping[int, bytes] = MappingProxyType({})) -> State:
         """Return the newest state; ``read`` holds entries that need not be read again."""
@@ -336,7 +496,7 @@ class Log:
             except CorruptionError as error:
                 logger.warning("a fold is left out: %s", error)
             else:
-                state = folded if folded.digest == state.digest else state
+                state = folded if (folded.digest, folded.signers) == (state.digest, state.signers) else state
         return state.after(entry, digest)
 
     def _next(self, state: State, data: bytes | None = None) -> tuple[Entry, bytes] | None:
@@ -346,24 +506,58 @@ class Log:
         if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
+        _check_signature(state, entry)
+        if entry.signature is not None and entry.signature.key in self._trusted and (state.signers or entry.signers):
+            self._vouched = True
         return entry, entry_digest(data)
 
-    def _entry(self, state: State, pushes: tuple[PushId, ...], change: Change) -> Entry:
+    def _entry(self, state: State, parts: Sequence[_Part]) -> Entry:
         fold = state.fold
         if state.number - (0 if fold is None else fold.number) >= FOLD_EVERY:
             fold = self._write_fold(state)
+        return replace(self._joined(state, fold, parts), time=now())
+
+    def _joined(self, state: State, fold: FoldRef | None, parts: Sequence[_Part]) -> Entry:
+        acted = [part.commit.principal for part in parts for _ in part.commit.pushes]
         return Entry(
             repository=state.genesis.repository,
             number=state.number + 1,
             previous=state.digest,
             fold=fold,
-            refs=change.refs,
-            versions=change.versions,
-            packs=change.packs,
-            pushes=pushes,
-            principal=principal(),
-            time=now(),
+            refs=tuple(ref for part in parts for ref in part.change.refs),
+            versions=tuple(version for part in parts for version in part.change.versions),
+            packs=tuple(pack for part in parts for pack in part.change.packs),
+            pushes=tuple(push for part in parts for push in part.commit.pushes),
+            signers=tuple(key for part in parts for key in part.change.signers),
+            principal=acted[0],
+            by=tuple(acted) if len(set(acted)) > 1 else (),
         )
+
+    def _signed(self, state: State, entry: Entry) -> Entry:
+        """Return ``entry`` signed, if there is a key; raises PermissionDeniedError if it must be one of others."""
+        allowed = state.signers or entry.signers
+        key = None if self._signer is None else self._signer.public
+        if allowed and key not in allowed:
+            raise PermissionDeniedError(
+                "this repository takes only entries that are signed by a key it lists: give such a key",
+                kind="not_a_signer",
+            )
+        if self._signer is None:
+            return entry
+        return replace(entry, signature=Signature(self._signer.public, self._signer.sign(to_sign(entry))))
+
+    def require_signed(self, keys: Iterable[bytes]) -> State:
+        """Have every entry after the next be signed by one of ``keys`` (public, 32 bytes each).
+
+        There is no way back: the list can be replaced, by whoever holds a key of it, but it never becomes empty. This
+        log's own signer must be on the list that holds now, or on the first one.
+
+        Raises InvalidInputError for no keys or too many, PermissionDeniedError without a key that may do this.
+        """
+        signers = tuple(sorted(set(keys)))
+        if not 0 < len(signers) <= folds.MAX_SIGNERS or any(len(key) != KEY_NBYTES for key in signers):
+            raise InvalidInputError(f"1 to {folds.MAX_SIGNERS} public keys may sign", kind="bad_signers")
+        return self.commit(new_push_id(), lambda state: None if state.signers == signers else Change(signers=signers))
 
     def _write_fold(self, state: State) -> FoldRef:
         """Write the fold of ``state``, or find it written: its bytes, and so its name, follow from the log alone."""
@@ -372,7 +566,7 @@ class Log:
             top = None if state.root is None else state.root.tables[table]
             writer.update(table, top, state.changes.get(table, {}))
         name, parts, start, digest = writer.finish(
-            repository=state.genesis.repository, number=state.number, entry=state.digest
+            repository=state.genesis.repository, number=state.number, entry=state.digest, signers=state.signers
         )
         try:
             self._objects.put_if_absent(name, parts)
@@ -390,6 +584,54 @@ def _check_no_log(objects: Objects) -> None:
 
 def _gap(number: int) -> CorruptionError:
     return CorruptionError(f"entry {number} is missing from the log: restore it from a copy", kind="log_gap")
+
+
+def _check_signature(state: State, entry: Entry) -> None:
+    """Raise CorruptionError unless an entry may follow ``state`` as it is signed, or not signed."""
+    allowed = state.signers or entry.signers
+    signature = entry.signature
+    if signature is None:
+        if allowed:
+            raise CorruptionError(
+                f"entry {entry.number} is not signed, and must be: whoever wrote it was not allowed to", kind="unsigned"
+            )
+        return
+    if allowed and signature.key not in allowed:
+        raise CorruptionError(
+            f"entry {entry.number} is signed by a key that the repository does not list: whoever wrote it was not "
+            "allowed to",
+            kind="bad_signature",
+        )
+    # Where no signature is required, a reader without the means to check one may go on.
+    if (allowed or can_verify()) and not is_signed(to_sign(entry), key=signature.key, signature=signature.value):
+        raise CorruptionError(f"the signature of entry {entry.number} is forged", kind="bad_signature")
+
+
+def _change(commit: _Commit, state: State) -> Change | None:
+    """Return what a commit changes in ``state``, or None for nothing; raises if it may not be."""
+    push = commit.pushes[0]
+    if state.committed_at(push) is not None:
+        return None
+    if any(map(state.is_fenced, commit.pushes)):
+        raise ConflictError("this push was fenced off as abandoned: push again", kind="fenced", push_id=push)
+    return commit.make(state)
+
+
+@contextmanager
+def _failing(waiting: Sequence[_WaitingCommit]) -> Iterator[None]:
+    """Have every commit that is not settled raise what is raised in this block, each an error of its own."""
+    try:
+        yield
+    except LamellaError as error:
+        for one in waiting:
+            unknown = isinstance(error, OutcomeUnknownError)
+            own = _unknown(one.item.pushes[0]) if unknown else copy.copy(error)
+            own.__cause__ = error
+            one.fail(own)
+
+
+def _contention(push: PushId) -> ConflictError:
+    return ConflictError(f"lost {COMMIT_TRIES} races in a row: push again", kind="contention", push_id=push)
 
 
 def _unknown(push: PushId) -> OutcomeUnknownError:
@@ -419,7 +661,7 @@ _acting: ContextVar[str | None] = ContextVar("acting", default=None)
 
 @contextmanager
 def acting_as(name: str) -> Iterator[None]:
-    """Have entries that are written in this block, by this thread, say that ``name`` acted: on behalf of a caller."""
+    """Have entries say that ``name`` asked for what this thread commits in this block, on behalf of a caller."""
     token = _acting.set(name)
     try:
         yield

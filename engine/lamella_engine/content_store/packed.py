@@ -29,6 +29,7 @@ from lamella_engine.format.entry import RefChange, VersionAdded
 from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
+from lamella_engine.signing import Signer
 
 logger = logging.getLogger("lamella")
 
@@ -49,12 +50,22 @@ class PackedStore:
         Runs what is done for each chunk.
     index_path
         File of the chunk index; None keeps it in memory.
+    signer, trusted
+        See :class:`~lamella_engine.content_store.log.Log`.
     """
 
-    def __init__(self, objects: Objects, executor: Executor, *, index_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        executor: Executor,
+        *,
+        index_path: Path | None = None,
+        signer: Signer | None = None,
+        trusted: Iterable[bytes] = (),
+    ) -> None:
         self.objects = objects
         self.executor = executor
-        self.log = Log(objects)
+        self.log = Log(objects, signer=signer, trusted=trusted)
         self.packs = Packs(objects, self._pack_nbytes)
         self.reader = PackedReader(objects, self.log, self.packs, executor)
         self._index = ChunkIndex(index_path)
@@ -62,7 +73,13 @@ class PackedStore:
 
     @classmethod
     def create(
-        cls, objects: Objects, executor: Executor, *, index_path: Path | None = None, max_depth: int = DEFAULT_MAX_DEPTH
+        cls,
+        objects: Objects,
+        executor: Executor,
+        *,
+        index_path: Path | None = None,
+        max_depth: int = DEFAULT_MAX_DEPTH,
+        signer: Signer | None = None,
     ) -> "PackedStore":
         """Make a repository.
 
@@ -70,7 +87,7 @@ class PackedStore:
         """
         probe(objects)
         Log.create(objects, max_depth=max_depth)
-        store = cls(objects, executor, index_path=index_path)
+        store = cls(objects, executor, index_path=index_path, signer=signer)
         store._probed = True
         return store
 

@@ -15,7 +15,7 @@ from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
 from lamella_engine.content_store.state import Ref, State
-from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError, LamellaError
+from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
@@ -157,6 +157,10 @@ class PackedPush:
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
 
+    def restart(self, error: LamellaError) -> bool:
+        """See :class:`~lamella_engine.content_store.seam.Push`. What this push knows lives as long as itself."""
+        return False
+
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
         with suppress(LamellaError):
@@ -199,26 +203,27 @@ class PackedPush:
                     manifest_runs=located.manifest_runs,
                     cell_runs=located.cell_runs,
                 )
-                added.append(self._write_metadata(data, locator, description))
+                added.append(self._metadata(data, locator, description))
+            version, metadata = added[-1]
             return Change(
                 refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
-                versions=(added[-1][0],),
+                versions=(version,),
                 packs=tuple(
                     PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in self._writer.written.values()
                 ),
+                objects=((version.metadata, metadata),),
             )
 
         writer = None if self._writer_id == self.id else self._writer_id
         state = self._store.log.commit(self.id, make, writer=writer)
         if equal:
             return self._store.reader.open_added(equal[0]).recorded
-        if not added:  # an earlier call with this push id has committed it already
-            return self._store.reader.open(version_id(data)).recorded
-        self._tell_index()
         for version, metadata in added:
             if state.version(version.model, version.number) == version:
+                self._tell_index()
                 return self._store.reader.adopt(version, metadata).recorded
-        raise CorruptionError("a commit went through, but its version is not in the log", kind="broken_log")
+        # Another call with this push id has committed it.
+        return self._store.reader.open(version_id(data)).recorded
 
     def _tell_index(self) -> None:
         """Tell the chunk index of this push's packs. It is derived, so nothing that happens here can fail the push."""
@@ -269,11 +274,10 @@ class PackedPush:
                     object=pack.name,
                 )
 
-    def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
+    def _metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
         data = encode_metadata(line, locator)
         name = metadata_name(version_id(line), self._writer_id, self._attempt)
         self._attempt += 1
-        self._store.objects.put_if_absent(name, [data])
         added = VersionAdded(
             self.model, locator.number, name, len(data), digest(Context.METADATA, data), description.decoded_nbytes
         )

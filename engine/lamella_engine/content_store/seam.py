@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.errors import LamellaError
 from lamella_engine.format.version import Description
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
 from lamella_engine.sketches import Sketch
@@ -31,6 +32,8 @@ class Blob:
     """The chunk that must be decoded first, for a delta."""
     read: Callable[[], Buffer] | None = field(default=None, compare=False)
     """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
+    floating: bool = field(default=False, compare=False)
+    """Whether lanes are floats, for a store that encodes the chunk once more."""
 
 
 class Reading(NamedTuple):
@@ -180,8 +183,11 @@ class Push(Protocol):
         May call a chunk missing that is stored (it costs bytes); never calls one present that is not live.
         """
 
-    def base(self, missing: Missing) -> Buffer:
-        """Return the decoded bytes that a delta for ``missing`` is made against; only if it names one."""
+    def base(self, missing: Missing) -> Buffer | None:
+        """Return the decoded bytes that a delta for ``missing`` is made against, which must name one.
+
+        None if they cannot be had here: a blob that is made without them is made once more where they can.
+        """
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
@@ -189,6 +195,12 @@ class Push(Protocol):
         One that does not decode to its chunk is stored as the chunk itself, with a warning, if that can be read again
         and is what it was: then whoever encoded it has erred. Raises InvalidInputError (``wrong_blob``) if not. What a
         failed call wrote is harmless.
+        """
+
+    def restart(self, error: LamellaError) -> bool:
+        """Begin anew after an error, with the same id and parents, if that makes sense; say whether it did.
+
+        If so, everything has to be planned and written again. Raises ConflictError if the branch has moved.
         """
 
     def abandon(self) -> None:

@@ -4,6 +4,7 @@ Requests, signatures, retries with jitter and parallel transfers are obstore's. 
 beyond them: errors that say what to do, exact lengths, listings that are known to be in order.
 """
 
+import os
 import random
 import re
 import time
@@ -11,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from os import environ
+from itertools import pairwise
 from typing import Any
 
 import obstore
@@ -48,6 +49,9 @@ _PARTS_AT_ONCE = 4
 # that time a connection carries 1 MB.
 _NEIGHBOUR_NBYTES = 256 << 10
 
+# S3 gives at most so many names in an answer, which are looked at together.
+_PAGE_NAMES = 1000
+
 # A request is tried again after 0.1 s, 0.2 s ... 5 s, each with jitter, as long as all of them take less than a minute:
 # what lasts longer is no hiccup, and a push can be repeated.
 _MAX_RETRIES = 10
@@ -55,7 +59,8 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _RETRY_S = 60.0
 
-# A request carries at most 16 MiB (but for the metadata of millions of cells), for which a minute asks 270 kB/s.
+# A request carries at most 16 MiB (but for the metadata of millions of cells), and the parts of an upload that are on
+# their way together 32 MiB: what sends 560 kB/s is fast enough.
 _TIMEOUT = "60s"
 _CONNECT_TIMEOUT = "10s"
 
@@ -97,7 +102,8 @@ class CloudObjects:
         ------
         InvalidInputError
             Kind ``bad_url`` for a URL without bucket, or with other signs than names of objects have; ``bad_endpoint``
-            for an endpoint that is no plain ``http://`` or ``https://`` address.
+            for an endpoint that is no plain ``http://`` or ``https://`` address, ``bad_credentials`` for an access key
+            or session token that no request can carry, such as one that ends with a line break.
         """
         scheme, _, rest = url.partition("://")
         bucket, _, prefix = rest.partition("/")
@@ -114,6 +120,7 @@ class CloudObjects:
         if scheme == "s3":
             # The store compares what arrives with this digest, of each part.
             config = {"checksum_algorithm": "SHA256"}
+            _check_credentials()
             endpoint = _endpoint()
             if endpoint:
                 config["endpoint"] = endpoint
@@ -291,36 +298,36 @@ class CloudObjects:
         return self._listed(directory, prefix, max(after, prefix[:-1]) if start else after, limit)
 
     def _listed(self, directory: str, prefix: str, after: str, limit: int | None) -> Iterator[ObjectInfo]:
-        before = ""
-        for info in self._names_in(directory, after) if limit != 0 else ():
+        last = ""
+        for page in self._pages(directory, after) if limit != 0 else ():
             # What others left there is no object, and what lies deeper is in no listing.
-            if info.name.rpartition("/")[0] != directory or not is_object_name(info.name):
-                continue
-            if info.name < before:
+            infos = [info for info in page if info.name.rpartition("/")[0] == directory and is_object_name(info.name)]
+            names = [last, *(info.name for info in infos)]
+            if any(name < before for before, name in pairwise(names)):
                 raise StorageError(
                     f"{self.place} lists names in no order, and a repository needs them in order: use another bucket",
                     kind="unordered_listing",
                     transient=False,
                 )
-            before = info.name
-            if info.name <= after or info.name < prefix:
-                continue
-            if not info.name.startswith(prefix):
-                return
-            yield info
-            if limit is not None:
-                limit -= 1
-                if not limit:
+            last = names[-1]
+            for info in infos:
+                if info.name <= after or info.name < prefix:
+                    continue
+                if not info.name.startswith(prefix):
                     return
+                yield info
+                if limit is not None:
+                    limit -= 1
+                    if not limit:
+                        return
 
-    def _names_in(self, directory: str, after: str) -> Iterator[ObjectInfo]:
+    def _pages(self, directory: str, after: str) -> Iterator[Sequence[ObjectInfo]]:
         with self._errors("list", directory or "the top"):
             if not directory:  # beside everything below it, which nobody wants to go through
-                found = obstore.list_with_delimiter(self._store)["objects"]
-                yield from (ObjectInfo(item["path"], int(item["size"])) for item in found)
+                yield _infos(obstore.list_with_delimiter(self._store)["objects"])
                 return
-            for page in obstore.list(self._store, directory, offset=after or None):
-                yield from (ObjectInfo(item["path"], int(item["size"])) for item in page)
+            for page in obstore.list(self._store, directory, offset=after or None, chunk_size=_PAGE_NAMES):
+                yield _infos(page)
 
     def delete(self, name: str) -> None:
         """Ask for it to be removed. Where a bucket keeps versions, it keeps this one too."""
@@ -338,6 +345,10 @@ class CloudObjects:
     def _errors(self, verb: str, name: str) -> Iterator[None]:
         with _store_errors(f"{verb} {name} in {self.place}", name if verb == "read" else None):
             yield
+
+
+def _infos(items: Iterable[Any]) -> list[ObjectInfo]:
+    return [ObjectInfo(item["path"], int(item["size"])) for item in items]
 
 
 def _neighbours(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -361,15 +372,25 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[memoryview]:
 def _endpoint() -> str:
     """Return where S3 is spoken, if the environment says so, else nothing."""
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    name = next((name for name in names if environ.get(name)), None)
+    name = next((name for name in names if os.environ.get(name)), None)
     if name is None:
         return ""
-    if not _ENDPOINT.fullmatch(environ[name]):
+    if not _ENDPOINT.fullmatch(os.environ[name]):
         raise InvalidInputError(
             f"the value of {name} is no endpoint: give http://host:port or https://host, without user and password",
             kind="bad_endpoint",
         )
-    return environ[name].rstrip("/")
+    return os.environ[name].rstrip("/")
+
+
+def _check_credentials() -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
+        value = os.environ.get(name, "")
+        if not (value.isascii() and value.isprintable()):  # obstore would panic
+            raise InvalidInputError(
+                f"the value of {name} has signs that no credential has: set it without line breaks",
+                kind="bad_credentials",
+            )
 
 
 def _pauses() -> Iterator[float]:
@@ -395,12 +416,43 @@ def _retries(most: int) -> Any:
     }
 
 
+class _Connections:
+    """Whose obstore's connections are.
+
+    Threads wait for them, which a fork does not have, at a descriptor, which it shares: a request of a fork would never
+    end, and make its parent crash.
+    """
+
+    def __init__(self) -> None:
+        self._in_use = False
+        self._inherited = False
+        os.register_at_fork(after_in_child=self._forked)
+
+    def use(self, action: str) -> None:
+        """Raise StorageError if they are another process's."""
+        if self._inherited:
+            raise StorageError(
+                f"cannot {action}: this process was forked from one that had used a bucket, and cannot share its "
+                "connections; start processes with 'spawn' or 'forkserver'",
+                kind="forked",
+                transient=False,
+            )
+        self._in_use = True
+
+    def _forked(self) -> None:
+        self._inherited = self._in_use
+
+
+_connections = _Connections()
+
+
 @contextmanager
 def _store_errors(action: str, name: str | None = None) -> Iterator[None]:
     """Turn what obstore raises into the error that says what its catcher can do. That a name is taken passes.
 
     ``name`` is the object that is read, if one is.
     """
+    _connections.use(action)
     try:
         yield
     except failures.AlreadyExistsError:

@@ -28,17 +28,27 @@ class RepositoryRequest(_message.Message):
     repository: str
     def __init__(self, repository: _Optional[str] = ...) -> None: ...
 
+class DescribeRequest(_message.Message):
+    __slots__ = ("repository", "seen")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    seen: int
+    def __init__(self, repository: _Optional[str] = ..., seen: _Optional[int] = ...) -> None: ...
+
 class RepositoryInfo(_message.Message):
-    __slots__ = ("id", "max_depth", "head", "head_digest")
+    __slots__ = ("id", "max_depth", "head", "head_digest", "seen_digest")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     id: str
     max_depth: int
     head: int
     head_digest: bytes
-    def __init__(self, id: _Optional[str] = ..., max_depth: _Optional[int] = ..., head: _Optional[int] = ..., head_digest: _Optional[bytes] = ...) -> None: ...
+    seen_digest: bytes
+    def __init__(self, id: _Optional[str] = ..., max_depth: _Optional[int] = ..., head: _Optional[int] = ..., head_digest: _Optional[bytes] = ..., seen_digest: _Optional[bytes] = ...) -> None: ...
 
 class StatsReply(_message.Message):
     __slots__ = ("models", "versions", "packs", "decoded_nbytes", "stored_nbytes")

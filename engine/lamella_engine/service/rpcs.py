@@ -27,6 +27,7 @@ from lamella_engine.service.slots import Slots
 from lamella_engine.service.tokens import Grant, Tokens
 from lamella_engine.sketches import parse as parse_sketch
 from lamella_engine.wire import (
+    POSITION,
     batches,
     decode_cells,
     decode_planned,
@@ -83,11 +84,14 @@ class Rpcs:
         """Make a repository."""
         return self._info(self._repositories.create(request.repository, max_depth=request.max_depth))
 
-    def repositories_describe(self, request: pb.RepositoryRequest, call: Call) -> pb.RepositoryInfo:
+    def repositories_describe(self, request: pb.DescribeRequest, call: Call) -> pb.RepositoryInfo:
         """Say what a client has to know."""
         store = self._repositories.open(request.repository)
         store.log.refresh()
-        return self._info(store)
+        info = self._info(store)
+        if request.HasField("seen"):
+            info.seen_digest = store.log.digest_at(request.seen) or b""
+        return info
 
     def _info(self, store: PackedStore) -> pb.RepositoryInfo:
         state = store.log.state
@@ -240,14 +244,15 @@ class Rpcs:
         header = parse(pb.WriteHeader, next(messages, b""))
         _, session = self._session(header.repository, header.push, call)
         with self._writers.taken(call.principal.name):
-            session.rewind()
+            yield POSITION.pack(session.rewind())
             for message in messages:
-                if len(message) < 8:
+                if len(message) < POSITION.size:
                     raise InvalidInputError("a message of a write begins with its position", kind="bad_message")
-                taken = session.receive(int.from_bytes(message[:8], "little"), memoryview(message)[8:])
+                (position,) = POSITION.unpack_from(message)
+                taken = session.receive(position, memoryview(message)[POSITION.size :])
                 if taken is not None:
-                    yield taken.to_bytes(8, "little")
-            yield session.flush().to_bytes(8, "little")
+                    yield POSITION.pack(taken)
+            yield POSITION.pack(session.flush())
 
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""

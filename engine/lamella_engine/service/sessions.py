@@ -136,6 +136,7 @@ class Session:
     def receive(self, position: int, data: memoryview) -> int | None:
         """Take bytes of records; return up to where they have been stored, if that has changed."""
         with self._our_turn():
+            before = self._taken
             if position > self._received:
                 raise InvalidInputError(f"bytes {self._received} to {position} of this push never came", kind="gap")
             data = data[self._received - position :]
@@ -145,7 +146,7 @@ class Session:
                 self._batch.append(record)
                 if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
                     self._store_batch()
-            return None if self._batch or self._received - self._parser.waiting_nbytes != self._taken else self._taken
+            return None if self._taken == before else self._taken
 
     def _record(self) -> tuple[Blob, int] | None:
         try:

@@ -1,0 +1,136 @@
+"""Repositories behind a service for tests, and a proxy on the way there that counts, cuts and swallows."""
+
+import itertools
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.executor import Executor, InlineExecutor
+from lamella_engine.objects import Objects
+from lamella_engine.objects.memory import MemoryObjects
+from lamella_engine.remote.opening import connect
+from lamella_engine.repository import Repository
+from lamella_engine.service.server import Server
+
+PIECE_NBYTES = 1 << 16
+
+
+@dataclass
+class Proxy:
+    """Passes bytes on between clients and one server."""
+
+    server: tuple[str, int]
+    sent: int = 0
+    """Bytes of all clients so far."""
+    received: int = 0
+    """Bytes for all clients so far."""
+    cut_sent_at: int | None = None
+    """When clients have sent so many bytes, the connection that it happens on is cut, once."""
+    cut_received_at: int | None = None
+    """The same of what they receive."""
+    cuts: int = 0
+    _listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+    _open: list[socket.socket] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def address(self) -> str:
+        host, port = self._listener.getsockname()
+        return f"{host}:{port}"
+
+    def cut_next_reply(self) -> None:
+        """Let nothing more of what the server says come through on the connection on which it speaks next."""
+        self.cut_received_at = self.received
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(self.server)
+                except OSError:
+                    client.close()
+                    continue
+                self._open += [client, server]
+                for pair, sent in ((client, server), True), ((server, client), False):
+                    threading.Thread(target=self._pass, args=(*pair, sent), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, sent: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(PIECE_NBYTES):
+                if self._cuts(len(data), sent):
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cuts(self, nbytes: int, sent: bool) -> bool:
+        with self._lock:
+            if sent:
+                self.sent += nbytes
+                cut = self.cut_sent_at is not None and self.sent >= self.cut_sent_at
+                self.cut_sent_at = None if cut else self.cut_sent_at
+            else:
+                self.received += nbytes
+                cut = self.cut_received_at is not None and self.received >= self.cut_received_at
+                self.cut_received_at = None if cut else self.cut_received_at
+            self.cuts += cut
+            return cut
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for end in (self._listener, *self._open):
+            end.close()
+
+
+@contextmanager
+def proxied(address: str) -> Iterator[Proxy]:
+    """Run a proxy before a server."""
+    host, _, port = address.rpartition(":")
+    proxy = Proxy((host, int(port)))
+    threading.Thread(target=proxy.run, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+# -- the engine's own tests, with a wire in between --------------------------------------------------------------------
+
+_names = (f"r{number}" for number in itertools.count())
+_stores: "WeakKeyDictionary[Repository, PackedStore]" = WeakKeyDictionary()
+
+
+def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a module of tests have its repositories behind a service, with the objects it looks at on the other side."""
+
+    def served(store: PackedStore, executor: Executor | None) -> Repository:
+        name = next(_names)
+        server._rpcs._repositories._open[name] = store
+        executor = executor or InlineExecutor()
+        remote, jobs = connect(f"grpc://{server.address}/{name}", executor)
+        repo = Repository(remote, executor, jobs)
+        _stores[repo] = store
+        return repo
+
+    def new_repository(
+        objects: Objects | None = None, executor: Executor | None = None, *, max_depth: int = DEFAULT_MAX_DEPTH
+    ) -> Repository:
+        store = PackedStore.create(objects or MemoryObjects(), InlineExecutor(), max_depth=max_depth)
+        return served(store, executor)
+
+    def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
+        return served(PackedStore(objects, InlineExecutor()), executor)
+
+    for stand_in in new_repository, open_again:
+        monkeypatch.setattr(module, stand_in.__name__, stand_in, raising=False)
+    monkeypatch.setattr(module, "store_of", _stores.__getitem__, raising=False)

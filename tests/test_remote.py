@@ -1,0 +1,491 @@
+"""A repository behind a service behaves like a local one, whatever happens on the way."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from remote import Proxy, proxied
+from service import serving
+from support import bits, noise
+
+import lamella
+from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.seam import Push
+from lamella_engine.executor import InlineExecutor
+from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.remote import channel
+from lamella_engine.remote.channel import Channel
+from lamella_engine.remote.place import Credentials, Place, parse_url
+from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.service.server import Server
+from lamella_engine.service.sessions import Session, Sessions
+
+TENSORS = {
+    "embedding": noise(1, 1500, 1024),
+    "layer.weight": noise(2, 700, 1024),
+    "norm": noise(3, 64),
+    "scalar": np.float64(3.5),
+    "step": np.array([7], np.int64),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+def nudged(tensors, seed=9, share=0.01):
+    """Return tensors of which some elements have moved a little."""
+    random = np.random.default_rng(seed)
+    moved = {}
+    for name, tensor in tensors.items():
+        array = np.array(tensor)
+        if array.dtype == np.float32:
+            where = random.random(array.shape) < share
+            array[where] *= np.float32(1.001)
+        moved[name] = array
+    return moved
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for name in [name for name in os.environ if name.startswith("LAMELLA_")]:
+        if name != "LAMELLA_HYPOTHESIS_PROFILE":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    with serving(tmp_path / "root") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server) -> Iterator[Proxy]:
+    with proxied(server.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def repo(server) -> Iterator[lamella.Repository]:
+    with lamella.init(f"grpc://{server.address}/team") as repo:
+        yield repo
+
+
+@pytest.fixture
+def far(proxy, repo) -> Iterator[lamella.Repository]:
+    """The same repository, by way of the proxy."""
+    with lamella.open(f"grpc://{proxy.address}/team") as far:
+        yield far
+
+
+@pytest.fixture
+def local() -> Iterator[lamella.Repository]:
+    with lamella.init(f"memory://{os.urandom(8).hex()}") as local:
+        yield local
+
+
+# -- like a local one --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_pushed_comes_back_bit_for_bit(repo):
+    repo.push(TENSORS, "bert@main", message="first", metrics={"loss": 0.5}, recipe={"a": [1]}, files={"x.txt": b"abc"})
+    assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+    version = repo.version("bert@main")
+    assert (version.message, dict(version.metrics), version.number) == ("first", {"loss": 0.5}, 1)
+    assert version["layer.weight"][3:5, 7].tobytes() == TENSORS["layer.weight"][3:5, 7].tobytes()
+
+
+def test_files_come_back_byte_for_byte(repo, tmp_path):
+    repo.push(TENSORS, "bert@main", files={"config.json": b"{}", "sub/long.bin": bytes(range(256)) * 40_000})
+    repo.checkout("bert@main", tmp_path / "out")
+    assert (tmp_path / "out/sub/long.bin").read_bytes() == bytes(range(256)) * 40_000
+
+
+def test_log_diff_stats_and_distance_are_those_of_a_local_repository(repo, local):
+    second = nudged(TENSORS)
+    for place in repo, local:
+        place.push(TENSORS, "bert@main", message="one")
+        place.push(second, "bert@main", message="two")
+        place.tag("bert@good", "bert@v1")
+    assert [(v.number, v.message) for v in repo.log("bert@main")] == [(2, "two"), (1, "one")]
+    assert repo.diff("bert@v1", "bert@v2") == local.diff("bert@v1", "bert@v2")
+    assert repo.refs("bert") == local.refs("bert")
+    assert repo.models() == local.models()
+    assert repo.stats().decoded_nbytes == local.stats().decoded_nbytes
+    assert repo.cost("bert@v2") == local.cost("bert@v2")
+    ours, theirs = (place.distance("bert@v1", "bert@v2") for place in (repo, local))
+    assert ours == theirs
+    assert ours.cosine == theirs.cosine
+    assert ours.per_tensor["norm"].cosine == theirs.per_tensor["norm"].cosine
+    assert repo.verify(deep=True).ok
+
+
+def test_errors_are_those_of_a_local_repository(repo, local):
+    for place in repo, local:
+        place.push(TENSORS, "bert@main")
+        place.tag("bert@good", "bert@v1")
+
+    def said(place, call):
+        with pytest.raises(lamella.LamellaError) as error:
+            call(place)
+        return type(error.value), error.value.kind, error.value.message
+
+    calls = [
+        lambda place: place.version("bert@nope"),
+        lambda place: place.version("brt@main"),
+        lambda place: place.version("bert@v9"),
+        lambda place: place.version("deadbeefdead"),
+        lambda place: place.version("no revision"),
+        lambda place: place.version("bert@v1~3"),
+        lambda place: place.checkout("bert@main", include="nothing*"),
+        lambda place: place.version("bert@main")["nothing"],
+        lambda place: place.delete_ref("bert@nope"),
+        lambda place: place.push(TENSORS, "bert@good"),
+        lambda place: place.push({"x": noise(1, 3)}, "bert@v3"),
+        lambda place: place.distance("bert@main", "bert@main", include="nothing"),
+    ]
+    assert [said(repo, call) for call in calls] == [said(local, call) for call in calls]
+
+
+def test_a_repository_that_is_not_there_is_not_found(server):
+    with pytest.raises(lamella.RepositoryNotFoundError):
+        lamella.open(f"grpc://{server.address}/other")
+
+
+def test_a_repository_is_made_once(server, repo):
+    with pytest.raises(lamella.AlreadyExistsError):
+        lamella.init(f"grpc://{server.address}/team")
+
+
+def test_a_repository_that_was_closed_says_so(repo):
+    repo.close()
+    repo.close()
+    with pytest.raises(lamella.InvalidInputError) as error:
+        repo.models()
+    assert error.value.kind == "closed"
+
+
+def test_a_branch_that_moved_is_a_conflict(repo, server):
+    repo.push(TENSORS, "bert@main")
+    with lamella.open(f"grpc://{server.address}/team") as other:
+        push = repo._begin("bert", "main", None)
+        other.push(nudged(TENSORS), "bert@main")
+        with pytest.raises(lamella.ConflictError):
+            go_on_with(push, TENSORS)
+    assert repo.version("bert@main").number == 2
+
+
+def go_on_with(push: Push, tensors):
+    with open_checkpoint(tensors) as checkpoint:
+        return push_checkpoint(push, checkpoint, InlineExecutor(), Notes())
+
+
+def test_pushing_the_same_again_records_nothing(repo):
+    first = repo.push(TENSORS, "bert@main")
+    assert repo.push(TENSORS, "bert@main").id == first.id
+    assert repo.version("bert@latest").number == 1
+
+
+def test_a_repository_takes_as_many_bytes_as_a_local_one(repo, local):
+    for place in repo, local:
+        for number in range(3):
+            place.push(nudged(TENSORS, number), "bert@main", message=str(number))
+    ours, theirs = repo.stats().stored_nbytes, local.stats().stored_nbytes
+    assert abs(ours - theirs) < 0.01 * theirs
+
+
+# -- what travels ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_service_has_is_not_sent_again(far, proxy):
+    far.push(TENSORS, "bert@main")
+    before = proxy.sent
+    far.push({**TENSORS, "norm": noise(8, 64)}, "bert@main")
+    assert proxy.sent - before < 40_000
+
+
+def test_one_layer_costs_its_own_bytes(far, proxy):
+    far.push(TENSORS, "bert@main")
+    before = proxy.received
+    got = far.checkout("bert@main", include="layer.*")
+    assert bits(got) == bits({"layer.weight": TENSORS["layer.weight"]})
+    assert proxy.received - before < 1.02 * TENSORS["layer.weight"].nbytes
+
+
+def test_memory_that_holds_a_version_is_sent_only_what_changed(far, proxy):
+    second = nudged(TENSORS)
+    far.push(TENSORS, "bert@main")
+    far.push(second, "bert@main")
+    held = {name: np.array(tensor) for name, tensor in TENSORS.items()}
+    before = proxy.received
+    far.checkout("bert@v2", into=held, have="bert@v1")
+    assert bits(held) == bits(second)
+    assert proxy.received - before < 0.05 * sum(tensor.nbytes for tensor in TENSORS.values())
+
+
+def test_memory_that_does_not_hold_what_it_is_said_to_is_found_out(repo):
+    repo.push(TENSORS, "bert@main")
+    repo.push(nudged(TENSORS), "bert@main")
+    with pytest.raises(lamella.InvalidInputError) as error:
+        repo.checkout("bert@v2", into={name: np.zeros_like(tensor) for name, tensor in TENSORS.items()}, have="bert@v1")
+    assert error.value.kind == "not_held"
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+LONG = {f"w{number}": np.random.default_rng(number).integers(0, 256, 4 << 20, np.uint8) for number in range(8)}
+LONG_NBYTES = sum(tensor.nbytes for tensor in LONG.values())
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_a_push_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
+    proxy.cut_sent_at = int(share * LONG_NBYTES)
+    version = far.push(LONG, "bert@main")
+    assert proxy.cuts == 1
+    assert bits(far.checkout(version.id)) == bits(LONG)
+    # What is sent again is at most what was under way: a window, and what lay in sockets.
+    assert proxy.sent < LONG_NBYTES + WINDOW_NBYTES
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_checkout_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
+    far.push(LONG, "bert@main")
+    before = proxy.received
+    proxy.cut_received_at = before + int(share * LONG_NBYTES)
+    assert bits(far.checkout("bert@main")) == bits(LONG)
+    assert proxy.cuts == 1
+    assert proxy.received - before < 1.6 * LONG_NBYTES
+
+
+def test_a_commit_whose_answer_is_lost_happens_once(far, proxy, repo, monkeypatch):
+    commit = Session.commit
+
+    def committed(session, description):
+        recorded = commit(session, description)
+        if not proxy.cuts:
+            proxy.cut_next_reply()
+        return recorded
+
+    monkeypatch.setattr(Session, "commit", committed)
+    version = far.push(TENSORS, "bert@main")
+    assert proxy.cuts == 1
+    assert version.number == 1
+    assert [found.id for found in repo.log("bert@main")] == [version.id]
+
+
+def test_a_commit_whose_answer_and_session_are_lost_is_asked_for(far, proxy, repo, monkeypatch):
+    commit, sessions = Session.commit, []
+
+    def committed(session, description):
+        recorded = commit(session, description)
+        proxy.cut_next_reply()
+        sessions[0]._sessions.clear()
+        return recorded
+
+    begin = Sessions.begin
+
+    def began(found, *arguments, **options):
+        sessions.append(found)
+        return begin(found, *arguments, **options)
+
+    monkeypatch.setattr(Session, "commit", committed)
+    monkeypatch.setattr(Sessions, "begin", began)
+    version = far.push(TENSORS, "bert@main")
+    assert proxy.cuts == 1
+    assert [found.id for found in repo.log("bert@main")] == [version.id]
+
+
+@pytest.mark.parametrize("call", ["plan", "receive", "flush", "commit"])
+def test_a_push_that_the_service_forgot_begins_anew(repo, server, monkeypatch, call):
+    real, forgotten = getattr(Session, call), []
+
+    def forget(session, *arguments):
+        if not forgotten:
+            forgotten.append(session)
+            server._rpcs.sessions._sessions.clear()
+            raise lamella.NotFoundError("gone", kind="no_session")
+        return real(session, *arguments)
+
+    monkeypatch.setattr(Session, call, forget)
+    version = repo.push(TENSORS, "bert@main")
+    assert len(forgotten) == 1
+    assert bits(repo.checkout(version.id)) == bits(TENSORS)
+    assert [found.id for found in repo.log("bert@main")] == [version.id]
+
+
+def test_a_push_that_the_service_keeps_forgetting_is_given_up(repo, server, monkeypatch):
+    def forget(session, *arguments):
+        raise lamella.NotFoundError("gone", kind="no_session")
+
+    monkeypatch.setattr(Session, "plan", forget)
+    with pytest.raises(lamella.StorageError) as error:
+        repo.push(TENSORS, "bert@main")
+    assert (error.value.kind, error.value.transient) == ("session_lost", True)
+
+
+def test_a_push_goes_on_when_the_server_is_started_anew(tmp_path, repo, server, monkeypatch):
+    """Its sessions are gone then, and all that was not committed."""
+    servers = [server]
+    plan, wait = Session.plan, channel.Patience.wait
+
+    def planned(session, first, cells):
+        if len(servers) == 1:
+            raise lamella.StorageError("about to go down", transient=True)
+        return plan(session, first, cells)
+
+    def restart(patience, error):
+        if len(servers) == 1:
+            server.stop(grace_s=0)
+            servers.append(Server(str(tmp_path / "root"), server.address, insecure_loopback=True))
+            servers[1].start()
+        wait(patience, error)
+
+    monkeypatch.setattr(Session, "plan", planned)
+    monkeypatch.setattr(channel.Patience, "wait", restart)
+    try:
+        version = repo.push(TENSORS, "bert@main")
+        assert bits(repo.checkout(version.id)) == bits(TENSORS)
+        assert len(servers) == 2
+    finally:
+        servers[-1].stop(grace_s=0)
+
+
+def test_a_deletion_whose_answer_is_lost_is_done(far, proxy, repo, monkeypatch):
+    far.push(TENSORS, "bert@main")
+    far.tag("bert@good", "bert@v1")
+    real = PackedStore.update_refs
+
+    def update(store, updates):
+        real(store, updates)
+        if not proxy.cuts:
+            proxy.cut_next_reply()
+
+    monkeypatch.setattr(PackedStore, "update_refs", update)
+    far.delete_ref("bert@good")
+    assert proxy.cuts == 1
+    assert [ref.name for ref in repo.refs("bert")] == ["main"]
+
+
+def test_a_service_that_is_not_there_is_one_line_for_people(server, tmp_path):
+    address = server.address
+    server.stop(grace_s=0)
+    main = "import sys; from lamella.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "-C", f"grpc://{address}/team", "stats"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == lamella.StorageError.exit_code
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"lamella: cannot reach the service at {address}: check the address")
+
+
+# -- places and secrets ------------------------------------------------------------------------------------------------
+
+
+def test_a_loopback_host_is_spoken_to_in_the_clear_and_others_are_not():
+    assert parse_url("grpc://localhost/a/b") == Place("localhost", 7443, "a/b", secure=False)
+    assert parse_url("grpc://[::1]:80/a").address == "[::1]:80"
+    assert not parse_url("grpc://127.0.0.1:1/a").secure
+    assert parse_url("grpc://example.org/a").secure
+    assert parse_url("grpcs://localhost/a").secure
+    assert parse_url("grpc://127.0.0.1.example.org/a").secure
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "grpc://lml_s3cret@host/a",
+        "grpc://user:lml_s3cret@host/a",
+        "grpc://host/a?token=lml_s3cret",
+        "grpc://host/a#lml_s3cret",
+        "grpc://host",
+        "grpc:///a",
+        "grpc://host:99999999/a",
+        "grpc://host:0/a",
+    ],
+)
+def test_a_url_that_holds_a_secret_or_no_repository_is_refused_without_repeating_it(url):
+    with pytest.raises(lamella.InvalidInputError) as error:
+        lamella.open(url)
+    assert error.value.kind == "bad_url"
+    assert "s3cret" not in f"{error.value!r} {error.value.context}"
+
+
+def test_a_token_is_shown_to_the_server_and_to_nobody_else(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(tmp_path / "root") as server:
+        secret, _ = server._tokens.create("ann", "admin")
+        weak, _ = server._tokens.create("bob", "reader")
+        monkeypatch.setenv("LAMELLA_TOKEN", secret)
+        with lamella.init(f"grpc://{server.address}/team") as repo:
+            repo.push(TENSORS, "bert@main")
+            seen = [repr(repo), repr(repo._store), repr(repo._store.channel), repr(vars(repo._store.channel))]
+            seen.append(repr(repo._store.channel._credentials))
+        monkeypatch.setenv("LAMELLA_TOKEN", weak)
+        with (
+            lamella.open(f"grpc://{server.address}/team") as repo,
+            pytest.raises(lamella.PermissionDeniedError) as error,
+        ):
+            repo.push(nudged(TENSORS), "bert@main")
+        seen += [repr(error.value), str(error.value.context)]
+        monkeypatch.setenv("LAMELLA_TOKEN", "lml_wrong")
+        with pytest.raises(lamella.LamellaError) as error:
+            lamella.open(f"grpc://{server.address}/team")
+        seen += [repr(error.value), caplog.text]
+    assert not any(text in one for text in (secret, weak, "lml_wrong") for one in seen)
+
+
+def test_a_token_may_be_renewed_in_its_file(tmp_path, monkeypatch):
+    with serving(tmp_path / "root") as server:
+        first, _ = server._tokens.create("ann", "admin")
+        second, _ = server._tokens.create("bob", "reader")
+        file = tmp_path / "token"
+        file.write_text(f"{first}\n")
+        monkeypatch.setenv("LAMELLA_TOKEN_FILE", str(file))
+        with lamella.init(f"grpc://{server.address}/team") as repo:
+            file.write_text(second)
+            with pytest.raises(lamella.PermissionDeniedError):
+                repo.push(TENSORS, "bert@main")
+            file.unlink()
+            with pytest.raises(lamella.InvalidInputError, match="LAMELLA_TOKEN_FILE"):
+                repo.models()
+
+
+def test_a_token_that_cannot_be_one_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("LAMELLA_TOKEN", "s3cret with\nline")
+    with pytest.raises(lamella.InvalidInputError) as error:
+        Credentials.of().metadata()
+    assert "s3cret" not in str(error.value)
+    assert "s3cret" not in repr(Credentials.of())
+
+
+def test_a_certificate_wants_its_key(monkeypatch):
+    monkeypatch.setenv("LAMELLA_CLIENT_CERT", "/nowhere")
+    with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CLIENT_KEY"):
+        Credentials.of()
+
+
+def test_files_that_cannot_be_read_are_named(monkeypatch):
+    monkeypatch.setenv("LAMELLA_CA", "/nowhere/ca.pem")
+    with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CA"):
+        Channel(parse_url("grpcs://localhost/a"), Credentials.of())
+
+
+def test_without_grpc_it_is_said_what_to_install():
+    code = (
+        "import sys; sys.modules['grpc'] = None\n"
+        "import lamella\n"
+        "try: lamella.open('grpc://localhost/a')\n"
+        "except lamella.InvalidInputError as error: print(error.kind)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["missing_extra"]
+
+
+def test_grpc_is_imported_for_such_a_url_only():
+    code = "import sys, lamella; lamella.init('memory://x'); print('grpc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False"]
