@@ -327,7 +327,7 @@ def test_bytes_that_are_no_record_are_refused_and_damaged_ones_may_come_again(st
     records = taken.records()
     with pytest.raises(StorageError) as damaged:
         write(session, records[:-1] + bytes([records[-1] ^ 1]))
-    assert (damaged.value.kind, damaged.value.transient) == ("damaged_transfer", True)
+    assert (damaged.value.kind, damaged.value.transient) == ("changed_on_its_way", True)
     assert write(session, records, session.rewind()) == len(records)
 
 
