@@ -14,7 +14,7 @@ from lamella_engine.service.access import repository_not_found
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")
 # A repository's own directories, and the root's: a name with one of these in it could lie inside another repository.
-_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access", "audit"))
+_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access"))
 
 
 def check_repository_name(name: str) -> str:
