@@ -63,4 +63,5 @@ if os.environ.get("LAMELLA_CARRIER") == "remote":
 
     @pytest.fixture(autouse=True)
     def _carrier(request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")  # tests count what is read, and do harm to what is stored
         remote.put_a_wire_between(request.module, _server, monkeypatch)

@@ -280,6 +280,33 @@ class Repository:
         for recorded in self._store.ancestors(self._store.resolve(revision)):
             yield Version(recorded, self._reader)
 
+    def watch(self, name: str, *, after: str | None = None) -> Iterator[Version]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        Parameters
+        ----------
+        name
+            ``"model@ref"``.
+        after
+            A revision that the caller has: the first one is yielded only if it is another.
+
+        Never ends by itself: stop asking, or break. Whoever takes longer over one than the ref stays there may be given
+        only the newest of the next. With ``checkout(..., into=tensors, have=...)`` a process follows another's training
+        at the cost of what changes. Raises RefNotFoundError.
+
+        >>> import lamella, numpy as np
+        >>> repo = lamella.init("memory://watch")
+        >>> first = repo.push({"w": np.zeros(3)}, "demo@main")
+        >>> next(repo.watch("demo@main")) == first
+        True
+        """
+        model, ref = parse_target(name)
+        at = None if after is None else self._store.version(self._store.resolve(after))
+        if at is not None and at.model != model:
+            raise _another_model(after, at.model, model)
+        for recorded in self._store.watch(model, ref, 0 if at is None else at.number):
+            yield Version(recorded, self._reader)
+
     def diff(self, a: str, b: str) -> Diff:
         """Say which tensors differ between two versions; reads no weights."""
         return self._jobs.diff(self._store.resolve(a), self._store.resolve(b))
@@ -322,10 +349,7 @@ class Repository:
         model, ref = parse_target(name)
         at = self._store.version(self._store.resolve(revision))
         if at.model != model:
-            raise InvalidInputError(
-                f"{revision} is a version of {at.model}, not of {model}: name one of {model}",
-                kind="another_model",
-            )
+            raise _another_model(revision, at.model, model)
         self._store.update_refs([RefUpdate(model, ref, kind, at.number)])
 
     # -- the whole -----------------------------------------------------------------------------------------------------
@@ -340,6 +364,12 @@ class Repository:
         ``deep`` also decodes every blob and computes its chunk id again.
         """
         return self._jobs.verify(deep=deep)
+
+
+def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{revision} is a version of {actual}, not of {wanted}: name one of {wanted}", kind="another_model"
+    )
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
