@@ -191,7 +191,8 @@ def test_what_is_no_segment_is_named(objects):
         (b"[]\n", CorruptionError),
         (b'{"format":1}\n', UnsupportedFormatError),
         (b'{"format":0,"previous":"","repository":"r"}\n', CorruptionError),
-        (b'{"format":0,"previous":"","repository":"other"}\n{}\n', CorruptionError),
+        (encode_segment([encode_read(read(0))], repository="other", previous=None), CorruptionError),
+        (encode_segment([encode_read(read(0))], repository="r", previous=b"x" * 32), CorruptionError),
         (b'{"format":0,"previous":"","repository":"r"}\n{}\n', CorruptionError),
         (b'{"format":0,"more":1,"previous":"","repository":"r"}\n{}\n', UnsupportedFormatError),
     ],
@@ -229,6 +230,19 @@ def test_a_segment_whose_answer_is_lost_is_written_once(fault, objects):
         if faulty.writes <= fail_at:
             break
     assert fail_at == 3
+
+
+def test_a_segment_that_landed_unheard_is_not_taken_for_one_with_later_reads(objects):
+    store = opened(objects)
+    notes = ReadAudit(store)
+    notes._objects = FaultyObjects(objects, 0, Fault.APPLIED_BUT_ERROR)
+    notes.note(read(0))
+    notes.flush()
+    notes.note(read(1))
+    notes.flush()
+    assert len(segments(objects)) == 2
+    found = account(opened(objects))
+    assert ([one.what for one in found.reads], found.problems) == (["m@v0", "m@v1"], [])
 
 
 def test_reading_ends_before_notes_are_dropped(objects):

@@ -239,18 +239,19 @@ class Log:
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
             self._check_gap(entry.number)
-            if self._publish(entry, data):
-                with self._lock:
-                    if self._state.number < after.number:
-                        self._state = after
-                    for name in entry.audit:
-                        self._audit.pop(name, None)
+            if not self._publish(entry, data):
                 for part in parts:
-                    part.waiting.answer(after)
-        for part in parts:
-            part.commit.lost_races += 1
-            if part.commit.lost_races == COMMIT_TRIES:
-                part.waiting.fail(_contention(part.commit.pushes[0]))
+                    part.commit.lost_races += 1
+                    if part.commit.lost_races == COMMIT_TRIES:
+                        part.waiting.fail(_contention(part.commit.pushes[0]))
+                return
+            with self._lock:
+                if self._state.number < after.number:
+                    self._state = after
+                for name in entry.audit:
+                    self._audit.pop(name, None)
+            for part in parts:
+                part.waiting.answer(after)
 
     def _parts(self, state: State, waiting: Sequence[_WaitingCommit]) -> list[_Part]:
         """Return what one entry after ``state`` can hold, in order; settle the commits that need no entry.
