@@ -65,3 +65,8 @@ if os.environ.get("LAMELLA_CARRIER") == "remote":
     def _carrier(request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")  # tests count what is read, and do harm to what is stored
         remote.put_a_wire_between(request.module, _server, monkeypatch)
+
+    def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+        carried = [item for item in items if remote.is_carried(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in carried])
+        items[:] = carried

@@ -106,6 +106,44 @@ def proxied(address: str) -> Iterator[Proxy]:
 
 # -- the engine's own tests, with a wire in between --------------------------------------------------------------------
 
+CARRIED = (
+    "test_bases",
+    "test_checkout",
+    "test_companions",
+    "test_cost",
+    "test_diff",
+    "test_directories",
+    "test_distance",
+    "test_distance_delta",
+    "test_filling",
+    "test_maintenance",
+    "test_push",
+    "test_sketches",
+    "test_torch_modules",
+    "test_transaction",
+    "test_zarr_push",
+    "test_zarr_view",
+)
+"""Modules whose tests hold of a repository behind a service too: ``LAMELLA_CARRIER=remote pytest`` runs them so."""
+
+NOT_CARRIED = {
+    "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
+    "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
+    "test_a_push_that_was_fenced_after_it_committed_has_committed": "a client tries again",
+    "test_a_refusal_names_the_tensor_and_changes_nothing": "takes reads away, and pages are read too",
+    "test_attachments_of_other_lengths_than_are_listed_are_damage": "a service does not record such a version",
+    "test_names_are_compared_before_anything_is_read": "takes reads away, and pages are read too",
+    "test_transformers_loads_a_version_without_a_file": "counts reads, and pages are read too",
+    "test_transformers_reads_the_tensors_alone_that_it_needs": "counts reads, and pages are read too",
+}
+"""Tests of those modules that look at what a service does otherwise, and why."""
+
+
+def is_carried(item: pytest.Item) -> bool:
+    """Whether a test holds of a repository behind a service."""
+    return item.path.stem in CARRIED and item.originalname not in NOT_CARRIED
+
+
 _names = (f"r{number}" for number in itertools.count())
 _stores: "WeakKeyDictionary[Repository, PackedStore]" = WeakKeyDictionary()
 

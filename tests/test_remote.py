@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -15,11 +16,13 @@ from support import bits, noise
 
 import lamella
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.content_store.seam import Push
+from lamella_engine.content_store.seam import Push, Reading
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel
 from lamella_engine.remote.cache import ChunkCache
@@ -716,3 +719,70 @@ def test_a_follower_needs_little_more_than_the_deltas(far, proxy, repo):
         far.checkout(version.id, into=held, have=f"m@v{version.number - 1}")
         assert all(held[name].tobytes() == weights[name].tobytes() for name in weights)
         assert proxy.received - before < 0.012 * total
+
+
+# -- a service that lies -----------------------------------------------------------------------------------------------
+
+
+def test_another_version_than_was_asked_for_is_not_taken(repo, monkeypatch):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    second = repo.push({"w": np.array([2])}, "m@main")
+    real = PackedStore.version
+    monkeypatch.setattr(PackedStore, "version", lambda store, id: real(store, {first.id: second.id}.get(id, id)))
+    repo._store._versions.clear()
+    with pytest.raises(lamella.CorruptionError) as error:
+        repo._store.version(first.id)
+    assert error.value.kind == "another_version"
+
+
+def test_another_chunk_than_the_version_names_is_not_taken(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000), "b": noise(2, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        swapped = {"a": "b", "b": "a", None: None}
+        for cell, chain in real(store, id, [Cell(swapped[cell.tensor], cell.number) for cell in cells]):
+            yield Reading(Cell(swapped[cell.tensor], cell.number), chain)
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        again.checkout("m@main")
+    assert error.value.kind == "another_chunk"
+
+
+def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            wrong = blob if cell.tensor is None else replace(blob, encoding=Encoding.RAW, payload=bytes(20_000))
+            yield Reading(cell, (wrong,))
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with lamella.open(f"grpc://{server.address}/team") as again:
+        with pytest.raises(lamella.CorruptionError) as error:
+            again.checkout("m@main", verify="chunk")
+        assert error.value.kind == "bad_chunk"
+
+
+def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypatch):
+    repo.push({"a": noise(1, 5000)}, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            yield Reading(cell, (replace(blob, encoding=Encoding.RAW, width=1, payload=bytes(blob.decoded_nbytes)),))
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        list(again.version("m@main"))
+    assert error.value.kind == "bad_chunk"

@@ -1,7 +1,7 @@
 """Calls of a service: by name, with a deadline, with the errors that a local repository would raise, and with patience.
 
-One gRPC channel carries everything: several connections gained nothing (``benchmarks``), for the two processes at its
-ends are busy before a connection is.
+One gRPC channel carries everything: two carried 4 % more, a median of six times 192 MiB of chunks that do not compress,
+from another process on two cores.
 """
 
 import random
