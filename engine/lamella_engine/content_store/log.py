@@ -557,7 +557,7 @@ class Log:
             return entry
         return replace(entry, signature=Signature(self._signer.public, self._signer.sign(to_sign(entry))))
 
-    def vouch(self, segment: str, digest: bytes, *, instead_of: str | None) -> None:
+    def carry(self, segment: str, digest: bytes, *, instead_of: str | None) -> None:
         """Have the next entry carry the digest of an audit segment, which vouches for those before it, as well."""
         with self._lock:
             if instead_of is not None:

@@ -112,7 +112,7 @@ class ReadAudit:
         except AlreadyExistsError:
             logger.debug("%s was written, though nobody said so", name)
         digest = segment_digest(data)
-        self._log.vouch(name, digest, instead_of=None if self._written is None else self._written[0])
+        self._log.carry(name, digest, instead_of=None if self._written is None else self._written[0])
         self._written, self._unsure = (name, digest), None
         return count
 
