@@ -14,12 +14,12 @@ Errors are one line, ``lamella: <message>``. A traceback is shown only where ``L
 
 Read upwards:
 
-    app                                    the verbs put together
-    transfer  history  refs  upkeep        the verbs: from arguments to a document
-    documents  schema                      nouns as JSON, and what is promised of it
-    parameters  completion                 what verbs share; what a shell may ask
-    terminal                               bytes to stdout and stderr
-    text  graph                            documents as lines for people; a history as a picture
+    app                                         the verbs put together
+    transfer  history  refs  upkeep  service    the verbs: from arguments to a document
+    documents  schema                           nouns as JSON, and what is promised of it
+    parameters  completion                      what verbs share; what a shell may ask
+    terminal                                    bytes to stdout and stderr
+    text  graph                                 documents as lines for people; a history as a picture
 """
 
 import io

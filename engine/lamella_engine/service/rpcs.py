@@ -63,6 +63,8 @@ class Call:
     """Whether somebody still waits for the answer."""
     remaining_s: Callable[[], float]
     """Seconds until its deadline."""
+    stopping: Callable[[], bool] = lambda: False
+    """Whether the server is being stopped, which those that only wait shall not hold up."""
 
 
 class Rpcs:
@@ -158,7 +160,7 @@ class Rpcs:
         published = self._published[store]
         last = request.after
         with self._watchers.taken(call.principal.name):
-            while call.active() and call.remaining_s() > 0:
+            while call.active() and call.remaining_s() > 0 and not call.stopping():
                 ref = store.log.refresh().ref(request.model, request.ref)
                 if ref is None:
                     raise RefNotFoundError(f"there is no {request.model}@{request.ref}", ref=request.ref)

@@ -195,6 +195,11 @@ class Server:
         self._stalls.close()
         self._executor.close()
 
+    @property
+    def pushes(self) -> int:
+        """How many pushes are under way."""
+        return len(self._rpcs.sessions)
+
     def wait(self) -> None:
         """Return when the server has been stopped."""
         self._grpc.wait_for_termination()
@@ -237,7 +242,7 @@ class Server:
             with self._stalls.watched(context) as waiting:
                 deadline = began + _time_limit(method, context)
                 principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
-                call = Call(principal, context.is_active, lambda: deadline - time.monotonic())
+                call = Call(principal, context.is_active, lambda: deadline - time.monotonic(), self._stopped.is_set)
                 with self._shares.taken(principal.name):
                     request, header = _request(method, traffic.received(incoming, waiting))
                     repository = getattr(header, "repository", "")

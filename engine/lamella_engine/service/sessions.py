@@ -272,6 +272,10 @@ class Sessions:
         with self._lock:
             return sum(session.push.filled_nbytes for session in self._sessions.values()) > FILLED_NBYTES
 
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._sessions)
+
     def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
         """Return a push that was begun; raises NotFoundError (``no_session``)."""
         with self._lock:
