@@ -374,7 +374,8 @@ def main() -> None:
         step = follow(options.follow_mib * _MIB, Path(scratch))
         console.print(
             f"a step that changes {step.changed:.2%} of a bfloat16 model of {step.decoded_nbytes / _MIB:,.0f} MiB "
-            f"reached a follower in {step.seconds:.2f} s with {step.received_nbytes / step.decoded_nbytes:.2%} of its bytes"
+            f"reached a follower in {step.seconds:.2f} s with {step.received_nbytes / step.decoded_nbytes:.2%} of its "
+            "bytes"
         )
         found = crowd(options.clients, Path(scratch))
         console.print(

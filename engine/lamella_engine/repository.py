@@ -469,7 +469,8 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         # Who can write to a directory can write to what is remembered of it too.
         pin = Pin(place, objects.store_name) if objects.store_name else None
-        store = PackedStore(objects, executor, index_path=index_path(objects, place))
+        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
+        store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
         if pin is not None:
             pin.advance(_head(store), store.log.digest_at)
         return on_objects(store)
@@ -483,7 +484,7 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
 
 def _head(store: PackedStore) -> Head:
     state = store.log.state
-    return Head(state.genesis.repository, state.number, state.digest)
+    return Head(state.genesis.repository, state.number, state.digest, state.signers)
 
 
 def _is_remote(place: str) -> bool:

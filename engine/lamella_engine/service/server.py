@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, StorageError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
@@ -46,6 +46,8 @@ _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
 
 # How long a stream may wait for its client before it is ended: it can be taken up again.
 _STALLED_S = 60.0
+
+_SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 _SWEEP_S = 30.0
 """How often pushes are looked for that nobody calls for any more."""
@@ -152,7 +154,7 @@ class Server:
         self._rpcs = Rpcs(Repositories(root, self._executor), self._tokens, self._executor)
         self._stalls = _Stalls()
         self._shares = _Shares()
-        self._health = health.HealthServicer()
+        self._health = _Health()
         self._stopped = threading.Event()
         self._grpc = grpc.server(
             ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
@@ -180,7 +182,7 @@ class Server:
         """Begin to answer."""
         self._grpc.start()
         threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
-        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.serving = True
 
     def stop(self, grace_s: float = 30.0) -> None:
         """End: take no new calls, let those that run go on for ``grace_s`` seconds, then end them. Idempotent.
@@ -188,7 +190,7 @@ class Server:
         What was acknowledged is recorded; a push that was not can be begun again at another server.
         """
         self._stopped.set()
-        self._health.enter_graceful_shutdown()
+        self._health.serving = False
         self._grpc.stop(grace_s).wait()
         self._stalls.close()
         self._executor.close()
@@ -294,6 +296,29 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         return self._handlers.get(handler_call_details.method)
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """The standard health service, for probes; anybody may ask.
+
+    Not the servicer that comes with it: many streams of ``Watch`` that are cancelled at once can stop its server for
+    good (seen with 1.85: the thread of all events waits for its lock).
+    """
+
+    def __init__(self) -> None:
+        self.serving = False
+
+    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Say whether new calls are taken."""
+        if request.service not in ("", *_SERVICES):
+            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        return health_pb2.HealthCheckResponse(status=status.SERVING if self.serving else status.NOT_SERVING)
+
+    def Watch(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Refuse, as the protocol allows: it would hold a thread for whoever asks."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+        raise AssertionError("abort raises")
 
 
 @dataclass(slots=True)
@@ -447,8 +472,7 @@ def _snake(name: str) -> str:
 def _reflect(server: grpc.Server) -> None:
     from grpc_reflection.v1alpha import reflection
 
-    names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    reflection.enable_server_reflection([*_SERVICES, reflection.SERVICE_NAME], server)
 
 
 def _check_listen(listen: str, *, tls: Tls | None, insecure_loopback: bool) -> str:
