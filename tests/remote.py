@@ -6,10 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import pytest
+from certificates import LOOPBACK, Authority
+from service import serving
 
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
 from lamella_engine.content_store.packed import PackedStore
@@ -18,7 +21,7 @@ from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.remote.opening import connect
 from lamella_engine.repository import Repository
-from lamella_engine.service.server import Server
+from lamella_engine.service.server import Server, Tls
 
 PIECE_NBYTES = 1 << 16
 
@@ -144,6 +147,32 @@ def is_carried(item: pytest.Item) -> bool:
     return item.path.stem in CARRIED and item.originalname not in NOT_CARRIED
 
 
+@dataclass(frozen=True)
+class Service:
+    """A server that speaks TLS, and what it takes to be let in by it."""
+
+    server: Server
+    ca: Path
+    token: str
+
+    def be_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make the environment that of a user of it."""
+        monkeypatch.setenv("LAMELLA_CA", str(self.ca))
+        monkeypatch.setenv("LAMELLA_TOKEN", self.token)
+
+
+@contextmanager
+def secure_service(directory: Path, *, role: str = "admin") -> Iterator[Service]:
+    """Run a server with a certificate and one token."""
+    authority = Authority()
+    certificate, key = authority.issue("localhost", LOOPBACK).write(directory, "server")
+    ca = directory / "ca.crt"
+    ca.write_bytes(authority.certificate)
+    with serving(directory / "root", tls=Tls(certificate, key)) as server:
+        secret, _ = server._tokens.create("tests", role)
+        yield Service(server, ca, secret)
+
+
 _names = (f"r{number}" for number in itertools.count())
 _stores: "WeakKeyDictionary[Repository, PackedStore]" = WeakKeyDictionary()
 
@@ -155,7 +184,7 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         name = next(_names)
         server._rpcs._repositories._open[name] = store
         executor = executor or InlineExecutor()
-        remote, jobs = connect(f"grpc://{server.address}/{name}", executor)
+        remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
         _stores[repo] = store
         return repo

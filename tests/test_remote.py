@@ -10,7 +10,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from remote import Proxy, proxied
+from remote import Proxy, proxied, secure_service
 from service import serving
 from support import bits, noise
 
@@ -464,6 +464,24 @@ def test_a_token_may_be_renewed_in_its_file(tmp_path, monkeypatch):
             file.unlink()
             with pytest.raises(lamella.InvalidInputError, match="LAMELLA_TOKEN_FILE"):
                 repo.models()
+
+
+def test_with_tls_and_a_token_all_is_as_without(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        with lamella.init(f"grpcs://{service.server.address}/team") as repo:
+            repo.push(TENSORS, "bert@main")
+            assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+
+
+def test_a_server_that_nobody_vouches_for_is_not_spoken_to(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        monkeypatch.delenv("LAMELLA_CA")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpcs://{service.server.address}/team")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpc://{service.server.address}/team")
 
 
 def test_a_token_that_cannot_be_one_is_not_repeated(monkeypatch):

@@ -24,6 +24,7 @@ from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, Version
 from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
@@ -487,7 +488,7 @@ def _head(store: PackedStore) -> Head:
 
 
 def _is_remote(place: str) -> bool:
-    return place.startswith(("grpc://", "grpcs://"))
+    return place.partition("://")[0] in SCHEMES
 
 
 def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:

@@ -77,6 +77,7 @@ class Patience:
         now = time.monotonic()
         self._end = self._end or now + self._total_s
         asked_s = float(error.context.get(_RETRY_AFTER, 0)) / 1000
+        # Never sooner than was asked for.
         pause_s = max(self._pause_s, asked_s) * random.uniform(0.5, 1.0) + asked_s / 2
         if now + pause_s > self._end:
             raise error
