@@ -779,7 +779,11 @@ def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, serv
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            wrong = blob if cell.tensor is None else replace(blob, encoding=Encoding.RAW, payload=bytes(20_000))
+            wrong = (
+                blob
+                if cell.tensor is None
+                else replace(blob, encoding=Encoding.RAW, digest=None, payload=bytes(20_000))
+            )
             yield Reading(cell, (wrong,))
 
     monkeypatch.setattr(PackedStore, "read", lying)
@@ -795,7 +799,9 @@ def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypa
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            yield Reading(cell, (replace(blob, encoding=Encoding.RAW, width=1, payload=bytes(blob.decoded_nbytes)),))
+            yield Reading(
+                cell, (replace(blob, encoding=Encoding.RAW, digest=None, width=1, payload=bytes(blob.decoded_nbytes)),)
+            )
 
     monkeypatch.setattr(PackedStore, "read", lying)
     with (
