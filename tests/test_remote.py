@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from remote import Proxy, proxied, secure_service
+from safetensors.numpy import save_file
 from service import serving
 from support import bits, noise
 
 import lamella
+from lamella import cli
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
@@ -208,6 +210,29 @@ def test_a_repository_takes_as_many_bytes_as_a_local_one(repo, local):
             place.push(nudged(TENSORS, number), "bert@main", message=str(number))
     ours, theirs = repo.stats().stored_nbytes, local.stats().stored_nbytes
     assert abs(ours - theirs) < 0.01 * theirs
+
+
+def test_every_verb_of_the_command_line_takes_a_service(server, tmp_path, capsys):
+    place = f"grpc://{server.address}/models/small"
+    save_file({"w": noise(1, 50, 40)}, tmp_path / "a.safetensors")
+    save_file({"w": noise(2, 50, 40)}, tmp_path / "b.safetensors")
+    verbs = [
+        ["init", place],
+        ["-C", place, "push", str(tmp_path / "a.safetensors"), "m@main", "-m", "one"],
+        ["-C", place, "push", str(tmp_path / "b.safetensors"), "m@main", "-m", "two"],
+        ["-C", place, "log", "m@main"],
+        ["-C", place, "show", "m@main"],
+        ["-C", place, "diff", "m@v1", "m@v2"],
+        ["-C", place, "distance", "m@v1", "m@v2"],
+        ["-C", place, "tag", "m@good", "m@v1"],
+        ["-C", place, "stats"],
+        ["-C", place, "verify", "--deep"],
+        ["-C", place, "checkout", "m@good", str(tmp_path / "out")],
+    ]
+    for verb in verbs:
+        assert cli.run(verb) == 0, (verb, capsys.readouterr().err)
+    assert (tmp_path / "out/a.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert cli.run(["-C", place, "show", "m@nope"]) == lamella.NotFoundError.exit_code
 
 
 # -- what travels ------------------------------------------------------------------------------------------------------
@@ -779,7 +804,11 @@ def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, serv
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            wrong = blob if cell.tensor is None else replace(blob, encoding=Encoding.RAW, payload=bytes(20_000))
+            wrong = (
+                blob
+                if cell.tensor is None
+                else replace(blob, encoding=Encoding.RAW, digest=None, payload=bytes(20_000))
+            )
             yield Reading(cell, (wrong,))
 
     monkeypatch.setattr(PackedStore, "read", lying)
@@ -795,7 +824,9 @@ def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypa
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            yield Reading(cell, (replace(blob, encoding=Encoding.RAW, width=1, payload=bytes(blob.decoded_nbytes)),))
+            yield Reading(
+                cell, (replace(blob, encoding=Encoding.RAW, digest=None, width=1, payload=bytes(blob.decoded_nbytes)),)
+            )
 
     monkeypatch.setattr(PackedStore, "read", lying)
     with (
