@@ -5,25 +5,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
-from remote import Proxy, proxied
+from remote import Proxy, proxied, secure_service
 from service import serving
 from support import bits, noise
 
 import lamella
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.codecs import Encoding
+from lamella_engine.content_store import packed
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.content_store.seam import Push
+from lamella_engine.content_store.seam import Push, Reading
 from lamella_engine.executor import InlineExecutor
+from lamella_engine.format.digests import chunk_id
+from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel
+from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import Session, Sessions
+from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
 
 TENSORS = {
     "embedding": noise(1, 1500, 1024),
@@ -73,6 +80,11 @@ def proxy(server) -> Iterator[Proxy]:
 def repo(server) -> Iterator[lamella.Repository]:
     with lamella.init(f"grpc://{server.address}/team") as repo:
         yield repo
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")
 
 
 @pytest.fixture
@@ -208,7 +220,7 @@ def test_what_the_service_has_is_not_sent_again(far, proxy):
     assert proxy.sent - before < 40_000
 
 
-def test_one_layer_costs_its_own_bytes(far, proxy):
+def test_one_layer_costs_its_own_bytes(uncached, far, proxy):
     far.push(TENSORS, "bert@main")
     before = proxy.received
     got = far.checkout("bert@main", include="layer.*")
@@ -252,7 +264,7 @@ def test_a_push_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_a_checkout_whose_stream_is_cut_goes_on_where_it_was(far, proxy, share):
+def test_a_checkout_whose_stream_is_cut_goes_on_where_it_was(uncached, far, proxy, share):
     far.push(LONG, "bert@main")
     before = proxy.received
     proxy.cut_received_at = before + int(share * LONG_NBYTES)
@@ -454,6 +466,24 @@ def test_a_token_may_be_renewed_in_its_file(tmp_path, monkeypatch):
                 repo.models()
 
 
+def test_with_tls_and_a_token_all_is_as_without(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        with lamella.init(f"grpcs://{service.server.address}/team") as repo:
+            repo.push(TENSORS, "bert@main")
+            assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+
+
+def test_a_server_that_nobody_vouches_for_is_not_spoken_to(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        monkeypatch.delenv("LAMELLA_CA")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpcs://{service.server.address}/team")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpc://{service.server.address}/team")
+
+
 def test_a_token_that_cannot_be_one_is_not_repeated(monkeypatch):
     monkeypatch.setenv("LAMELLA_TOKEN", "s3cret with\nline")
     with pytest.raises(lamella.InvalidInputError) as error:
@@ -489,3 +519,288 @@ def test_grpc_is_imported_for_such_a_url_only():
     code = "import sys, lamella; lamella.init('memory://x'); print('grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False"]
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def cached_files(tmp_path):
+    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*") if path.is_file()]
+
+
+def test_what_was_checked_out_once_is_not_sent_again(server, proxy, repo, monkeypatch, tmp_path):
+    repo.push(LONG, "bert@main")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    url = f"grpc://{proxy.address}/team"
+    with lamella.open(url) as first:
+        first.checkout("bert@main")
+    before = proxy.received
+    with lamella.open(url) as second:
+        assert bits(second.checkout("bert@main")) == bits(LONG)
+    assert proxy.received - before < 4_000
+
+
+def test_a_version_that_follows_a_cached_one_is_sent_as_deltas(proxy, repo, monkeypatch, tmp_path):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    repo.push(weights, "bert@main")
+    repo.push(second, "bert@main")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with lamella.open(f"grpc://{proxy.address}/team") as far:
+        far.checkout("bert@v1")
+        before = proxy.received
+        assert bits(far.checkout("bert@v2")) == bits(second)
+        assert proxy.received - before < 0.05 * 4 * (4 << 20)
+
+
+def test_what_was_pushed_is_the_base_of_the_next_push(far, proxy):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    far.push(weights, "bert@main")
+    before = proxy.sent
+    far.push(second, "bert@main")
+    assert proxy.sent - before < 0.05 * 4 * (4 << 20)
+    assert bits(far.checkout("bert@v2")) == bits(second)
+
+
+def test_without_a_cache_chunks_are_sent_whole_and_stored_as_deltas(uncached, far, proxy, tmp_path, local):
+    weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(weights)
+    for place in far, local:
+        place.push(weights, "bert@main")
+    before = proxy.sent
+    for place in far, local:
+        place.push(second, "bert@main")
+    assert proxy.sent - before > 0.5 * 4 * (4 << 20)
+    assert bits(far.checkout("bert@v2")) == bits(second)
+    ours, theirs = far.stats().stored_nbytes, local.stats().stored_nbytes
+    assert abs(ours - theirs) < 0.01 * theirs
+    assert cached_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove", "directory"])
+def test_a_damaged_cache_is_as_good_as_none(repo, server, tmp_path, harm):
+    first = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(first)
+    repo.push(first, "bert@main")
+    for path in cached_files(tmp_path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        if harm == "directory":
+            path.mkdir()
+        elif harm != "remove":
+            path.write_bytes({"flip": data, "cut": data[:-1], "empty": b""}[harm])
+    repo.push(second, "bert@main")
+    with lamella.open(f"grpc://{server.address}/team") as again:
+        assert bits(again.checkout("bert@v1")) == bits(first)
+        assert bits(again.checkout("bert@v2")) == bits(second)
+
+
+def test_a_cache_without_room_is_no_error(repo, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ChunkCache, "_write", staticmethod(full))
+    repo.push(TENSORS, "bert@main")
+    assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+    assert cached_files(tmp_path) == []
+
+
+def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    real, other = bytes(5000), bytes(4999) + b"x"
+    cache.add(chunk_id(real), other)
+    assert cache.has(chunk_id(real))
+    assert cache.get(chunk_id(real)) is None
+    assert not cache.has(chunk_id(real))
+
+
+def test_a_cache_keeps_to_its_bound_and_what_was_used_last(tmp_path):
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    chunks = [bytes([number]) * 10_000 for number in range(250)]
+    for number, chunk in enumerate(chunks):
+        cache.add(chunk_id(chunk), chunk)
+        os.utime(cache._path(chunk_id(chunk)), (number, number))
+        assert cache.get(chunk_id(chunks[0])) == chunks[0]
+    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*")]
+    assert 0.7 * (1 << 20) < sum(kept) < 1.1 * (1 << 20)
+    assert cache.get(chunk_id(chunks[-1])) == chunks[-1]
+    assert cache.get(chunk_id(chunks[1])) is None
+
+
+def test_a_cache_is_for_its_user_alone(repo, tmp_path):
+    repo.push(TENSORS, "bert@main")
+    assert cached_files(tmp_path)
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "cache/lamella/chunks").glob("**/*")} == {0}
+
+
+@pytest.mark.parametrize("size", ["x", "-1", "1e9"])
+def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
+    monkeypatch.setenv("LAMELLA_CACHE_NBYTES", size)
+    with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CACHE_NBYTES"):
+        ChunkCache.of()
+
+
+def test_a_trainer_may_push_as_often_as_it_likes(repo):
+    for number in range(MAX_SESSIONS // 4 + 5):
+        repo.push({"w": np.array([number])}, "m@main")
+    assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+
+
+# -- following ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_follower_is_given_versions_as_they_are_published(repo, server):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    with lamella.open(f"grpc://{server.address}/team") as other:
+        followed = other.watch("m@main")
+        assert next(followed).id == first.id
+        for number in range(3):
+            pushed = repo.push({"w": np.array([number])}, "m@main", message=str(number))
+            assert next(followed).id == pushed.id
+        followed.close()
+        second = other.watch("m@main", after="m@v1")
+        assert next(second).id == pushed.id
+        repo.branch("m@main", "m@v1")
+        assert next(second).number == 1
+
+
+def test_a_follower_goes_on_after_a_cut(far, proxy, repo):
+    repo.push({"w": np.array([1])}, "m@main")
+    followed = far.watch("m@main")
+    next(followed)
+    proxy.cut_next_reply()
+    pushed = repo.push({"w": np.array([2])}, "m@main")
+    assert next(followed).id == pushed.id
+    assert proxy.cuts == 1
+
+
+def test_a_call_that_ends_with_its_deadline_is_renewed(repo, server, monkeypatch):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    asked = []
+    stream = Channel.stream
+
+    def short(channel, name, request):
+        replies = stream(channel, name, request)
+        if name != "Versions.Watch":
+            return replies
+        asked.append(request.after)
+        return replies if len(asked) > 1 else (message for message in [next(replies)])
+
+    with lamella.open(f"grpc://{server.address}/team") as other:
+        monkeypatch.setattr(Channel, "stream", short)
+        followed = other.watch("m@main")
+        assert next(followed).id == first.id
+        pushed = repo.push({"w": np.array([2])}, "m@main")
+        assert next(followed).id == pushed.id
+    assert asked == [0, 1]
+
+
+def test_a_local_repository_is_followed_too(local, monkeypatch):
+    first = local.push({"w": np.array([1])}, "m@main")
+    followed = local.watch("m@main")
+    assert next(followed).id == first.id
+    pushed = []
+    monkeypatch.setattr(
+        packed.time, "sleep", lambda _: pushed.append(local.push({"w": np.array([2])}, "m@main", message="two"))
+    )
+    assert next(followed).id == pushed[0].id
+
+
+def test_what_is_followed_has_to_be_there_and_of_one_model(repo, local):
+    for place in repo, local:
+        place.push({"w": np.array([1])}, "m@main")
+        place.push({"w": np.array([1])}, "n@main")
+        with pytest.raises(lamella.RefNotFoundError):
+            next(place.watch("m@other"))
+        with pytest.raises(lamella.InvalidInputError, match="a version of n"):
+            next(place.watch("m@main", after="n@v1"))
+
+
+def test_a_follower_needs_little_more_than_the_deltas(far, proxy, repo):
+    """An RL-like step changes 1 % of the elements of a model that a follower holds."""
+    weights = {f"w{number}": noise(number, 1024, 1024, dtype=ml_dtypes.bfloat16) for number in range(4)}
+    total = sum(tensor.nbytes for tensor in weights.values())
+    repo.push(weights, "m@main")
+    held = {name: tensor.copy() for name, tensor in far.checkout("m@main").items()}
+    followed = far.watch("m@main", after="m@v1")
+    random = np.random.default_rng(5)
+    for _ in range(2):
+        for tensor in weights.values():
+            bits = tensor.view(np.uint16)
+            bits[random.random(bits.shape) < 0.01] += 1
+        pushed = repo.push(weights, "m@main")
+        before = proxy.received
+        version = next(followed)
+        assert version.id == pushed.id
+        far.checkout(version.id, into=held, have=f"m@v{version.number - 1}")
+        assert all(held[name].tobytes() == weights[name].tobytes() for name in weights)
+        assert proxy.received - before < 0.012 * total
+
+
+# -- a service that lies -----------------------------------------------------------------------------------------------
+
+
+def test_another_version_than_was_asked_for_is_not_taken(repo, monkeypatch):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    second = repo.push({"w": np.array([2])}, "m@main")
+    real = PackedStore.version
+    monkeypatch.setattr(PackedStore, "version", lambda store, id: real(store, {first.id: second.id}.get(id, id)))
+    repo._store._versions.clear()
+    with pytest.raises(lamella.CorruptionError) as error:
+        repo._store.version(first.id)
+    assert error.value.kind == "another_version"
+
+
+def test_another_chunk_than_the_version_names_is_not_taken(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000), "b": noise(2, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        swapped = {"a": "b", "b": "a", None: None}
+        for cell, chain in real(store, id, [Cell(swapped[cell.tensor], cell.number) for cell in cells]):
+            yield Reading(Cell(swapped[cell.tensor], cell.number), chain)
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        again.checkout("m@main")
+    assert error.value.kind == "another_chunk"
+
+
+def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            wrong = blob if cell.tensor is None else replace(blob, encoding=Encoding.RAW, payload=bytes(20_000))
+            yield Reading(cell, (wrong,))
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with lamella.open(f"grpc://{server.address}/team") as again:
+        with pytest.raises(lamella.CorruptionError) as error:
+            again.checkout("m@main", verify="chunk")
+        assert error.value.kind == "bad_chunk"
+
+
+def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypatch):
+    repo.push({"a": noise(1, 5000)}, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            yield Reading(cell, (replace(blob, encoding=Encoding.RAW, width=1, payload=bytes(blob.decoded_nbytes)),))
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        list(again.version("m@main"))
+    assert error.value.kind == "bad_chunk"

@@ -352,6 +352,7 @@ class _Pushing:
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
+        self._push.keep(chunk.id, chunk.data)
         memory: bytearray | None = None
         guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:

@@ -24,6 +24,7 @@ from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, Version
 from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
@@ -280,6 +281,33 @@ class Repository:
         for recorded in self._store.ancestors(self._store.resolve(revision)):
             yield Version(recorded, self._reader)
 
+    def watch(self, name: str, *, after: str | None = None) -> Iterator[Version]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        Parameters
+        ----------
+        name
+            ``"model@ref"``.
+        after
+            A revision that the caller has: the first one is yielded only if it is another.
+
+        Never ends by itself: stop asking, or break. Whoever takes longer over one than the ref stays there may be given
+        only the newest of the next. With ``checkout(..., into=tensors, have=...)`` a process follows another's training
+        at the cost of what changes. Raises RefNotFoundError.
+
+        >>> import lamella, numpy as np
+        >>> repo = lamella.init("memory://watch")
+        >>> first = repo.push({"w": np.zeros(3)}, "demo@main")
+        >>> next(repo.watch("demo@main")) == first
+        True
+        """
+        model, ref = parse_target(name)
+        at = None if after is None else self._store.version(self._store.resolve(after))
+        if at is not None and at.model != model:
+            raise _another_model(after, at.model, model)
+        for recorded in self._store.watch(model, ref, 0 if at is None else at.number):
+            yield Version(recorded, self._reader)
+
     def diff(self, a: str, b: str) -> Diff:
         """Say which tensors differ between two versions; reads no weights."""
         return self._jobs.diff(self._store.resolve(a), self._store.resolve(b))
@@ -322,10 +350,7 @@ class Repository:
         model, ref = parse_target(name)
         at = self._store.version(self._store.resolve(revision))
         if at.model != model:
-            raise InvalidInputError(
-                f"{revision} is a version of {at.model}, not of {model}: name one of {model}",
-                kind="another_model",
-            )
+            raise _another_model(revision, at.model, model)
         self._store.update_refs([RefUpdate(model, ref, kind, at.number)])
 
     # -- the whole -----------------------------------------------------------------------------------------------------
@@ -340,6 +365,12 @@ class Repository:
         ``deep`` also decodes every blob and computes its chunk id again.
         """
         return self._jobs.verify(deep=deep)
+
+
+def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{revision} is a version of {actual}, not of {wanted}: name one of {wanted}", kind="another_model"
+    )
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
@@ -438,7 +469,8 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         # Who can write to a directory can write to what is remembered of it too.
         pin = Pin(place, objects.store_name) if objects.store_name else None
-        store = PackedStore(objects, executor, index_path=index_path(objects, place))
+        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
+        store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
         if pin is not None:
             pin.advance(_head(store), store.log.digest_at)
         return on_objects(store)
@@ -452,11 +484,11 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
 
 def _head(store: PackedStore) -> Head:
     state = store.log.state
-    return Head(state.genesis.repository, state.number, state.digest)
+    return Head(state.genesis.repository, state.number, state.digest, state.signers)
 
 
 def _is_remote(place: str) -> bool:
-    return place.startswith(("grpc://", "grpcs://"))
+    return place.partition("://")[0] in SCHEMES
 
 
 def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:

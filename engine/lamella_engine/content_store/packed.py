@@ -1,6 +1,7 @@
 """The content store on objects: packs, metadata objects and the log."""
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
@@ -37,6 +38,9 @@ logger = logging.getLogger("lamella")
 # those that other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies
 # further back and is unknown is only stored again.
 INDEX_CATCH_UP = 64
+
+WATCH_S = 1.0
+"""How often whoever follows a ref looks at the log: a listing of it."""
 
 
 class PackedStore:
@@ -136,12 +140,7 @@ class PackedStore:
         if revision.ref is not None:
             ref = state.ref(model, revision.ref)
             if ref is None:
-                raise RefNotFoundError(
-                    _no_model(state, model)
-                    or f"there is no {model}@{revision.ref}: log {model} shows its refs; a number is {model}@v1",
-                    model=model,
-                    ref=revision.ref,
-                )
+                raise _no_ref(state, model, revision.ref)
             number = ref.number
         assert number is not None
         added = state.version(model, number)
@@ -204,6 +203,22 @@ class PackedStore:
     def refs(self, model: str) -> list[RefInfo]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return [RefInfo(model, name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
+
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`. Looks at the log every second."""
+        check_name(model, what="model")
+        check_ref_name(ref)
+        while True:
+            state = self.log.refresh()
+            at = state.ref(model, ref)
+            if at is None:
+                raise _no_ref(state, model, ref)
+            added = state.version(model, at.number)
+            if added is not None and at.number != after:
+                after = at.number
+                yield self.reader.open_added(added).recorded
+            else:
+                time.sleep(WATCH_S)
 
     def read(
         self,
@@ -316,6 +331,11 @@ class PackedStore:
 
 def _lost_parent(id: VersionId) -> CorruptionError:
     return CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
+
+
+def _no_ref(state: State, model: str, ref: str) -> RefNotFoundError:
+    said = _no_model(state, model) or f"there is no {model}@{ref}: log {model} shows its refs; a number is {model}@v1"
+    return RefNotFoundError(said, model=model, ref=ref)
 
 
 def _no_model(state: State, model: str) -> str:

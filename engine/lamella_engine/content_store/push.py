@@ -133,6 +133,9 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         return self._intake.base(missing.chunk)
 
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`. Here everything is near."""
+
     def write(self, blobs: Iterable[Blob]) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         for blob, base in self._intake.checked(blobs, self._packs):

@@ -34,6 +34,8 @@ class Blob:
     """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
     floating: bool = field(default=False, compare=False)
     """Whether lanes are floats, for a store that encodes the chunk once more."""
+    keep: Callable[[Buffer], None] | None = field(default=None, compare=False)
+    """Is shown the chunk by whoever decodes it, for a store that keeps some near."""
 
 
 class Reading(NamedTuple):
@@ -132,6 +134,13 @@ class ContentStore(Protocol):
     def refs(self, model: str) -> list[RefInfo]:
         """Return the refs of a model by name."""
 
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        The first one only if its number is not ``after``. Ends when it is closed. Whoever is slower than the ref may be
+        given only the newest. Raises RefNotFoundError, also later if the ref is deleted.
+        """
+
     def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
 
@@ -163,7 +172,7 @@ class ContentStore(Protocol):
 
 
 class Push(Protocol):
-    """One push in flight, driven by one thread; :meth:`base` alone may be called from several."""
+    """One push in flight, driven by one thread; :meth:`base` and :meth:`keep` alone may be called from several."""
 
     id: PushId
     model: str
@@ -188,6 +197,9 @@ class Push(Protocol):
 
         None if they cannot be had here: a blob that is made without them is made once more where they can.
         """
+
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """Be shown a missing chunk by whoever encodes it, for a store that keeps some near. Raises nothing."""
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.

@@ -4,7 +4,7 @@ Read upwards:
 
     opening                 from a URL to a repository
     store  jobs             what is read, and what is done there
-    push                    what is written
-    channel                 calls, errors, patience
+    push  caching           what is written, and what is read by way of the cache
+    channel  cache          calls, errors, patience; chunks kept on this machine
     place                   URLs and credentials
 """

@@ -4,6 +4,7 @@ from lamella_engine.errors import LamellaError
 from lamella_engine.executor import Executor
 from lamella_engine.heads import Head, Pin
 from lamella_engine.jobs import Jobs
+from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import OPENING_PATIENCE_S, Channel, Patience
 from lamella_engine.remote.jobs import RemoteJobs
 from lamella_engine.remote.place import Credentials, parse_url
@@ -17,7 +18,8 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
     Parameters
     ----------
     url
-        See :mod:`lamella_engine.remote.place`, which also says what the environment has to do with it.
+        See :mod:`lamella_engine.remote.place`, which also says what the environment has to do with it;
+        ``LAMELLA_CACHE_NBYTES`` bounds what is kept on this machine (4 GiB; 0 for nothing).
     executor
         Runs what is done for each chunk.
     new_max_depth
@@ -37,6 +39,7 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
         Nobody answers there.
     """
     place = parse_url(url)
+    cache = ChunkCache.of()
     channel = Channel(place, Credentials.of())
     pin = Pin(f"grpc://{place.address}/{place.repository}")
     try:
@@ -50,7 +53,7 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
     except LamellaError:
         channel.close()
         raise
-    return RemoteStore(channel, place.repository, executor), RemoteJobs(channel, place.repository)
+    return RemoteStore(channel, place.repository, executor, cache), RemoteJobs(channel, place.repository)
 
 
 def _head(info: pb.RepositoryInfo) -> Head:

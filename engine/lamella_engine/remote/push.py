@@ -17,6 +17,7 @@ from lamella_engine.errors import (
 from lamella_engine.format.manifest import structure_pages
 from lamella_engine.format.version import Description, encode_description, version_id
 from lamella_engine.model import Buffer, ChunkId, PushId, VersionId
+from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel, Patience, Pending, may_succeed_later
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.sketches import Sketch
@@ -57,6 +58,8 @@ class RemotePush:
     ----------
     channel, repository
         Where to.
+    cache
+        Chunks that are here: of those that are pushed, the bases of the next ones.
     model, branch, parent, push_id
         As for ``ContentStore.begin``.
     """
@@ -65,6 +68,7 @@ class RemotePush:
         self,
         channel: Channel,
         repository: str,
+        cache: ChunkCache,
         *,
         model: str,
         branch: str,
@@ -73,6 +77,7 @@ class RemotePush:
     ) -> None:
         self._channel = channel
         self._repository = repository
+        self._cache = cache
         self.model = model
         self.branch = branch
         self.id = push_id
@@ -147,8 +152,14 @@ class RemotePush:
 
     def base(self, missing: Missing) -> Buffer | None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        self._untried.add(missing.chunk)
-        return None
+        data = None if missing.base is None else self._cache.get(missing.base)
+        if data is None:
+            self._untried.add(missing.chunk)
+        return data
+
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        self._cache.add(chunk, data)
 
     # -- write --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The content of a repository that a service has. What is read is what the version names, whoever answers."""
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +15,9 @@ from lamella_engine.content_store.seam import Reading, Recorded, RefUpdate, Stor
 from lamella_engine.errors import CorruptionError, LamellaError, RefNotFoundError, StorageError
 from lamella_engine.executor import Executor
 from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, RefKind, VersionId, check_name, check_ref_name
-from lamella_engine.remote.channel import Channel, Patience
+from lamella_engine.remote.cache import ChunkCache
+from lamella_engine.remote.caching import read_through
+from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import batches, decode_readings, decode_version, encode_cells
@@ -44,12 +47,15 @@ class RemoteStore:
         The repository's name there.
     executor
         Runs what is done for each chunk; closed with the store.
+    cache
+        Chunks that are here.
     """
 
-    def __init__(self, channel: Channel, repository: str, executor: Executor) -> None:
+    def __init__(self, channel: Channel, repository: str, executor: Executor, cache: ChunkCache) -> None:
         self.channel = channel
         self.repository = repository
         self.executor = executor
+        self.cache = cache
         self._versions: OrderedDict[VersionId, tuple[Recorded, Manifest]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -132,9 +138,39 @@ class RemoteStore:
         reply = self.channel.call("Versions.Refs", pb.RefsRequest(repository=self.repository, model=model))
         return [RefInfo(model, ref.name, _kind(ref.kind), ref.number) for ref in reply.refs]
 
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        patience = Patience()
+        while True:
+            began = time.monotonic()
+            request = pb.WatchRequest(repository=self.repository, model=model, ref=ref, after=after)
+            try:
+                with closing(self.channel.stream("Versions.Watch", request)) as versions:
+                    for message in versions:
+                        recorded = self._keep(decode_version(message))
+                        if recorded.model != model:
+                            raise _another_version()
+                        after = recorded.number
+                        patience.renew()
+                        yield recorded
+            except LamellaError as error:
+                if time.monotonic() - began > PATIENCE_S:  # it was well for long, such as until its deadline
+                    patience.renew()
+                patience.wait(error)
+
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def read(
+    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+
+        What the cache has is not asked for. It is left alone where the caller has a version to go on from: whoever
+        follows one version after another would only write there.
+        """
+        if have is None and self.cache.on:
+            return read_through(self.cache, self, id, cells)
+        return self.fetch(id, cells, have)
+
+    def fetch(
         self,
         id: VersionId,
         cells: Iterable[Cell],
@@ -142,10 +178,9 @@ class RemoteStore:
         *,
         held: Mapping[Cell, ChunkId] = MappingProxyType({}),
     ) -> Iterator[Reading]:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+        """Yield what :meth:`read` does, all of it from the service.
 
-        ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``. It is looked at
-        when a cell is.
+        ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``.
         """
         manifest = self.manifest(id)
 
@@ -205,7 +240,9 @@ class RemoteStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         check_name(model, what="model")
         check_ref_name(branch)
-        return RemotePush(self.channel, self.repository, model=model, branch=branch, parent=parent, push_id=push_id)
+        return RemotePush(
+            self.channel, self.repository, self.cache, model=model, branch=branch, parent=parent, push_id=push_id
+        )
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -252,7 +289,7 @@ class _Pages:
 
     def load(self, place: int) -> bytes:
         """Return the bytes of a manifest chunk; raises CorruptionError unless they are what the version names."""
-        data = self._ahead.pop(place, None)
+        data = self._ahead.pop(place, None) or self._store.cache.get(self._chunks[place][0])
         if data is not None:
             return data
         cells = [Cell(None, place)]
@@ -266,9 +303,11 @@ class _Pages:
         return self._ahead.pop(place)
 
     def _read(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, bytes]]:
-        for cell, chain in self._store.read(self._id, cells):
-            out = bytearray(self._chunks[cell.number][1])
+        for cell, chain in self._store.fetch(self._id, cells):
+            chunk, nbytes = self._chunks[cell.number]
+            out = bytearray(nbytes)
             decode_chain(chain, memoryview(out), check=True)
+            self._store.cache.add(chunk, out)
             yield cell, bytes(out)
 
 

@@ -33,6 +33,9 @@ IDLE_S = 600.0
 MAX_SESSIONS = 512
 """Sessions at a time; each takes little until it writes. One principal may have a quarter of them."""
 
+RECORDED_KEPT = 64
+"""Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
+
 # What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
 _BATCH_NBYTES = 4 << 20
 
@@ -258,8 +261,11 @@ class Sessions:
             return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
 
     def _check_room(self, owner: str) -> None:
-        ours = sum(session.owner == owner for session in self._sessions.values())
-        if len(self._sessions) >= MAX_SESSIONS or ours >= MAX_SESSIONS // 4:
+        recorded = [key for key, session in self._sessions.items() if session.recorded is not None]
+        for key in recorded[:-RECORDED_KEPT]:
+            del self._sessions[key]
+        owners = [session.owner for session in self._sessions.values() if session.recorded is None]
+        if len(owners) >= MAX_SESSIONS or owners.count(owner) >= MAX_SESSIONS // 4:
             raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
 
     def _crowded(self) -> bool:
