@@ -1,7 +1,6 @@
 """What each rpc of the wire does: messages in, nouns to the engine, messages out."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -82,7 +81,7 @@ class Rpcs:
         self._writers = Slots(_WRITERS)
         self._readers = Slots(_READERS)
         self._watchers = Slots(_WATCHERS)
-        self._published: defaultdict[PackedStore, threading.Condition] = defaultdict(threading.Condition)
+        self._published: dict[PackedStore, threading.Condition] = {}
         self._audits: dict[PackedStore, ReadAudit] = {}
         self._audits_lock = threading.Lock()
 
@@ -179,7 +178,7 @@ class Rpcs:
         store = self._repositories.open(request.repository)
         check_name(request.model, what="model")
         check_ref_name(request.ref)
-        published = self._published[store]
+        published = self._publications(store)
         last = request.after
         with self._watchers.taken(call.principal.name):
             while call.active() and call.remaining_s() > 0 and not call.stopping():
@@ -193,8 +192,11 @@ class Rpcs:
                     with published:
                         published.wait(min(_WATCH_S, max(call.remaining_s(), 0.0)))
 
+    def _publications(self, store: PackedStore) -> threading.Condition:
+        return self._published.setdefault(store, threading.Condition())  # atomic, unlike a defaultdict of these
+
     def _publish(self, store: PackedStore) -> None:
-        published = self._published[store]
+        published = self._publications(store)
         with published:
             published.notify_all()
 
