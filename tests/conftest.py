@@ -1,7 +1,14 @@
-"""Hypothesis profiles: ``LAMELLA_HYPOTHESIS_PROFILE=dev|ci|nightly``. Tests set no counts of their own."""
+"""Hypothesis profiles: ``LAMELLA_HYPOTHESIS_PROFILE=dev|ci|nightly``; tests set no counts of their own. Object stores.
+
+Of each server one runs in a process of pytest, from the first test that asks for it to the last.
+"""
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pytest
+import s3
 from hypothesis import settings
 
 # Deadlines are off: the machines that run this are shared, and a slow example is not a wrong one.
@@ -9,3 +16,27 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("LAMELLA_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[s3.Server]:
+    with s3.seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[s3.Server]:
+    with s3.moto() as server:
+        yield server
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server], None]:
+    """Return what makes the environment that of a user of a server, with a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def use_server(server: s3.Server) -> None:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+
+    return use_server

@@ -16,6 +16,7 @@ class CountingObjects:
 
     def __init__(self, inner: Objects) -> None:
         self.inner = inner
+        self.store_name = inner.store_name
         self._lock = Lock()
         self.reset()
 
@@ -37,6 +38,11 @@ class CountingObjects:
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         self._count("get_range", name, reads=1)
         return self._counted(self.inner.get_range(name, start, stop))
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        for _ in ranges:
+            self._count("get_range", name, reads=1)
+        return [self._counted(data) for data in self.inner.get_ranges(name, ranges)]
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         self._count("put_if_absent", name, writes=1)
@@ -104,6 +110,7 @@ class FaultyObjects:
 
     def __init__(self, inner: Objects, fail_at: int, fault: Fault) -> None:
         self.inner = inner
+        self.store_name = inner.store_name
         self.fail_at = fail_at
         self.fault = fault
         self.writes = 0
@@ -118,6 +125,10 @@ class FaultyObjects:
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         self._check_alive()
         return self.inner.get_range(name, start, stop)
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        self._check_alive()
+        return self.inner.get_ranges(name, ranges)
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         if not self._is_next_to_fail():

@@ -48,9 +48,14 @@ def names_of(objects: Objects) -> dict[str, int]:
 def copy_of(objects: Objects) -> MemoryObjects:
     """Return a copy that goes its own way."""
     copy = MemoryObjects()
+    copy_into(copy, objects)
+    return copy
+
+
+def copy_into(copy: Objects, objects: Objects) -> None:
+    """Put every object of a repository into another place."""
     for name in names_of(objects):
         copy.put_if_absent(name, [objects.get(name)])
-    return copy
 
 
 def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -1,11 +1,12 @@
 """The demo and the benchmarks, on a model small enough to run here: so that they cannot rot unseen."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -213,9 +214,19 @@ def test_the_same_seed_trains_the_same_and_only_what_is_wanted(pairs: dict[str, 
     }
 
 
-def test_the_demo_gets_back_what_it_pushed(family: tuple[Checkpoint, ...], tmp_path: Path):
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_the_demo_gets_back_what_it_pushed(
+    place: str,
+    family: tuple[Checkpoint, ...],
+    tmp_path: Path,
+    use: Callable[[s3.Server], None],
+    request: pytest.FixtureRequest,
+):
+    if place == "bucket":
+        use(request.getfixturevalue("seaweedfs"))
+    url = s3.new_url() if place == "bucket" else str(tmp_path / "repository")
     text = io.StringIO()
-    demo.demonstrate(family, str(tmp_path / "repository"), Console(file=text, width=200))
+    demo.demonstrate(family, url, Console(file=text, width=200))
     assert f"Each of {2 * len(family) + 1} checkouts is bit for bit what was pushed" in text.getvalue()
 
 

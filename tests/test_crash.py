@@ -1,14 +1,14 @@
 """Whatever write a change of a repository dies at, what is found afterwards is the old state or the new one."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 
 import numpy as np
 import pytest
+import s3
 from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
-from support import bits, copy_of, names_of, new_repository, noise, open_again, store_of
+from support import bits, copy_into, copy_of, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine.content_store import packs
 from lamella_engine.content_store.log import FOLD_EVERY
@@ -20,8 +20,7 @@ from lamella_engine.errors import (
     StorageError,
 )
 from lamella_engine.executor import ThreadExecutor
-from lamella_engine.objects import Objects
-from lamella_engine.objects.local import LocalObjects
+from lamella_engine.objects import Objects, open_objects
 from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.repository import Repository
 
@@ -74,6 +73,7 @@ class ProbeApart:
 
     def __init__(self, faulty):
         self._faulty = faulty
+        self.store_name = faulty.store_name
 
     def __getattr__(self, call):
         def passed_on(name, *args, **options):
@@ -126,19 +126,19 @@ def test_every_write_may_fail(name, entries, fault, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", SOUND, ids=lambda fault: fault.name.lower())
-def test_every_write_of_a_push_may_fail_on_a_disk(fault, tmp_path):
-    base = tmp_path / "base"
-    repo = new_repository(LocalObjects.create(base))
-    for number in range(2):
-        repo.push({"w": noise(number, 400)}, "m@main")
-    old = seen(repo)
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_every_write_of_a_push_may_fail_where_others_can_see_it(place, fault, request, tmp_path, use):
+    if place == "bucket":
+        use(request.getfixturevalue("seaweedfs"))
+    base = some_history(entries=FOLD_EVERY)
+    old = seen(open_again(base))
     for fail_at in count():
-        root = tmp_path / str(fail_at)
-        shutil.copytree(base, root)
-        objects = LocalObjects(root)
+        url = str(tmp_path / str(fail_at)) if place == "disk" else s3.new_url()
+        objects = open_objects(url, create=True)
+        copy_into(objects, base)
         faulty = FaultyObjects(objects, fail_at, fault)
         ended = outcome(ProbeApart(faulty), push)
-        after = open_again(LocalObjects(root))
+        after = open_again(open_objects(url))
         if ended != "done" and seen(after) == old:
             push(after)
         assert after.version("m@main").message == "new"
@@ -147,6 +147,7 @@ def test_every_write_of_a_push_may_fail_on_a_disk(fault, tmp_path):
         assert after.verify(deep=True).problems == []
         if faulty.writes <= fail_at:
             break
+    assert fail_at == 4  # a pack, the metadata, a fold, the entry
 
 
 @pytest.mark.parametrize("fault", SOUND, ids=lambda fault: fault.name.lower())
@@ -280,6 +281,7 @@ class Mute:
 
     def __init__(self, inner):
         self._inner = inner
+        self.store_name = inner.store_name
         self._silent = False
 
     def silence(self):

@@ -8,10 +8,10 @@ import pytest
 from support import append_entry, bits, names_of, new_repository, noise, open_again, store_of
 
 import lamella
+from lamella_engine.chunk_index import INDEX_PATH
 from lamella_engine.content_store import push as push_module
 from lamella_engine.format.entry import PackAdded, RefChange
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import INDEX_PATH
 
 
 @pytest.fixture

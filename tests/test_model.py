@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 from support import bits, names_of, store_of
 
+from lamella_engine.chunk_index import INDEX_PATH
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
 from lamella_engine.executor import InlineExecutor, ThreadExecutor
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import INDEX_PATH, Repository
+from lamella_engine.repository import Repository
 
 MODELS = ("m", "m-2", "n/x")
 REFS = ("main", "side", "a/b", "release")

@@ -125,6 +125,10 @@ def test_one_layer_reads_its_blobs_their_bases_and_pages_of_structure(include, r
             ranges.append((name, start, stop))
             return counting.get_range(name, start, stop)
 
+        def get_ranges(self, name, asked):
+            ranges.extend((name, start, stop) for start, stop in asked)
+            return counting.get_ranges(name, asked)
+
     out = open_again(Recording()).checkout(revision, include=include)
     if revision == "m@v3":
         assert bits(out) == bits({name: newest[name] for name in out})

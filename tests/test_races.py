@@ -1,12 +1,14 @@
 """Several writers at once: one of them wins each branch, and nobody's version is lost."""
 
 import multiprocessing
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import numpy as np
 import pytest
+import s3
 from support import bits, names_of, new_repository, noise, open_again, store_of
 
 import lamella
@@ -35,17 +37,19 @@ class HeldAtCommit:
         self._inner.put_if_absent(name, parts)
 
 
-def push_in_a_process(root, targets, seed, barriers, results):
+def push_in_a_process(url, targets, seed, barriers, results):
     """Push once to each of ``targets``, held before each commit until the other process is there too."""
+    from lamella_engine.chunk_index import index_path
     from lamella_engine.content_store.packed import PackedStore
     from lamella_engine.executor import InlineExecutor
-    from lamella_engine.objects.local import LocalObjects
-    from lamella_engine.repository import INDEX_PATH, Repository
+    from lamella_engine.objects import open_objects
+    from lamella_engine.repository import Repository
 
     for number, (target, barrier) in enumerate(zip(targets, barriers, strict=True)):
-        objects = HeldAtCommit(LocalObjects(root), barrier)
+        objects = open_objects(url)
         executor = InlineExecutor()
-        repo = Repository(PackedStore(objects, executor, index_path=root / INDEX_PATH), executor)
+        store = PackedStore(HeldAtCommit(objects, barrier), executor, index_path=index_path(objects, url))
+        repo = Repository(store, executor)
         try:
             version = repo.push({"w": noise(100 * seed + number, 300)}, target, message=f"{seed}")
             results.put((number, "pushed", version.number))
@@ -54,29 +58,52 @@ def push_in_a_process(root, targets, seed, barriers, results):
         repo.close()
 
 
-def race_of_processes(root, targets_of):
+def push_or_tell(url, targets, seed, barriers, results):
+    """Push in a process; what it dies of is told to who waits for results, and nobody waits for its next commit."""
+    try:
+        push_in_a_process(url, targets, seed, barriers, results)
+    except BaseException:
+        results.put((None, traceback.format_exc(), None))
+        for barrier in barriers:
+            barrier.abort()
+        raise
+
+
+def race_of_processes(url, targets_of):
     """Return what each process got in each round."""
     spawn = multiprocessing.get_context("spawn")
     barriers = [spawn.Barrier(len(targets_of), timeout=60) for _ in targets_of[0]]
     results = spawn.Queue()
     processes = [
-        spawn.Process(target=push_in_a_process, args=(root, targets, seed, barriers, results))
+        spawn.Process(target=push_or_tell, args=(url, targets, seed, barriers, results))
         for seed, targets in enumerate(targets_of)
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in targets_of for _ in barriers]
+    found = []
+    for _ in range(len(targets_of) * len(barriers)):
+        found.append(results.get(timeout=120))
+        number, what, _ = found[-1]
+        assert number is not None, what
     for process in processes:
         process.join()
         assert process.exitcode == 0
     return [[(what, at) for number, what, at in found if number == wanted] for wanted in range(len(barriers))]
 
 
-def test_two_processes_at_one_branch_end_in_one_success_and_one_conflict(tmp_path):
-    root = tmp_path / "repository"
-    repo = lamella.init(root)
+@pytest.fixture(params=["disk", "seaweedfs"])
+def url(request, tmp_path, use):
+    """Return where a repository can be that other processes find too."""
+    if request.param == "disk":
+        return str(tmp_path / "repository")
+    use(request.getfixturevalue("seaweedfs"))
+    return s3.new_url()
+
+
+def test_two_processes_at_one_branch_end_in_one_success_and_one_conflict(url):
+    repo = lamella.init(url)
     repo.push({"w": noise(0, 300)}, "m@main")
-    rounds = race_of_processes(root, [["m@main"] * ROUNDS] * 2)
+    rounds = race_of_processes(url, [["m@main"] * ROUNDS] * 2)
     for number, results in enumerate(rounds):
         assert Counter(what for what, _ in results) == {"pushed": 1, "ref_moved": 1}, number
     history = list(repo.log("m@main"))
@@ -85,10 +112,9 @@ def test_two_processes_at_one_branch_end_in_one_success_and_one_conflict(tmp_pat
     assert repo.verify(deep=True).problems == []
 
 
-def test_two_processes_at_two_branches_both_succeed(tmp_path):
-    root = tmp_path / "repository"
-    repo = lamella.init(root)
-    rounds = race_of_processes(root, [["m@left"] * ROUNDS, ["m@right"] * ROUNDS])
+def test_two_processes_at_two_branches_both_succeed(url):
+    repo = lamella.init(url)
+    rounds = race_of_processes(url, [["m@left"] * ROUNDS, ["m@right"] * ROUNDS])
     for number, results in enumerate(rounds):
         assert sorted(results) == [("pushed", 2 * number + 1), ("pushed", 2 * number + 2)]
     for seed, branch in enumerate(("left", "right")):

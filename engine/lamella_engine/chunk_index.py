@@ -5,6 +5,7 @@ log calls live. So it needs no transactions with anything, and a damaged file is
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import sqlite3
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lamella_engine.model import ChunkId
+from lamella_engine.objects import Objects
+from lamella_engine.objects.local import LocalObjects
 
 logger = logging.getLogger("lamella")
 
@@ -25,6 +28,34 @@ without rowid;
 
 # SQLite's limit on the variables of one statement is 32,766; a few hundred already hide the cost of a statement.
 _NAMES_AT_ONCE = 500
+
+
+INDEX_PATH = Path("index", "chunks.sqlite")
+"""Where a repository on a disk keeps its chunk index, which is no object."""
+
+
+def index_path(objects: Objects, place: str) -> Path | None:
+    """Return the file for the chunk index of the repository at ``place``: in its directory, or in the user's cache.
+
+    None if there is nothing that outlives the process to keep it for, or nowhere to keep it.
+    """
+    if isinstance(objects, LocalObjects):
+        return objects.root / INDEX_PATH
+    cache = _cache()
+    if not objects.store_name or cache is None:
+        return None
+    # Of two names for one place, each gets an index: both are derived.
+    key = hashlib.sha256(f"{objects.store_name}\n{place.rstrip('/')}".encode()).hexdigest()[:32]
+    return cache / "lamella" / "index" / key / INDEX_PATH.name
+
+
+def _cache() -> Path | None:
+    """Return the directory that the XDG Base Directory Specification gives to caches, if this user has one."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given
+    home = Path(os.path.expanduser("~"))
+    return home / ".cache" if home.is_absolute() else None
 
 
 class ChunkIndex:
@@ -94,7 +125,7 @@ class ChunkIndex:
     def _open(self) -> sqlite3.Connection:
         if self._path is not None:
             try:
-                self._path.parent.mkdir(exist_ok=True)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 return _prepared(self._path)
             except (sqlite3.Error, OSError) as error:
                 self._set_aside(error)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lamella_engine import maintenance
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.chunk_index import index_path
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
@@ -20,16 +21,12 @@ from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecu
 from lamella_engine.format import canonical
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
-from lamella_engine.objects import Objects, open_objects
-from lamella_engine.objects.local import LocalObjects
+from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
-
-INDEX_PATH = Path("index", "chunks.sqlite")
-"""Where a repository on a disk keeps its chunk index. Derived: may be deleted at any time, and is no object."""
 
 OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
 """Every object of a repository lies in one of these."""
@@ -455,7 +452,8 @@ def init(
     Parameters
     ----------
     url
-        A directory path, ``file:///path``, or ``memory://name`` for one that lives as long as the process.
+        A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
+        object store; or ``memory://name`` for one that lives as long as the process.
     max_depth
         Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
         take fewer bytes, and more time to check out.
@@ -472,11 +470,12 @@ def init(
         The place fails, or does not keep the promises that a repository needs.
     """
     check_max_depth(max_depth)
-    objects = open_objects(_place_of(url), create=True)
+    place = _place_of(url)
+    objects = open_objects(place, create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
         return Repository(
-            PackedStore.create(objects, executor, index_path=_index_path(objects), max_depth=max_depth), executor
+            PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth), executor
         )
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -488,11 +487,14 @@ def init(
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
     """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
+    place = _place_of(url)
     try:
-        objects = open_objects(_place_of(url))
+        objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return Repository(PackedStore(objects, executor, index_path=_index_path(objects)), executor)
-    except RepositoryNotFoundError:
+        return Repository(PackedStore(objects, executor, index_path=index_path(objects, place)), executor)
+    except RepositoryNotFoundError as error:
+        if error.kind == "bucket_not_found":
+            raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
@@ -503,7 +505,3 @@ def _place_of(url: "str | PathLike[str]") -> str:
     if not isinstance(place, str):
         raise InvalidInputError(f"{url!r} is no path or URL: give text or a path", kind="bad_url")
     return place
-
-
-def _index_path(objects: Objects) -> Path | None:
-    return objects.root / INDEX_PATH if isinstance(objects, LocalObjects) else None

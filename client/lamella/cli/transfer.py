@@ -18,7 +18,7 @@ from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
 def init(
     context: typer.Context,
     path: Annotated[
-        str | None, typer.Argument(metavar="PATH", help="Where; by default as for the other verbs.")
+        str | None, typer.Argument(metavar="REPO", help="Directory or URL; by default as for the other verbs.")
     ] = None,
     max_depth: Annotated[
         int,

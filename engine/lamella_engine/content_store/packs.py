@@ -39,6 +39,9 @@ NEIGHBOUR_NBYTES = 4 << 10
 READ_NBYTES = 4 << 20
 """Longest single read of neighbouring blobs: larger ones cost fresh memory and gain nothing."""
 
+RANGES_AT_ONCE = 16
+"""Ranges of a pack that are asked for together, which object stores answer at the same time."""
+
 ROWS_KEPT = 100_000
 """Rows of parsed pack indexes kept, some 50 MB; the index used last is kept whatever its length."""
 
@@ -116,8 +119,11 @@ class Packs:
 
     def range(self, pack: str, start: int, stop: int) -> bytes:
         """Return bytes of a pack; raises CorruptionError if it is missing or ends before ``stop``."""
+        return self._ranges(pack, [(start, stop)])[0]
+
+    def _ranges(self, pack: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
         try:
-            return self._objects.get_range(pack, start, stop)
+            return self._objects.get_ranges(pack, ranges)
         except NotFoundError:
             raise CorruptionError(
                 f"{pack} is missing, though a version names it", kind="missing_object", object=pack
@@ -153,18 +159,21 @@ class Packs:
     def payloads(self, blobs: Iterable[StoredBlob], executor: Executor) -> dict[StoredBlob, memoryview]:
         """Read the payloads of blobs, neighbours in one read, and check their digests; raises CorruptionError."""
         found: dict[StoredBlob, memoryview] = {}
-        for part in executor.map(self._payloads_in, _neighbours(set(blobs))):
+        for part in executor.map(self._payloads_in, _requests(set(blobs))):
             found.update(part)
         return found
 
     def payload(self, blob: StoredBlob) -> memoryview:
         """Read the payload of one blob, in the caller's thread; raises CorruptionError."""
-        return self._payloads_in([blob])[blob]
+        return self._payloads_in([[blob]])[blob]
 
-    def _payloads_in(self, blobs: Sequence[StoredBlob]) -> dict[StoredBlob, memoryview]:
-        start = blobs[0].row.start
-        data = memoryview(self.range(blobs[0].pack, start, blobs[-1].row.stop))
-        found = {blob: data[blob.row.start - start : blob.row.stop - start] for blob in blobs}
+    def _payloads_in(self, runs: Sequence[Sequence[StoredBlob]]) -> dict[StoredBlob, memoryview]:
+        """Read runs of neighbours of one pack."""
+        found: dict[StoredBlob, memoryview] = {}
+        ranges = [(run[0].row.start, run[-1].row.stop) for run in runs]
+        for run, (start, _), data in zip(runs, ranges, self._ranges(runs[0][0].pack, ranges), strict=True):
+            view = memoryview(data)
+            found |= {blob: view[blob.row.start - start : blob.row.stop - start] for blob in run}
         for blob, payload in found.items():
             if blob_digest(payload) != blob.row.digest:
                 raise CorruptionError(
@@ -175,6 +184,23 @@ class Packs:
                     stop=blob.row.stop,
                 )
         return found
+
+
+def _requests(blobs: Iterable[StoredBlob]) -> Iterator[list[list[StoredBlob]]]:
+    """Group runs of one pack that are asked for together: a single one if it is long."""
+    request: list[list[StoredBlob]] = []
+    nbytes = 0
+    for run in _neighbours(blobs):
+        length = run[-1].row.stop - run[0].row.start
+        if request and (
+            run[0].pack != request[0][0].pack or nbytes + length > READ_NBYTES or len(request) == RANGES_AT_ONCE
+        ):
+            yield request
+            request, nbytes = [], 0
+        request.append(run)
+        nbytes += length
+    if request:
+        yield request
 
 
 def _neighbours(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:

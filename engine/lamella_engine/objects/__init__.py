@@ -27,6 +27,11 @@ MAX_GET_NBYTES = 64 << 20
 """Longest object that ``get`` returns; what is longer is read by ranges, whose lengths the caller knows."""
 
 
+CREATE_ONCE_NBYTES = 16 << 20
+"""Longest object of which a name is created once whoever asks. Uploads in parts, which longer ones take, know no such
+condition in most object stores."""
+
+
 class Objects(Protocol):
     """Named bytes. Safe for use from several threads.
 
@@ -37,6 +42,10 @@ class Objects(Protocol):
     Every call raises InvalidInputError (kind ``bad_object_name``) for another name or prefix, and StorageError or
     PermissionDeniedError where the place fails; ``transient`` says whether the same call may succeed later.
     """
+
+    store_name: str
+    """What keeps these promises, or does not, for many places at once, such as a bucket and its endpoint; ``""`` where
+    each place does so for itself. Says nothing that is secret."""
 
     def get(self, name: str) -> bytes:
         """Return the whole of a small object: at most :data:`MAX_GET_NBYTES`.
@@ -62,12 +71,16 @@ class Objects(Protocol):
             Kind ``bad_range``: not ``0 <= start <= stop``.
         """
 
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """Return several ranges, each as :meth:`get_range` does; raises as it does."""
+
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         """Create the object as the concatenation of ``parts``, which must not change meanwhile.
 
         Atomic: no one ever sees a part of it, and of several calls for one name, in any processes, exactly one
-        succeeds. Durable when it returns. Not idempotent: a repeated call raises AlreadyExistsError, even after its own
-        success, so callers recognise their own bytes by reading them.
+        succeeds; but if it is longer than :data:`CREATE_ONCE_NBYTES`, the name must be one that nobody else would use,
+        such as a pack's, which has its push's id. Durable when it returns. Not idempotent: a repeated call raises
+        AlreadyExistsError, even after its own success, so callers recognise their own bytes by reading them.
 
         Raises
         ------
@@ -120,16 +133,18 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
     Parameters
     ----------
     url
-        A path or ``file:///path`` for a directory; ``memory://name`` for a store that lives as long as this process
-        and is the same one for every caller that gives the same name.
+        A path or ``file:///path`` for a directory; ``s3://bucket/prefix`` for an object store, also ``gs://`` and
+        ``az://``; ``memory://name`` for a store that lives as long as this process and is the same one for every
+        caller that gives the same name.
     create
-        Make the directory, with its parents, durably, if it is not there. A store in memory is always there.
+        Make the directory, with its parents, durably, if it is not there. A store in memory is always there, a bucket
+        has to be.
 
     Raises
     ------
     InvalidInputError
         Kind ``unsupported_url`` for another scheme, ``bad_url`` for one that names no place, ``not_a_directory`` for a
-        path to something else.
+        path to something else, ``bad_endpoint`` for an object store's address in the environment that is none.
     RepositoryNotFoundError
         There is no directory at that path, and ``create`` was not given.
     """
@@ -149,10 +164,14 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
         if not rest:
             raise _bad_url(url)
         return MemoryObjects.shared(rest)
+    elif scheme in ("s3", "gs", "az"):
+        from lamella_engine.objects.cloud import CloudObjects
+
+        return CloudObjects.open(url)
     else:
         raise InvalidInputError(
-            f"cannot open {url!r}: object stores are not supported by this version; give a directory, "
-            "file:///path or memory://name",
+            f"cannot open {url!r}: give a directory, file:///path, s3://bucket/prefix, gs://..., az://... or "
+            "memory://name",
             kind="unsupported_url",
             url=url,
         )
@@ -163,7 +182,9 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
 
 def _bad_url(url: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{url!r} names no place: give a directory, file:///absolute/path or memory://name", kind="bad_url", url=url
+        f"{url!r} names no place: give a directory, file:///absolute/path, s3://bucket/prefix or memory://name",
+        kind="bad_url",
+        url=url,
     )
 
 

@@ -63,6 +63,8 @@ class LocalObjects:
         Kind ``not_a_directory``: there is something else.
     """
 
+    store_name = ""
+
     def __init__(self, root: Path) -> None:
         self.root = _absolute(root)
         self._poisoned = False
@@ -99,9 +101,14 @@ class LocalObjects:
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         """Read a part of the file; a reader of much memory at once pays for its pages, so ask for a few MiB."""
+        return self.get_ranges(name, [(start, stop)])[0]
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """Read parts of the file, opened once."""
         with self._open(name) as (fd, nbytes):
-            check_range(name, start, stop, nbytes=nbytes)
-            return _read(fd, name, start, stop)
+            for start, stop in ranges:
+                check_range(name, start, stop, nbytes=nbytes)
+            return [_read(fd, name, start, stop) for start, stop in ranges]
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write a file beside its place, then give it its name. Costs two waits for the disk besides the bytes."""

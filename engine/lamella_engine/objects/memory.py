@@ -24,6 +24,8 @@ class MemoryObjects:
     _shared: ClassVar[dict[str, "MemoryObjects"]] = {}
     _shared_lock: ClassVar[Lock] = Lock()
 
+    store_name = ""
+
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
         self._lock = Lock()
@@ -53,6 +55,10 @@ class MemoryObjects:
         data = self._data(name)
         check_range(name, start, stop, nbytes=len(data))
         return data[start:stop]
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """Copy the parts."""
+        return [self.get_range(name, start, stop) for start, stop in ranges]
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         """Copy the parts into one run of bytes."""

@@ -17,11 +17,16 @@ from lamella_engine.objects import Objects
 _RACERS = 8
 _RACES = 2
 
+# The names of stores that were found sound. One that stops to be so while a process lives would not be caught by a
+# probe at its start either.
+_sound: set[str] = set()
+
 
 def probe(objects: Objects) -> None:
     """Return if a place keeps the promises of :class:`~lamella_engine.objects.Objects` that commits rest on.
 
-    Writes a few objects under ``probe/`` and removes them.
+    Writes a few objects under ``probe/`` and removes them; but a store that has a name, and was found sound, is not
+    tried again as long as the process lives.
 
     Raises
     ------
@@ -30,6 +35,8 @@ def probe(objects: Objects) -> None:
         ``read_after_write``, ``list_after_write`` or ``range_read``. Any other kind: the place failed before it could
         be judged.
     """
+    if objects.store_name in _sound:
+        return
     run = secrets.token_hex(8)
     names = [f"probe/{run}-{i}" for i in range(1 + _RACES)]
     try:
@@ -47,6 +54,8 @@ def probe(objects: Objects) -> None:
         with suppress(LamellaError):  # what is left harms nobody and hides no verdict
             for name in names:
                 objects.delete(name)
+    if objects.store_name:
+        _sound.add(objects.store_name)
 
 
 def _try_one_writer(objects: Objects, name: str) -> None:
