@@ -26,13 +26,14 @@ from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
-from lamella_engine.remote import channel
+from lamella_engine.remote import channel, opening
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.service import sessions
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
+from lamella_engine.service.sessions import Session, Sessions
 
 TENSORS = {
     "embedding": noise(1, 1500, 1024),
@@ -64,6 +65,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(opening, "OPENING_PATIENCE_S", 0.2)
 
 
 @pytest.fixture
@@ -315,19 +317,19 @@ def test_a_commit_whose_answer_is_lost_happens_once(far, proxy, repo, monkeypatc
 
 
 def test_a_commit_whose_answer_and_session_are_lost_is_asked_for(far, proxy, repo, monkeypatch):
-    commit, sessions = Session.commit, []
+    commit, found = Session.commit, []
 
     def committed(session, description):
         recorded = commit(session, description)
         proxy.cut_next_reply()
-        sessions[0]._sessions.clear()
+        found[0]._sessions.clear()
         return recorded
 
     begin = Sessions.begin
 
-    def began(found, *arguments, **options):
-        sessions.append(found)
-        return begin(found, *arguments, **options)
+    def began(held, *arguments, **options):
+        found.append(held)
+        return begin(held, *arguments, **options)
 
     monkeypatch.setattr(Session, "commit", committed)
     monkeypatch.setattr(Sessions, "begin", began)
@@ -667,10 +669,12 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
         ChunkCache.of()
 
 
-def test_a_trainer_may_push_as_often_as_it_likes(repo):
-    for number in range(MAX_SESSIONS // 4 + 5):
+def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 40)
+    monkeypatch.setattr(sessions, "RECORDED_KEPT", 5)
+    for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")
-    assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+    assert repo.version("m@main").number == 15
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
