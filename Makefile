@@ -21,8 +21,9 @@ demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./dem
 	rm -rf demo-repository
 	.venv/bin/python -m examples.demo demo-repository
 
-test: .venv/built  ## Every test; those of the kernels once more without vector instructions.
+test: .venv/built  ## Every test; what holds of any repository once more over gRPC, the kernels without vector instructions.
 	.venv/bin/python -m pytest -n 2
+	LAMELLA_CARRIER=remote .venv/bin/python -m pytest -n 2
 	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_moments.py tests/test_residual_coder.py tests/test_float_coder.py
 
 lint: .venv/built  ## The static checks.
