@@ -40,6 +40,7 @@ PEERS ?= build/peers
 # The first run trains what the codec is measured on, for about half an hour; benchmarks/data keeps it.
 bench: .venv/built  ## Push and checkout, the codec, and whole repositories, against what people use today.
 	.venv/bin/python -m benchmarks.push_checkout
+	.venv/bin/python -m benchmarks.service
 	.venv/bin/python -m benchmarks.codec $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 	.venv/bin/python -m benchmarks.peers $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 
