@@ -242,6 +242,7 @@ class Server:
                     authorize(principal, POLICY[method.name], _resource(header))
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
+                        self._check_caller(context, principal)
                         data = reply if isinstance(reply, bytes) else reply.SerializeToString()
                         traffic.sent_nbytes += len(data)
                         with waiting():
@@ -274,6 +275,14 @@ class Server:
             )
         if failure is not None:
             _abort(context, failure)
+
+    def _check_caller(self, context: grpc.ServicerContext, principal: Principal) -> None:
+        """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.
+
+        To call again may help: the client may have a new token, and is told if it has none.
+        """
+        if self._caller(context) != principal:
+            raise StorageError("your token has ended, or changed: call again", kind="token_ended", transient=True)
 
     def _caller(self, context: grpc.ServicerContext) -> Principal:
         given = [value for name, value in context.invocation_metadata() if name == "authorization"]
