@@ -10,16 +10,20 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import s3
 from network import Harm, proxy
-from service import serving
+from service import Failure, WireClient, serving, take_apart, write_messages
 from support import bits, noise
 
 import lamella
+from lamella_engine.content_store.log import new_push_id
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.remote import channel
+from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.wire import encode_planned
 
 BASE = {"embedding": noise(1, 600, 900), "norm": noise(2, 64), "scalar": np.float64(2.5)}
 NEXT = {**BASE, "embedding": BASE["embedding"] + np.float32(1e-3), "new": noise(3, 300, 700)}
@@ -218,3 +222,20 @@ def test_a_server_that_is_killed_under_load_has_lost_no_push_that_it_acknowledge
             assert id in {version.id for version in repo.log(branch)}
         assert repo.verify(deep=True).problems == []
     assert len(acknowledged) >= KILLS
+
+
+def test_a_push_whose_payload_was_changed_on_its_way_may_send_it_again(tmp_path: Path) -> None:
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        taken = take_apart({"w": noise(1, 100)}, "m", push)
+        cells = [encode_planned(planned) for planned in taken.planned]
+        client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, cells=cells))
+        records = taken.records()
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Write", write_messages("r", push, records[:-1] + b"q"))
+        assert (error.value.status, error.value.kind) == (grpc.StatusCode.UNAVAILABLE, "changed_on_its_way")
+        client.call("Pushes.Write", write_messages("r", push, records))
+        commit = pb.CommitRequest(repository="r", push=push, description=taken.description)
+        assert client.call("Pushes.Commit", commit).number == 1

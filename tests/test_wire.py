@@ -118,7 +118,7 @@ def test_a_payload_that_was_changed_on_its_way_is_refused():
     parser.feed(GOOD[:-1] + b"q")
     with pytest.raises(CorruptionError) as error:
         parser.record()
-    assert error.value.kind == "bad_digest"
+    assert error.value.kind == "changed_on_its_way"
 
 
 @given(st.binary(max_size=400), cuts)

@@ -155,8 +155,8 @@ class Session:
         try:
             return self._parser.record()
         except CorruptionError as error:  # nothing that is stored is damaged
-            if error.kind == "bad_digest":
-                raise StorageError(error.message, kind="damaged_transfer", transient=True) from None
+            if error.kind == "changed_on_its_way":
+                raise StorageError(error.message, kind=error.kind, transient=True) from None
             raise InvalidInputError(error.message, kind=error.kind) from None
 
     def flush(self) -> int:
