@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,9 @@ from service import serving
 from support import bits, noise
 
 import lamella
+from lamella_engine import wire
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push
@@ -26,6 +29,7 @@ from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.service import rpcs
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
 
@@ -625,6 +629,33 @@ def test_a_trainer_may_push_as_often_as_it_likes(repo):
     for number in range(MAX_SESSIONS // 4 + 5):
         repo.push({"w": np.array([number])}, "m@main")
     assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+
+
+# -- a service that is not to be trusted -------------------------------------------------------------------------------
+
+
+def test_bytes_that_are_not_what_the_version_names_are_not_taken(uncached, repo, monkeypatch, tmp_path):
+    """A service can say of any bytes that they are the chunk, with a digest that fits."""
+    repo.push(TENSORS, "bert@main")
+
+    def another(reading):
+        *_, last = reading.chain
+        wrong = replace(last, encoding=Encoding.RAW, payload=bytes(last.decoded_nbytes), base=None)
+        weights = reading.cell.tensor == "embedding"
+        return wire.encode_reading(reading._replace(chain=(wrong,)) if weights else reading)
+
+    monkeypatch.setattr(rpcs, "encode_reading", another)
+    memory = {name: np.array(tensor) for name, tensor in TENSORS.items()}
+    for read in (
+        lambda: repo.checkout("bert@main"),
+        lambda: repo.checkout("bert@main", into=memory),
+        lambda: repo.checkout("bert@main", out=tmp_path / "files"),
+        lambda: repo.version("bert@main")["embedding"][3],
+    ):
+        with pytest.raises(lamella.CorruptionError) as error:
+            read()
+        assert error.value.kind == "bad_chunk"
+    assert bits(repo.checkout("bert@main", include="layer.*")) == bits({"layer.weight": TENSORS["layer.weight"]})
 
 
 # -- following ---------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ class RemoteStore:
         Chunks that are here.
     """
 
+    vouches = False  # the digest of a payload is the service's own word
+
     def __init__(self, channel: Channel, repository: str, executor: Executor, cache: ChunkCache) -> None:
         self.channel = channel
         self.repository = repository
@@ -312,7 +314,7 @@ class _Pages:
 
 
 def _check_names(manifest: Manifest, reading: Reading) -> None:
-    """Raise CorruptionError unless a chain leads to the chunk that the version names."""
+    """Raise CorruptionError unless a chain is said to lead to the chunk that the version names."""
     cell, chain = reading
     if cell.tensor is None:
         named: object = manifest.description.manifest_chunks[cell.number][0]
