@@ -1,11 +1,13 @@
 """No fault between a client and a service, or of the service itself, loses what was acknowledged or doubles it."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -21,6 +23,7 @@ from support import bits, noise
 import lamella
 from lamella_engine.content_store.log import new_push_id
 from lamella_engine.errors import ConflictError, LamellaError
+from lamella_engine.format.digests import chunk_id
 from lamella_engine.remote import channel
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import encode_planned
@@ -239,3 +242,25 @@ def test_a_push_whose_payload_was_changed_on_its_way_may_send_it_again(tmp_path:
         client.call("Pushes.Write", write_messages("r", push, records))
         commit = pb.CommitRequest(repository="r", push=push, description=taken.description)
         assert client.call("Pushes.Commit", commit).number == 1
+
+
+def test_what_a_push_only_talks_of_takes_little_memory(tmp_path: Path) -> None:
+    """A message may be full of one name of nothing, and a session lives for minutes: many would fill the server."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        tracemalloc.start()
+        try:
+            for number in range(32):
+                cell = pb.PlannedCell(
+                    tensor=f"{number}" + "x" * (1 << 20), chunk=chunk_id(number.to_bytes(2, "little"))
+                )
+                client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, first=number, cells=[cell]))
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 12 << 20  # the eight that may be companions, and what lies about
+        again = client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, first=31, cells=[cell]))
+        assert again.answers[0].missing
