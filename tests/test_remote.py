@@ -4,7 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import ml_dtypes
@@ -29,6 +31,7 @@ from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.remote.store import _Pages
 from lamella_engine.service import rpcs
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
@@ -656,6 +659,34 @@ def test_bytes_that_are_not_what_the_version_names_are_not_taken(uncached, repo,
             read()
         assert error.value.kind == "bad_chunk"
     assert bits(repo.checkout("bert@main", include="layer.*")) == bits({"layer.weight": TENSORS["layer.weight"]})
+
+
+def test_a_version_of_another_name_than_was_asked_for_is_not_taken(repo, monkeypatch):
+    repo.push({"w": np.array([1])}, "bert@main")
+    repo.push({"w": np.array([2])}, "gpt@main")
+    repo.push({"w": np.array([3])}, "bert@main")
+    resolve = PackedStore.resolve
+    for asked, answered in (("bert@main", "gpt@main"), ("bert@v1", "bert@v2")):
+        monkeypatch.setattr(PackedStore, "resolve", lambda self, text, answered=answered: resolve(self, answered))
+        with pytest.raises(lamella.CorruptionError) as error:
+            repo.version(asked)
+        assert error.value.kind == "another_version"
+
+
+def test_threads_that_read_one_manifest_at_once_all_have_it(uncached, repo, monkeypatch):
+    repo.push(TENSORS, "bert@main")
+    store = repo._store
+    pages = _Pages(store, store.version(store.resolve("bert@main")))
+    both = threading.Barrier(2, timeout=60)
+
+    def set_together(self, name, value):
+        object.__setattr__(self, name, value)
+        both.wait()
+
+    monkeypatch.setattr(_Pages, "__setattr__", set_together)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(pages.load, (0, 0))
+    assert first == second
 
 
 # -- following ---------------------------------------------------------------------------------------------------------

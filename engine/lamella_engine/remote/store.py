@@ -72,9 +72,14 @@ class RemoteStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         parsed = parse_revision(revision)
         request = pb.ResolveRequest(repository=self.repository, revision=revision)
-        found = self._keep(decode_version(self.channel.call("Versions.Resolve", request)))
-        if parsed.id_prefix is not None and not parsed.ancestors and not found.id.startswith(parsed.id_prefix):
+        found = decode_version(self.channel.call("Versions.Resolve", request))
+        if not parsed.ancestors and not (
+            found.id.startswith(parsed.id_prefix or "")
+            and found.model == (parsed.model or found.model)
+            and found.number == (parsed.number or found.number)
+        ):
             raise _another_version()
+        self._keep(found)
         return found.id
 
     def version(self, id: VersionId) -> Recorded:
@@ -95,18 +100,17 @@ class RemoteStore:
         recorded = decode_version(self.channel.call("Versions.Get", request))
         if recorded.id != id:
             raise _another_version()
-        self._keep(recorded)
-        with self._lock:
-            return self._versions[id]
+        return self._keep(recorded)
 
-    def _keep(self, recorded: Recorded) -> Recorded:
+    def _keep(self, recorded: Recorded) -> tuple[Recorded, Manifest]:
         with self._lock:
-            if recorded.id not in self._versions:
-                manifest = Manifest(recorded.description, _Pages(self, recorded).load)
-                self._versions[recorded.id] = recorded, manifest
+            found = self._versions.get(recorded.id)
+            if found is None:
+                found = recorded, Manifest(recorded.description, _Pages(self, recorded).load)
+                self._versions[recorded.id] = found
                 if len(self._versions) > VERSIONS_KEPT:
                     self._versions.popitem(last=False)
-        return recorded
+            return found
 
     def ancestors(self, id: VersionId) -> Iterator[Recorded]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -149,9 +153,10 @@ class RemoteStore:
             try:
                 with closing(self.channel.stream("Versions.Watch", request)) as versions:
                     for message in versions:
-                        recorded = self._keep(decode_version(message))
+                        recorded = decode_version(message)
                         if recorded.model != model:
                             raise _another_version()
+                        self._keep(recorded)
                         after = recorded.number
                         patience.renew()
                         yield recorded
@@ -301,8 +306,10 @@ class _Pages:
             if nbytes > _PAGES_NBYTES:
                 break
             cells.append(Cell(None, following))
-        self._ahead = {cell.number: page for cell, page in self._read(cells)}
-        return self._ahead.pop(place)
+        found = {cell.number: page for cell, page in self._read(cells)}
+        data = found.pop(place)
+        self._ahead = found  # another thread may do the same: what it read ahead is then read again
+        return data
 
     def _read(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, bytes]]:
         for cell, chain in self._store.fetch(self._id, cells):
