@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -21,12 +22,15 @@ from service import Failure, WireClient, serving, take_apart, write_messages
 from support import bits, noise
 
 import lamella
+from lamella_engine import maintenance
 from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.remote import channel
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.wire import encode_planned
+from lamella_engine.service.server import Answered
+from lamella_engine.wire import METHODS, encode_planned
 
 BASE = {"embedding": noise(1, 600, 900), "norm": noise(2, 64), "scalar": np.float64(2.5)}
 NEXT = {**BASE, "embedding": BASE["embedding"] + np.float32(1e-3), "new": noise(3, 300, 700)}
@@ -264,3 +268,63 @@ def test_what_a_push_only_talks_of_takes_little_memory(tmp_path: Path) -> None:
         assert held < 12 << 20  # the eight that may be companions, and what lies about
         again = client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, first=31, cells=[cell]))
         assert again.answers[0].missing
+
+
+def test_what_came_of_a_write_that_broke_off_is_not_held(tmp_path: Path) -> None:
+    """Less than is stored in one go comes from each of many pushes, and then nothing."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        taken = take_apart({"a": noise(1, 500_000), "b": noise(2, 500_000)}, "m", push)
+        cells = [encode_planned(planned) for planned in taken.planned]
+        client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, cells=cells))
+        records = taken.records()
+
+        def half() -> Iterator[bytes]:
+            yield from write_messages("r", push, records[: 3 << 20])
+            yield b"no position"
+
+        tracemalloc.start()
+        try:
+            with pytest.raises(Failure):
+                client.call("Pushes.Write", half())
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 1 << 20
+        client.call("Pushes.Write", write_messages("r", push, records))
+        assert client.call("Pushes.Commit", pb.CommitRequest(repository="r", push=push, description=taken.description))
+
+
+def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that breaks off and comes again would else have the server read everything as often."""
+    begun, ended = threading.Event(), threading.Event()
+    outlived = []
+
+    def endless(self: maintenance._Checker, blobs: list[StoredBlob]) -> None:
+        begun.set()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            self._go_on()
+        outlived.append(blobs)
+
+    observed: list[Answered] = []
+
+    def observe(answered: Answered) -> None:
+        observed.append(answered)
+        if answered.rpc == "Jobs.Verify":
+            ended.set()
+
+    with serving(tmp_path, observe=observe) as server, WireClient(server.address) as client:
+        with lamella.init(f"grpc://{server.address}/r") as repo:
+            repo.push(BASE, "m@main")
+        monkeypatch.setattr(maintenance._Checker, "_blobs", endless)
+        stream = client.channel.unary_stream(METHODS["Jobs.Verify"].path)
+        call = stream(pb.VerifyRequest(repository="r").SerializeToString(), timeout=60)
+        assert begun.wait(60)
+        call.cancel()
+        assert ended.wait(60)
+        assert not outlived
+        assert observed[-1].kind == "cancelled"

@@ -11,7 +11,7 @@ from lamella_engine.content_store.log import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError, StorageError
 from lamella_engine.executor import Executor
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
@@ -63,6 +63,11 @@ class Call:
     """Whether somebody still waits for the answer."""
     remaining_s: Callable[[], float]
     """Seconds until its deadline."""
+
+    def check(self) -> None:
+        """Raise StorageError if nobody waits for the answer any more."""
+        if not self.active() or self.remaining_s() <= 0:
+            raise StorageError("the client has gone, or its deadline has come", kind="cancelled", transient=True)
 
 
 class Rpcs:
@@ -243,8 +248,8 @@ class Rpcs:
         """Take blobs."""
         header = parse(pb.WriteHeader, next(messages, b""))
         _, session = self._session(header.repository, header.push, call)
-        with self._writers.taken(call.principal.name):
-            yield POSITION.pack(session.rewind())
+        with self._writers.taken(call.principal.name), session.stream() as position:
+            yield POSITION.pack(position)
             for message in messages:
                 if len(message) < POSITION.size:
                     raise InvalidInputError("a message of a write begins with its position", kind="bad_message")
@@ -311,7 +316,7 @@ class Rpcs:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
         with self._readers.taken(call.principal.name):
-            found = verify(PackedStore(store.objects, self._executor), deep=request.deep)
+            found = verify(PackedStore(store.objects, self._executor), deep=request.deep, go_on=call.check)
         yield _verified(found)
 
     # -- access -------------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ class Session:
         self._parser = RecordParser()
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
+        self._stream: object = None
+        """The newest of them."""
 
     @contextmanager
     def _our_turn(self) -> Iterator[None]:
@@ -98,6 +100,25 @@ class Session:
     def _check_it_runs(self) -> None:
         if self.over:  # since this call found it
             raise _no_session(self.push.id)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Take records in this block, from the position that it is given on.
+
+        What came and was not taken is forgotten when it ends: held for each push that stopped half-way, it would fill
+        the memory. But not if the client has begun another stream meanwhile, which goes on from there.
+        """
+        stream = object()
+        with self._our_turn():
+            self._rewind()
+            self._stream = stream
+            taken = self._taken
+        try:
+            yield taken
+        finally:
+            with self._turn:
+                if self._stream is stream:
+                    self._rewind()
 
     def rewind(self) -> int:
         """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
