@@ -661,6 +661,27 @@ def test_bytes_that_are_not_what_the_version_names_are_not_taken(uncached, repo,
     assert bits(repo.checkout("bert@main", include="layer.*")) == bits({"layer.weight": TENSORS["layer.weight"]})
 
 
+@pytest.mark.parametrize("way", ["memory", "cache"])
+def test_a_service_cannot_leave_out_what_has_changed(way, repo, monkeypatch):
+    """It would keep whoever follows at old weights, and nobody would notice."""
+    weights = {"w": noise(1, 1024, 1024)}
+    repo.push(weights, "bert@main")
+    memory = repo.checkout("bert@v1")
+    repo.push(nudged(weights), "bert@main")
+
+    def nothing(reading):
+        return wire.encode_reading(reading._replace(chain=()) if reading.cell.tensor else reading)
+
+    monkeypatch.setattr(rpcs, "encode_reading", nothing)
+    if way == "cache":  # the second version is not there, but the first, on which it stands
+        first = chunk_id(weights["w"].tobytes())
+        path = repo._store.cache._path
+        monkeypatch.setattr(repo._store.cache, "_path", lambda chunk: path(chunk) if chunk == first else None)
+    with pytest.raises(lamella.CorruptionError) as error:
+        repo.checkout("bert@v2", **({"into": memory, "have": "bert@v1"} if way == "memory" else {}))
+    assert error.value.kind == "another_chunk"
+
+
 def test_a_version_of_another_name_than_was_asked_for_is_not_taken(repo, monkeypatch):
     repo.push({"w": np.array([1])}, "bert@main")
     repo.push({"w": np.array([2])}, "gpt@main")

@@ -190,11 +190,12 @@ class RemoteStore:
         ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``.
         """
         manifest = self.manifest(id)
+        whole = None if have is None else self.manifest(have)
 
         def ask(request: pb.ReadRequest, some: Sequence[Cell]) -> Generator[Reading]:
             with closing(self.channel.stream("Versions.Read", request)) as messages:
                 for reading in decode_readings(messages, some):
-                    if reading.chain or (have is None and reading.cell not in held):
+                    if reading.chain or not _is_held(manifest, reading.cell, held.get(reading.cell), whole):
                         _check_names(manifest, reading)
                     yield reading
 
@@ -318,6 +319,16 @@ class _Pages:
             decode_chain(chain, memoryview(out), check=True)
             self._store.cache.add(chunk, out)
             yield cell, bytes(out)
+
+
+def _is_held(manifest: Manifest, cell: Cell, held: ChunkId | None, whole: Manifest | None) -> bool:
+    """Whether a cell is the chunk that the caller holds for it, or the same as in a version that they hold."""
+    if cell.tensor is None:
+        return False
+    content = manifest.row(cell.tensor, cell.number).content
+    if whole is not None and whole.holds(manifest.spec(cell.tensor)):
+        return content in (held, whole.row(cell.tensor, cell.number).content)
+    return content == held
 
 
 def _check_names(manifest: Manifest, reading: Reading) -> None:
