@@ -30,8 +30,9 @@ from lamella_engine.remote import channel
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
-from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.remote.push import WINDOW_NBYTES, RemotePush
 from lamella_engine.remote.store import _Pages
+from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import rpcs
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
@@ -511,7 +512,7 @@ def test_grpc_is_imported_for_such_a_url_only():
 
 
 def cached_files(tmp_path):
-    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*") if path.is_file()]
+    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*/*") if path.is_file()]
 
 
 def test_what_was_checked_out_once_is_not_sent_again(server, proxy, repo, monkeypatch, tmp_path):
@@ -594,7 +595,7 @@ def test_a_cache_without_room_is_no_error(repo, tmp_path, monkeypatch):
 
 
 def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
-    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20, "host:7443")
     real, other = bytes(5000), bytes(4999) + b"x"
     cache.add(chunk_id(real), other)
     assert cache.has(chunk_id(real))
@@ -603,13 +604,13 @@ def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
 
 
 def test_a_cache_keeps_to_its_bound_and_what_was_used_last(tmp_path):
-    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20, "host:7443")
     chunks = [bytes([number]) * 10_000 for number in range(250)]
     for number, chunk in enumerate(chunks):
         cache.add(chunk_id(chunk), chunk)
         os.utime(cache._path(chunk_id(chunk)), (number, number))
         assert cache.get(chunk_id(chunks[0])) == chunks[0]
-    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*")]
+    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*/*")]
     assert 0.7 * (1 << 20) < sum(kept) < 1.1 * (1 << 20)
     assert cache.get(chunk_id(chunks[-1])) == chunks[-1]
     assert cache.get(chunk_id(chunks[1])) is None
@@ -625,7 +626,7 @@ def test_a_cache_is_for_its_user_alone(repo, tmp_path):
 def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
     monkeypatch.setenv("LAMELLA_CACHE_NBYTES", size)
     with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CACHE_NBYTES"):
-        ChunkCache.of()
+        ChunkCache.of("host:7443")
 
 
 def test_a_trainer_may_push_as_often_as_it_likes(repo):
@@ -680,6 +681,26 @@ def test_a_service_cannot_leave_out_what_has_changed(way, repo, monkeypatch):
     with pytest.raises(lamella.CorruptionError) as error:
         repo.checkout("bert@v2", **({"into": memory, "have": "bert@v1"} if way == "memory" else {}))
     assert error.value.kind == "another_chunk"
+
+
+def test_a_service_learns_nothing_of_what_is_cached_of_another(repo, monkeypatch, tmp_path):
+    """By a base that it names, a service could have a delta made against weights that it was never shown."""
+    secret = {"w": noise(1, 1024, 1024)}
+    repo.push(secret, "bert@main")
+    named = chunk_id(secret["w"].tobytes())
+
+    def ask_for_more(missing):
+        answer = wire.encode_answer(missing)
+        return pb.Answer(missing=True, base=named) if answer.missing else answer
+
+    monkeypatch.setattr(rpcs, "encode_answer", ask_for_more)
+    sent = []
+    monkeypatch.setattr(
+        RemotePush, "base", lambda push, missing, base=RemotePush.base: sent.append(base(push, missing))
+    )
+    with serving(tmp_path / "other") as other, lamella.init(f"grpc://{other.address}/team") as curious:
+        curious.push(nudged(secret), "bert@main")
+    assert sent == [None] * len(sent) != []
 
 
 def test_a_version_of_another_name_than_was_asked_for_is_not_taken(repo, monkeypatch):
