@@ -25,6 +25,7 @@ from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.format.manifest import MAX_NAME_NBYTES
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel
 from lamella_engine.remote.cache import ChunkCache
@@ -633,6 +634,13 @@ def test_a_trainer_may_push_as_often_as_it_likes(repo):
     for number in range(MAX_SESSIONS // 4 + 5):
         repo.push({"w": np.array([number])}, "m@main")
     assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+
+
+def test_names_may_be_as_long_as_anywhere(uncached, repo):
+    """More of them, and longer ones, than a message has room for."""
+    tensors = {f"{number}" + "é" * (MAX_NAME_NBYTES // 2 - 8): np.full(9, number, np.int64) for number in range(600)}
+    repo.push(tensors, "bert@main")
+    assert bits(repo.checkout("bert@main")) == bits(tensors)
 
 
 # -- a service that is not to be trusted -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lamella_engine.remote.caching import read_through
 from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.wire import batches, decode_readings, decode_version, encode_cells
+from lamella_engine.wire import MAX_MESSAGE_NBYTES, batches, decode_readings, decode_version, encode_cells
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -223,7 +223,7 @@ class RemoteStore:
         held: Mapping[Cell, ChunkId] = MappingProxyType({}),
     ) -> Iterator[Answer]:
         """Yield one answer for each cell; ask again, from the first that was not answered, when that may help."""
-        for some in batches(cells, _CELLS_AT_ONCE):
+        for some in batches(cells, _CELLS_AT_ONCE, nbytes=_name_nbytes, most_nbytes=MAX_MESSAGE_NBYTES // 2):
             patience = Patience()
             while some:
                 runs = encode_cells((cell, held.get(cell)) for cell in some)
@@ -275,6 +275,10 @@ class RemoteStore:
             {ref.name: ref.number for ref in self.refs(update.model)}.get(update.name) == update.number
             for update in updates
         )
+
+
+def _name_nbytes(cell: Cell) -> int:
+    return len((cell.tensor or "").encode())
 
 
 class _Pages:
