@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import s3
 from network import Harm, proxy
-from service import Failure, WireClient, serving, take_apart, write_messages
+from service import Failure, WireClient, prepare_by_wire, serving, take_apart, write_messages
 from support import bits, noise
 
 import lamella
@@ -27,6 +28,7 @@ from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.format.version import decode_description, encode_description, version_id
 from lamella_engine.remote import channel
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.server import Answered
@@ -328,3 +330,27 @@ def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.M
         assert ended.wait(60)
         assert not outlived
         assert observed[-1].kind == "cancelled"
+
+
+@pytest.mark.parametrize("wrong", ["cell_count", "decoded_nbytes", "parameters_id", "pages"])
+def test_a_description_that_does_not_fit_is_refused_and_leaves_nothing(wrong: str, tmp_path: Path) -> None:
+    """It is the call that is wrong, not the repository that is damaged; and what was written for it is removed."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        commit = prepare_by_wire(client, "r", "m@main", {"w": noise(1, 100)}, push)
+        right = decode_description(commit.description, expected=version_id(commit.description))
+        (page,) = right.pages
+        other = {
+            "cell_count": 2,
+            "decoded_nbytes": 1 << 60,
+            "parameters_id": "0" * 64,
+            "pages": (replace(page, nbytes=1 << 50),),
+        }
+        commit.description = encode_description(replace(right, **{wrong: other[wrong]}))
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Commit", commit)
+        assert (error.value.status, error.value.kind) == (grpc.StatusCode.INVALID_ARGUMENT, "wrong_description")
+        assert list((tmp_path / "r/packs").iterdir())
+        client.call("Pushes.Abandon", pb.PushRequest(repository="r", push=push))
+        assert not [path for path in (tmp_path / "r/packs").rglob("*") if path.is_file()]

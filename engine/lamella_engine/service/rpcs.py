@@ -3,6 +3,7 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -232,7 +233,8 @@ class Rpcs:
     def pushes_consider(self, request: pb.ConsiderRequest, call: Call) -> pb.Empty:
         """Let bases be chosen by a sketch."""
         _, session = self._session(request.repository, request.push, call)
-        structure = [spec for page in request.pages for spec in parse_structure_page(page)]
+        with _handed_in():
+            structure = [spec for page in request.pages for spec in parse_structure_page(page)]
         session.consider(parse_sketch(structure, dict(request.lanes)))
         return pb.Empty()
 
@@ -262,10 +264,8 @@ class Rpcs:
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""
         store, session = self._session(request.repository, request.push, call)
-        try:
+        with _handed_in():
             description = decode_description(request.description, expected=version_id(request.description))
-        except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
-            raise InvalidInputError(error.message, kind=error.kind) from error
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self._publish(store)
@@ -345,6 +345,15 @@ class Rpcs:
         """Say as whom the caller is known."""
         who = call.principal
         return pb.Token(principal=who.name, role=who.role, repositories=who.repositories, refs=who.refs)
+
+
+@contextmanager
+def _handed_in() -> Iterator[None]:
+    """Say of what is read here that the call is wrong, not that something stored is damaged."""
+    try:
+        yield
+    except CorruptionError as error:
+        raise InvalidInputError(error.message, kind=error.kind) from error
 
 
 def _version(recorded: Recorded) -> pb.Version:
