@@ -28,7 +28,7 @@ from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.format.digests import chunk_id
-from lamella_engine.format.version import decode_description, encode_description, version_id
+from lamella_engine.format.version import AttachmentPages, decode_description, encode_description, version_id
 from lamella_engine.remote import channel
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.server import Answered
@@ -330,6 +330,21 @@ def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.M
         assert ended.wait(60)
         assert not outlived
         assert observed[-1].kind == "cancelled"
+
+
+@pytest.mark.parametrize("paths", [["../x"], ["/x"], ["x", "x"], ["x", "x/y"]], ids=" ".join)
+def test_files_that_no_checkout_could_write_are_not_recorded(paths: list[str], tmp_path: Path) -> None:
+    """Whoever verifies the repository would be told of damage for ever."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        commit = prepare_by_wire(client, "r", "m@main", {"w": noise(1, 100)}, new_push_id())
+        right = decode_description(commit.description, expected=version_id(commit.description))
+        (page,) = right.pages
+        files = tuple(AttachmentPages(path, "file", ((page.chunk, page.nbytes),)) for path in paths)
+        commit.description = encode_description(replace(right, attachments=files))
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Commit", commit)
+        assert error.value.status is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("wrong", ["cell_count", "decoded_nbytes", "parameters_id", "pages"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from lamella_engine.checkpoints import check_attachment_paths
 from lamella_engine.content_store.log import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
@@ -266,6 +267,7 @@ class Rpcs:
         store, session = self._session(request.repository, request.push, call)
         with _handed_in():
             description = decode_description(request.description, expected=version_id(request.description))
+        check_attachment_paths([item.path for item in description.attachments])
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self._publish(store)
