@@ -1,6 +1,6 @@
 """What a service costs beside the embedded engine: pushes, checkouts, small calls, TLS, and a hundred clients at once.
 
-    python -m benchmarks.service [--rounds N] [--clients 100] [--folder DIR]
+    python -m benchmarks.service [--rounds N] [--clients 100] [--follow-mib 1024] [--folder DIR]
 
 The MiniLM family in float32, in one run on one machine, client and server each a process. Every contender moves the
 same checkpoints: the engine embedded; through a service on loopback, in the clear and with TLS; the encoded bytes alone
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import ml_dtypes
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,6 +36,7 @@ import lamella
 from benchmarks import corpora
 from benchmarks.corpora import Checkpoint
 from benchmarks.memory import rss_anon
+from lamella_engine.service.server import Answered, Server
 
 ROUNDS = 5
 CLIENTS = 100
@@ -284,6 +286,62 @@ def small_calls(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A step that reached a follower."""
+
+    decoded_nbytes: int
+    """Of the model."""
+    changed: float
+    """Share of its values that the step changed."""
+    received_nbytes: int
+    """All that the follower was sent, messages without the headers of HTTP."""
+    seconds: float
+    """From the version's being published to its standing in the follower's tensors."""
+
+
+def follow(nbytes: int, folder: Path) -> Followed:
+    """Let a follower that holds a bfloat16 model receive a step that moves one value in a hundred by one ulp.
+
+    The model is random numbers of weights' sizes, not trained: a real model of a gigabyte is not to be had here.
+    """
+    sent = 0
+
+    def count(answered: Answered) -> None:
+        nonlocal sent
+        sent += answered.sent_nbytes
+
+    random = np.random.default_rng(0)
+    shape = (nbytes // 2 // 4096 // 8, 4096)
+    first = {
+        f"layer.{at}": (random.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16) for at in range(8)
+    }
+    then = {}
+    for name, tensor in first.items():
+        bits = tensor.view(np.uint16).copy()
+        where = random.random(shape, np.float32) < 0.01
+        bits[where] += random.choice(np.array([1, 0xFFFF], np.uint16), int(where.sum()))
+        then[name] = bits.view(ml_dtypes.bfloat16)
+    changed = sum(int((then[name].view(np.uint16) != first[name].view(np.uint16)).sum()) for name in first)
+    server = Server(str(folder / "follow"), "127.0.0.1:0", insecure_loopback=True, observe=count)
+    server.start()
+    url = f"grpc://{server.address}/follow"
+    with lamella.init(url) as trainer, lamella.open(url) as follower:
+        trainer.push(first, "policy@main")
+        held = {name: np.empty_like(tensor) for name, tensor in first.items()}
+        follower.checkout("policy@v1", into=held)
+        trainer.push(then, "policy@main")
+        sent = 0
+        start = time.perf_counter()
+        version = next(follower.watch("policy@main", after="policy@v1"))
+        follower.checkout(f"policy@v{version.number}", into=held, have="policy@v1")
+        seconds = time.perf_counter() - start
+        assert all(held[name].tobytes() == then[name].tobytes() for name in then)
+    server.stop(0)
+    total = sum(tensor.nbytes for tensor in first.values())
+    return Followed(total, changed / (total / 2), sent, seconds)
+
+
 def tables(seconds: dict[str, float], decoded_nbytes: int) -> Table:
     """Return what a reader wants to see of a comparison: throughput of decoded bytes, and the share of the embedded."""
     result = Table("", title="the MiniLM family, float32", title_justify="left", box=SIMPLE_HEAD)
@@ -301,6 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--follow-mib", type=int, default=1024, help="size of the model that is followed")
     parser.add_argument("--folder", type=Path, default=corpora.DATA, help="where to write; its disk is measured")
     options = parser.parse_args()
     console = Console()
@@ -312,6 +371,12 @@ def main() -> None:
         for name, values in small_calls(Path(scratch)).items():
             cuts = statistics.quantiles(values, n=100)
             console.print(f"{name}: p50 {cuts[49] * 1e3:.2f} ms, p99 {cuts[98] * 1e3:.2f} ms")
+        step = follow(options.follow_mib * _MIB, Path(scratch))
+        console.print(
+            f"a step that changes {step.changed:.2%} of a bfloat16 model of {step.decoded_nbytes / _MIB:,.0f} MiB "
+            f"reached a follower in {step.seconds:.2f} s with {step.received_nbytes / step.decoded_nbytes:.2%} of its "
+            "bytes"
+        )
         found = crowd(options.clients, Path(scratch))
         console.print(
             f"{options.clients} clients at once: {len(found.failures)} failed, the server held "

@@ -54,14 +54,19 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server]
 
 if os.environ.get("LAMELLA_CARRIER") == "remote":
     import remote
-    import service
 
     @pytest.fixture(scope="session")
-    def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[service.Server]:
-        with service.serving(tmp_path_factory.mktemp("root")) as server:
-            yield server
+    def _service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.Service]:
+        with remote.secure_service(tmp_path_factory.mktemp("service")) as service:
+            yield service
 
     @pytest.fixture(autouse=True)
-    def _carrier(request: pytest.FixtureRequest, _server: service.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _carrier(request: pytest.FixtureRequest, _service: remote.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        _service.be_known(monkeypatch)
         monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")  # tests count what is read, and do harm to what is stored
-        remote.put_a_wire_between(request.module, _server, monkeypatch)
+        remote.put_a_wire_between(request.module, _service.server, monkeypatch)
+
+    def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+        carried = [item for item in items if remote.is_carried(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in carried])
+        items[:] = carried

@@ -6,10 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import pytest
+from certificates import LOOPBACK, Authority
+from service import serving
 
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
 from lamella_engine.content_store.packed import PackedStore
@@ -18,7 +21,7 @@ from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.remote.opening import connect
 from lamella_engine.repository import Repository
-from lamella_engine.service.server import Server
+from lamella_engine.service.server import Server, Tls
 
 PIECE_NBYTES = 1 << 16
 
@@ -106,6 +109,70 @@ def proxied(address: str) -> Iterator[Proxy]:
 
 # -- the engine's own tests, with a wire in between --------------------------------------------------------------------
 
+CARRIED = (
+    "test_bases",
+    "test_checkout",
+    "test_companions",
+    "test_cost",
+    "test_diff",
+    "test_directories",
+    "test_distance",
+    "test_distance_delta",
+    "test_filling",
+    "test_maintenance",
+    "test_push",
+    "test_sketches",
+    "test_torch_modules",
+    "test_transaction",
+    "test_zarr_push",
+    "test_zarr_view",
+)
+"""Modules whose tests hold of a repository behind a service too: ``LAMELLA_CARRIER=remote pytest`` runs them so."""
+
+NOT_CARRIED = {
+    "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
+    "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
+    "test_a_push_that_was_fenced_after_it_committed_has_committed": "a client tries again",
+    "test_a_refusal_names_the_tensor_and_changes_nothing": "takes reads away, and pages are read too",
+    "test_attachments_of_other_lengths_than_are_listed_are_damage": "a service does not record such a version",
+    "test_names_are_compared_before_anything_is_read": "takes reads away, and pages are read too",
+    "test_transformers_loads_a_version_without_a_file": "counts reads, and pages are read too",
+    "test_transformers_reads_the_tensors_alone_that_it_needs": "counts reads, and pages are read too",
+}
+"""Tests of those modules that look at what a service does otherwise, and why."""
+
+
+def is_carried(item: pytest.Item) -> bool:
+    """Whether a test holds of a repository behind a service."""
+    return item.path.stem in CARRIED and item.originalname not in NOT_CARRIED
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server that speaks TLS, and what it takes to be let in by it."""
+
+    server: Server
+    ca: Path
+    token: str
+
+    def be_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make the environment that of a user of it."""
+        monkeypatch.setenv("LAMELLA_CA", str(self.ca))
+        monkeypatch.setenv("LAMELLA_TOKEN", self.token)
+
+
+@contextmanager
+def secure_service(directory: Path, *, role: str = "admin") -> Iterator[Service]:
+    """Run a server with a certificate and one token."""
+    authority = Authority()
+    certificate, key = authority.issue("localhost", LOOPBACK).write(directory, "server")
+    ca = directory / "ca.crt"
+    ca.write_bytes(authority.certificate)
+    with serving(directory / "root", tls=Tls(certificate, key)) as server:
+        secret, _ = server._tokens.create("tests", role)
+        yield Service(server, ca, secret)
+
+
 _names = (f"r{number}" for number in itertools.count())
 _stores: "WeakKeyDictionary[Repository, PackedStore]" = WeakKeyDictionary()
 
@@ -117,7 +184,7 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         name = next(_names)
         server._rpcs._repositories._open[name] = store
         executor = executor or InlineExecutor()
-        remote, jobs = connect(f"grpc://{server.address}/{name}", executor)
+        remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
         _stores[repo] = store
         return repo

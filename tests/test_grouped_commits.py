@@ -237,6 +237,7 @@ def test_entries_say_of_each_commit_who_asked_for_it(monkeypatch):
     found = {}
     for _, entry, _ in log.history():
         assert len(entry.by) in (0, len(entry.pushes))
+        assert len(entry.movers) == (len(entry.refs) if entry.by else 0)
         assert not entry.by or set(entry.by) != {entry.principal}
         found |= zip(entry.pushes, entry.by or (entry.principal,) * len(entry.pushes), strict=True)
     asked = {name: log.state.version("m", result.number).metadata for name, result in zip(names, results, strict=True)}

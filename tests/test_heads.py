@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import s3
@@ -9,12 +10,16 @@ import service
 from support import noise
 
 import lamella
+from lamella_engine.content_store.log import FOLD_EVERY, Change, Log, new_push_id
 from lamella_engine.errors import CorruptionError
+from lamella_engine.format.entry import Entry, RefChange, encode_entry
+from lamella_engine.format.names import fold_number, log_name
 from lamella_engine.heads import Head, Pin
 from lamella_engine.objects import open_objects
+from lamella_engine.signing import generate_key, load_key
 
 PLACE = "grpc://host:7443/team"
-FIVE = Head("ab" * 16, 5, b"5" * 32)
+FIVE = Head("ab" * 16, 5, b"5" * 32, (b"k" * 32,))
 NINE = Head("ab" * 16, 9, b"9" * 32)
 
 
@@ -184,6 +189,42 @@ def test_a_bucket_whose_newest_entry_is_gone_is_a_rollback(state, moto, use):
     lamella.open(url).close()
     open_objects(url).delete("log/00000000000000000003")
     assert kind_of_opening(url) == "rollback"
+
+
+def test_a_bucket_that_required_signatures_when_it_was_seen_still_must(state, moto, use, tmp_path):
+    """Who can write to it forges a fold and what follows, after the entry that is remembered."""
+    use(moto)
+    url = s3.new_url()
+    lamella.init(url).close()
+    push(url, 0)
+    generate_key(tmp_path / "key")
+    objects = open_objects(url)
+    log = Log(objects, signer=load_key(tmp_path / "key"))
+    log.require_signed([load_key(tmp_path / "key").public])
+    lamella.open(url).close()
+    for number in range(2 * FOLD_EVERY):
+        log.commit(
+            new_push_id(), lambda state, number=number: Change(refs=(RefChange("m", f"a{number}", "alias", None, 1),))
+        )
+    lamella.open(url).close()
+    at = next(iter(open_objects(url).list("fold/"))).name
+    number = fold_number(at)
+    assert Pin(url, objects.store_name).seen.number > number
+    seen = replace(Pin(url, objects.store_name).seen, number=number, digest=log.digest_at(number))
+    Pin(url, objects.store_name).replace(seen)
+    lamella.open(url).close()
+    Pin(url, objects.store_name).replace(seen)
+
+    for info in list(objects.list("log/", after=log_name(number))):
+        objects.delete(info.name)
+    objects.delete(at)
+    forger = Log(objects)
+    forger._state = replace(forger.state, signers=())
+    fold = forger._write_fold(forger.state)
+    forged = Entry(seen.repository, number + 1, seen.digest, fold, pushes=(new_push_id(),))
+    objects.put_if_absent(log_name(number + 1), [encode_entry(forged)])
+    assert Log(objects).state.signers == ()  # to whoever comes for the first time all is well
+    assert kind_of_opening(url) == "unsigned"
 
 
 def test_a_repository_that_was_made_anew_in_a_bucket_is_another_and_its_maker_knows(state, moto, use):

@@ -12,31 +12,34 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from remote import Proxy, proxied
+from remote import Proxy, proxied, secure_service
+from safetensors.numpy import save_file
 from service import serving
 from support import bits, noise
 
 import lamella
+from lamella import cli
 from lamella_engine import wire
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.content_store.seam import Push
+from lamella_engine.content_store.seam import Push, Reading
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.manifest import MAX_NAME_NBYTES
+from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
-from lamella_engine.remote import channel
+from lamella_engine.remote import channel, opening
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES, RemotePush
 from lamella_engine.remote.store import _Pages
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service import rpcs
+from lamella_engine.service import rpcs, sessions
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
+from lamella_engine.service.sessions import Session, Sessions
 
 TENSORS = {
     "embedding": noise(1, 1500, 1024),
@@ -68,6 +71,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(opening, "OPENING_PATIENCE_S", 0.2)
 
 
 @pytest.fixture
@@ -216,6 +220,29 @@ def test_a_repository_takes_as_many_bytes_as_a_local_one(repo, local):
     assert abs(ours - theirs) < 0.01 * theirs
 
 
+def test_every_verb_of_the_command_line_takes_a_service(server, tmp_path, capsys):
+    place = f"grpc://{server.address}/models/small"
+    save_file({"w": noise(1, 50, 40)}, tmp_path / "a.safetensors")
+    save_file({"w": noise(2, 50, 40)}, tmp_path / "b.safetensors")
+    verbs = [
+        ["init", place],
+        ["-C", place, "push", str(tmp_path / "a.safetensors"), "m@main", "-m", "one"],
+        ["-C", place, "push", str(tmp_path / "b.safetensors"), "m@main", "-m", "two"],
+        ["-C", place, "log", "m@main"],
+        ["-C", place, "show", "m@main"],
+        ["-C", place, "diff", "m@v1", "m@v2"],
+        ["-C", place, "distance", "m@v1", "m@v2"],
+        ["-C", place, "tag", "m@good", "m@v1"],
+        ["-C", place, "stats"],
+        ["-C", place, "verify", "--deep"],
+        ["-C", place, "checkout", "m@good", str(tmp_path / "out")],
+    ]
+    for verb in verbs:
+        assert cli.run(verb) == 0, (verb, capsys.readouterr().err)
+    assert (tmp_path / "out/a.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert cli.run(["-C", place, "show", "m@nope"]) == lamella.NotFoundError.exit_code
+
+
 # -- what travels ------------------------------------------------------------------------------------------------------
 
 
@@ -296,19 +323,19 @@ def test_a_commit_whose_answer_is_lost_happens_once(far, proxy, repo, monkeypatc
 
 
 def test_a_commit_whose_answer_and_session_are_lost_is_asked_for(far, proxy, repo, monkeypatch):
-    commit, sessions = Session.commit, []
+    commit, found = Session.commit, []
 
     def committed(session, description):
         recorded = commit(session, description)
         proxy.cut_next_reply()
-        sessions[0]._sessions.clear()
+        found[0]._sessions.clear()
         return recorded
 
     begin = Sessions.begin
 
-    def began(found, *arguments, **options):
-        sessions.append(found)
-        return begin(found, *arguments, **options)
+    def began(held, *arguments, **options):
+        found.append(held)
+        return begin(held, *arguments, **options)
 
     monkeypatch.setattr(Session, "commit", committed)
     monkeypatch.setattr(Sessions, "begin", began)
@@ -472,6 +499,24 @@ def test_a_token_may_be_renewed_in_its_file(tmp_path, monkeypatch):
                 repo.models()
 
 
+def test_with_tls_and_a_token_all_is_as_without(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        with lamella.init(f"grpcs://{service.server.address}/team") as repo:
+            repo.push(TENSORS, "bert@main")
+            assert bits(repo.checkout("bert@main")) == bits(TENSORS)
+
+
+def test_a_server_that_nobody_vouches_for_is_not_spoken_to(tmp_path, monkeypatch):
+    with secure_service(tmp_path) as service:
+        service.be_known(monkeypatch)
+        monkeypatch.delenv("LAMELLA_CA")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpcs://{service.server.address}/team")
+        with pytest.raises(lamella.StorageError):
+            lamella.open(f"grpc://{service.server.address}/team")
+
+
 def test_a_token_that_cannot_be_one_is_not_repeated(monkeypatch):
     monkeypatch.setenv("LAMELLA_TOKEN", "s3cret with\nline")
     with pytest.raises(lamella.InvalidInputError) as error:
@@ -630,10 +675,12 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
         ChunkCache.of("host:7443")
 
 
-def test_a_trainer_may_push_as_often_as_it_likes(repo):
-    for number in range(MAX_SESSIONS // 4 + 5):
+def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 40)
+    monkeypatch.setattr(sessions, "RECORDED_KEPT", 5)
+    for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")
-    assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+    assert repo.version("m@main").number == 15
 
 
 def test_names_may_be_as_long_as_anywhere(uncached, repo):
@@ -652,7 +699,7 @@ def test_bytes_that_are_not_what_the_version_names_are_not_taken(uncached, repo,
 
     def another(reading):
         *_, last = reading.chain
-        wrong = replace(last, encoding=Encoding.RAW, payload=bytes(last.decoded_nbytes), base=None)
+        wrong = replace(last, encoding=Encoding.RAW, payload=bytes(last.decoded_nbytes), base=None, digest=None)
         weights = reading.cell.tensor == "embedding"
         return wire.encode_reading(reading._replace(chain=(wrong,)) if weights else reading)
 
@@ -828,3 +875,76 @@ def test_a_follower_needs_little_more_than_the_deltas(far, proxy, repo):
         far.checkout(version.id, into=held, have=f"m@v{version.number - 1}")
         assert all(held[name].tobytes() == weights[name].tobytes() for name in weights)
         assert proxy.received - before < 0.012 * total
+
+
+# -- a service that lies -----------------------------------------------------------------------------------------------
+
+
+def test_another_version_than_was_asked_for_is_not_taken(repo, monkeypatch):
+    first = repo.push({"w": np.array([1])}, "m@main")
+    second = repo.push({"w": np.array([2])}, "m@main")
+    real = PackedStore.version
+    monkeypatch.setattr(PackedStore, "version", lambda store, id: real(store, {first.id: second.id}.get(id, id)))
+    repo._store._versions.clear()
+    with pytest.raises(lamella.CorruptionError) as error:
+        repo._store.version(first.id)
+    assert error.value.kind == "another_version"
+
+
+def test_another_chunk_than_the_version_names_is_not_taken(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000), "b": noise(2, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        swapped = {"a": "b", "b": "a", None: None}
+        for cell, chain in real(store, id, [Cell(swapped[cell.tensor], cell.number) for cell in cells]):
+            yield Reading(Cell(swapped[cell.tensor], cell.number), chain)
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        again.checkout("m@main")
+    assert error.value.kind == "another_chunk"
+
+
+def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, server, monkeypatch):
+    weights = {"a": noise(1, 5000)}
+    repo.push(weights, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            wrong = (
+                blob
+                if cell.tensor is None
+                else replace(blob, encoding=Encoding.RAW, digest=None, payload=bytes(20_000))
+            )
+            yield Reading(cell, (wrong,))
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with lamella.open(f"grpc://{server.address}/team") as again:
+        with pytest.raises(lamella.CorruptionError) as error:
+            again.checkout("m@main", verify="chunk")
+        assert error.value.kind == "bad_chunk"
+
+
+def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypatch):
+    repo.push({"a": noise(1, 5000)}, "m@main")
+    real = PackedStore.read
+
+    def lying(store, id, cells, have=None, *, held=None):
+        for cell, (blob,) in real(store, id, cells):
+            yield Reading(
+                cell, (replace(blob, encoding=Encoding.RAW, digest=None, width=1, payload=bytes(blob.decoded_nbytes)),)
+            )
+
+    monkeypatch.setattr(PackedStore, "read", lying)
+    with (
+        lamella.open(f"grpc://{server.address}/team") as again,
+        pytest.raises(lamella.CorruptionError) as error,
+    ):
+        list(again.version("m@main"))
+    assert error.value.kind == "bad_chunk"

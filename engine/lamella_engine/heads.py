@@ -1,11 +1,12 @@
 """The newest log entry that this user has seen of a repository, so that a store or service that goes back is found out.
 
 One small file for each place under ``$XDG_STATE_HOME/lamella/heads`` (or ``~/.local/state``) holds the repository's id,
-and number and digest of the entry; opening a repository compares it, and brings it up to date. Entries are chained by
-their digests, so a log that still has the pinned entry still has all that came before it. That its newest entry stands
-on the pinned one would take reading all between. Here only the pinned one is asked for: that finds a log that went
-back, or that was made anew from some earlier entry on, but not one that forks after the pin. Signatures keep strangers
-from that.
+number and digest of the entry, and the keys that had to sign then; opening a repository compares it, and brings it up
+to date. Entries are chained by their digests, so a log that still has the pinned entry still has all that came before
+it. That its newest entry stands on the pinned one would take reading all between. Here only the pinned one is asked
+for: that finds a log that went back, or that was made anew from some earlier entry on, but not one that forks after the
+pin. Where entries must be signed, a reader of the log itself finds that too: it trusts the keys that it has seen, and
+no others that these did not let sign.
 """
 
 import hashlib
@@ -32,6 +33,8 @@ class Head:
     number: int
     digest: bytes
     """32 bytes."""
+    signers: tuple[bytes, ...] = ()
+    """Public keys, one of which must sign the next entry, as far as the place says."""
 
 
 class Pin:
@@ -112,7 +115,8 @@ class Pin:
             return None
         try:
             found = json.loads(self._path.read_bytes())
-            return Head(str(found["repository"]), int(found["number"]), bytes.fromhex(found["digest"]))
+            signers = tuple(map(bytes.fromhex, found["signers"]))
+            return Head(str(found["repository"]), int(found["number"]), bytes.fromhex(found["digest"]), signers)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -124,7 +128,12 @@ class Pin:
         if self._path is None:
             return
         beside = self._path.with_name(f".{self._path.name}-{secrets.token_hex(8)}")
-        document = {"digest": head.digest.hex(), "number": head.number, "repository": head.repository}
+        document = {
+            "digest": head.digest.hex(),
+            "number": head.number,
+            "repository": head.repository,
+            "signers": [key.hex() for key in head.signers],
+        }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(document))

@@ -11,7 +11,7 @@ from lamella_engine.maintenance import Verification
 from lamella_engine.model import VersionId
 from lamella_engine.reading import Reader, Selection
 
-OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
+OBJECT_DIRECTORIES = ("audit", "fold", "log", "meta", "packs", "sessions")
 """Every object of a repository lies in one of these."""
 
 

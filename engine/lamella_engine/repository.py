@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
@@ -24,9 +24,13 @@ from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, Version
 from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
+
+if TYPE_CHECKING:
+    from lamella_engine.service.audit import Account
 
 
 class Repository:
@@ -365,6 +369,19 @@ class Repository:
         """
         return self._jobs.verify(deep=deep)
 
+    def audit(self) -> "Account":
+        """List who did what, and check that it holds together: what the log says, and the reads that a service noted.
+
+        Raises InvalidInputError for a repository behind a service: an account is read where it lies.
+        """
+        from lamella_engine.service.audit import account
+
+        if not isinstance(self._store, PackedStore):
+            raise InvalidInputError(
+                "an account is read where the repository lies: open its directory or bucket", kind="remote_audit"
+            )
+        return account(self._store)
+
 
 def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
     return InvalidInputError(
@@ -468,7 +485,8 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         # Who can write to a directory can write to what is remembered of it too.
         pin = Pin(place, objects.store_name) if objects.store_name else None
-        store = PackedStore(objects, executor, index_path=index_path(objects, place))
+        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
+        store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
         if pin is not None:
             pin.advance(_head(store), store.log.digest_at)
         return on_objects(store)
@@ -482,11 +500,11 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
 
 def _head(store: PackedStore) -> Head:
     state = store.log.state
-    return Head(state.genesis.repository, state.number, state.digest)
+    return Head(state.genesis.repository, state.number, state.digest, state.signers)
 
 
 def _is_remote(place: str) -> bool:
-    return place.startswith(("grpc://", "grpcs://"))
+    return place.partition("://")[0] in SCHEMES
 
 
 def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -161,6 +162,7 @@ class Log:
         self._blocks = Blocks(objects)
         self._lock = threading.Lock()
         self._state = self._load()
+        self._audit: dict[str, bytes] = {}
         self._commits = Together(self._commit_together)
 
     @classmethod
@@ -238,16 +240,19 @@ class Log:
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
             self._check_gap(entry.number)
-            if self._publish(entry, data):
-                with self._lock:
-                    if self._state.number < after.number:
-                        self._state = after
+            if not self._publish(entry, data):
                 for part in parts:
-                    part.waiting.answer(after)
-        for part in parts:
-            part.commit.lost_races += 1
-            if part.commit.lost_races == COMMIT_TRIES:
-                part.waiting.fail(_contention(part.commit.pushes[0]))
+                    part.commit.lost_races += 1
+                    if part.commit.lost_races == COMMIT_TRIES:
+                        part.waiting.fail(_contention(part.commit.pushes[0]))
+                return
+            with self._lock:
+                if self._state.number < after.number:
+                    self._state = after
+                for name in entry.audit:
+                    self._audit.pop(name, None)
+            for part in parts:
+                part.waiting.answer(after)
 
     def _parts(self, state: State, waiting: Sequence[_WaitingCommit]) -> list[_Part]:
         """Return what one entry after ``state`` can hold, in order; settle the commits that need no entry.
@@ -516,10 +521,15 @@ class Log:
         fold = state.fold
         if state.number - (0 if fold is None else fold.number) >= FOLD_EVERY:
             fold = self._write_fold(state)
-        return replace(self._joined(state, fold, parts), time=now())
+        with self._lock:
+            audit = dict(sorted(self._audit.items()))
+        return replace(self._joined(state, fold, parts), time=now(), audit=audit)
 
     def _joined(self, state: State, fold: FoldRef | None, parts: Sequence[_Part]) -> Entry:
         acted = [part.commit.principal for part in parts for _ in part.commit.pushes]
+        first = list(accumulate((len(part.commit.pushes) for part in parts), initial=0))
+        movers = tuple(at for at, part in zip(first, parts, strict=False) for _ in part.change.refs)
+        several = len(set(acted)) > 1
         return Entry(
             repository=state.genesis.repository,
             number=state.number + 1,
@@ -531,7 +541,8 @@ class Log:
             pushes=tuple(push for part in parts for push in part.commit.pushes),
             signers=tuple(key for part in parts for key in part.change.signers),
             principal=acted[0],
-            by=tuple(acted) if len(set(acted)) > 1 else (),
+            by=tuple(acted) if several else (),
+            movers=movers if several else (),
         )
 
     def _signed(self, state: State, entry: Entry) -> Entry:
@@ -546,6 +557,13 @@ class Log:
         if self._signer is None:
             return entry
         return replace(entry, signature=Signature(self._signer.public, self._signer.sign(to_sign(entry))))
+
+    def carry(self, segment: str, digest: bytes, *, instead_of: str | None) -> None:
+        """Have the next entry carry the digest of an audit segment, which vouches for those before it, as well."""
+        with self._lock:
+            if instead_of is not None:
+                self._audit.pop(instead_of, None)
+            self._audit[segment] = digest
 
     def require_signed(self, keys: Iterable[bytes]) -> State:
         """Have every entry after the next be signed by one of ``keys`` (public, 32 bytes each).

@@ -13,7 +13,7 @@ from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormat
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
 from lamella_engine.format.fold import MAX_BLOCK_NBYTES, decode_signers
-from lamella_engine.format.names import check_named, fold_number, metadata_version, parse_pack_name
+from lamella_engine.format.names import audit_number, check_named, fold_number, metadata_version, parse_pack_name
 from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId, RefKind, VersionId
 
@@ -134,11 +134,15 @@ class Entry:
     """Who acted, as far as the writer knew."""
     by: tuple[str, ...] = ()
     """Who asked for each of ``pushes``, if not all are ``principal``."""
+    movers: tuple[int, ...] = ()
+    """With ``by``, for each of ``refs`` the place in ``pushes`` of the one that moved it."""
     time: str = ""
     """UTC, ISO 8601; information only."""
     signers: tuple[bytes, ...] = ()
     """If any: public keys, one of which must sign every entry after this one."""
     signature: Signature | None = None
+    audit: Mapping[str, bytes] = field(default_factory=dict)
+    """Name and digest of the newest audit segments that the writer knew."""
 
 
 _GENESIS = {
@@ -171,7 +175,13 @@ _ENTRY = {
     "versions": [(str, int, str, int, str, int)],
 }
 
-_WHERE_NEEDED: dict[str, Any] = {"by": [str], "signature": {"key": str, "value": str}, "signers": [str]}
+_WHERE_NEEDED: dict[str, Any] = {
+    "audit": {str: str},
+    "by": [str],
+    "movers": [int],
+    "signature": {"key": str, "value": str},
+    "signers": [str],
+}
 """Fields that stand only in entries which they tell something of."""
 
 
@@ -250,9 +260,11 @@ def _plain(entry: Entry) -> dict[str, Any]:
         ],
     }
     if entry.by:
-        value["by"] = entry.by
+        value |= {"by": entry.by, "movers": entry.movers}
     if entry.signers:
         value["signers"] = [key.hex() for key in entry.signers]
+    if entry.audit:
+        value["audit"] = {name: found.hex() for name, found in entry.audit.items()}
     if entry.signature is not None:
         value["signature"] = {"key": entry.signature.key.hex(), "value": entry.signature.value.hex()}
     return value
@@ -301,9 +313,22 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         parse_pack_name(name)
     for push in (*value["pushes"], *value["fenced"]):
         _hex(push, 16, what)
-    by = tuple(value.get("by", ()))
-    if "by" in value and (len(by) != len(value["pushes"]) or set(by) <= {value["principal"]}):
-        raise CorruptionError(f"{what} does not say for each of its pushes who asked for it", kind="bad_entry")
+    by, movers = tuple(value.get("by", ())), tuple(value.get("movers", ()))
+    if ("by" in value) != ("movers" in value) or (
+        "by" in value
+        and (
+            len(by) != len(value["pushes"])
+            or set(by) <= {value["principal"]}
+            or len(movers) != len(refs)
+            or any(at >= len(by) for at in movers)
+        )
+    ):
+        raise CorruptionError(f"{what} does not say who asked for each of its changes", kind="bad_entry")
+    audit = {name: _hex(text, 32, what) for name, text in value.get("audit", {}).items()}
+    for name in audit:
+        audit_number(name)
+    if "audit" in value and not audit:
+        raise CorruptionError(f"{what} vouches for no audit segment, but says that it does", kind="bad_entry")
     signature = None
     if "signature" in value:
         parts = value["signature"]
@@ -322,9 +347,11 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         pushes=tuple(map(PushId, value["pushes"])),
         principal=value["principal"],
         by=by,
+        movers=movers,
         time=value["time"],
         signers=decode_signers(value["signers"], what=what, kind="bad_entry") if "signers" in value else (),
         signature=signature,
+        audit=audit,
     )
 
 

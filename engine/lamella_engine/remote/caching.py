@@ -10,7 +10,7 @@ from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import Blob, Reading, Stored
 from lamella_engine.executor import Executor
 from lamella_engine.model import Cell, ChunkId, VersionId
-from lamella_engine.remote.cache import ChunkCache
+from lamella_engine.remote.cache import SMALLEST_NBYTES, ChunkCache
 from lamella_engine.wire import batches
 
 # Cells that are looked for, and asked for, at a time.
@@ -47,7 +47,7 @@ def _read(cache: ChunkCache, source: Source, id: VersionId, cells: Sequence[Cell
     here = {cell: chunk for cell, chunk in wanted.items() if chunk is not None and cache.has(chunk)}
     missing = [cell for cell in cells if cell not in here]
     held: dict[Cell, ChunkId] = {}
-    for cell, stored in source.locate(id, missing):
+    for cell, stored in source.locate(id, [cell for cell in missing if wanted[cell] is not None]):
         before = [blob.chunk for blob in stored[:-1] if cache.has(blob.chunk)]
         if before:
             held[cell] = before[-1]
@@ -69,7 +69,10 @@ def _read(cache: ChunkCache, source: Source, id: VersionId, cells: Sequence[Cell
 
 
 def _chunk(manifest: Manifest, cell: Cell) -> ChunkId | None:
-    """Return the chunk that stands in a cell, or None if that is so short that its bytes stand there."""
+    """Return the chunk that stands in a cell, or None if it is so short that none like it is ever kept."""
     if cell.tensor is None:
-        return manifest.description.manifest_chunks[cell.number][0]
-    return manifest.row(cell.tensor, cell.number).chunk
+        chunk, nbytes = manifest.description.manifest_chunks[cell.number]
+    else:
+        row = manifest.row(cell.tensor, cell.number)
+        chunk, nbytes = ChunkId(row.content), row.nbytes
+    return chunk if nbytes >= SMALLEST_NBYTES else None

@@ -11,10 +11,11 @@ from lamella_engine.executor import Executor
 from lamella_engine.jobs import OBJECT_DIRECTORIES
 from lamella_engine.objects import open_objects
 from lamella_engine.service.access import repository_not_found
+from lamella_engine.signing import Signer
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")
 # A repository's own directories, and the root's: a name with one of these in it could lie inside another repository.
-_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access", "audit"))
+_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access"))
 
 
 def check_repository_name(name: str) -> str:
@@ -38,11 +39,22 @@ class Repositories:
         A directory, or a URL of an object store.
     executor
         Runs the work for all of them.
+    signer
+        Signs what is recorded in them.
+    require_signed
+        Whether each repository is made to take nothing from now on that is not signed by this signer, or by those whom
+        it lists already.
     """
 
-    def __init__(self, root: str, executor: Executor) -> None:
+    def __init__(
+        self, root: str, executor: Executor, *, signer: Signer | None = None, require_signed: bool = False
+    ) -> None:
+        if require_signed and signer is None:
+            raise InvalidInputError("who requires signatures has to sign: give a key too", kind="bad_option")
+        self._require_signed = require_signed
         self._root = root.rstrip("/")
         self._executor = executor
+        self._signer = signer
         self._open: dict[str, PackedStore] = {}
         self._lock = threading.Lock()
 
@@ -52,15 +64,16 @@ class Repositories:
         objects = open_objects(place, create=True)
         path = index_path(objects, place)
         try:
-            store = PackedStore.create(objects, self._executor, index_path=path, max_depth=max_depth)
+            store = PackedStore.create(
+                objects, self._executor, index_path=path, max_depth=max_depth, signer=self._signer
+            )
         except AlreadyExistsError:
             raise AlreadyExistsError(
                 f"there is a repository {name} already: use it as it is, or choose another name",
                 kind="repository_exists",
                 repository=name,
             ) from None
-        with self._lock:
-            return self._open.setdefault(name, store)
+        return self._kept(name, store)
 
     def open(self, name: str) -> PackedStore:
         """Return a repository; raises RepositoryNotFoundError."""
@@ -71,9 +84,15 @@ class Repositories:
         try:
             place = self._place(check_repository_name(name))
             objects = open_objects(place)
-            store = PackedStore(objects, self._executor, index_path=index_path(objects, place))
+            path = index_path(objects, place)
+            store = PackedStore(objects, self._executor, index_path=path, signer=self._signer)
         except (RepositoryNotFoundError, InvalidInputError):
             raise repository_not_found(name) from None
+        return self._kept(name, store)
+
+    def _kept(self, name: str, store: PackedStore) -> PackedStore:
+        if self._require_signed and self._signer is not None and not store.log.state.signers:
+            store.log.require_signed([self._signer.public])
         with self._lock:
             return self._open.setdefault(name, store)
 

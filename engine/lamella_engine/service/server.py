@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, StorageError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.access import AUDITED, LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.audit import SEGMENT_S
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.tokens import Tokens
+from lamella_engine.signing import load_key
 from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, Method, encode_error, parse
 from lamella_engine.wire import status_of as status_of_error
 
@@ -46,6 +48,8 @@ _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
 
 # How long a stream may wait for its client before it is ended: it can be taken up again.
 _STALLED_S = 60.0
+
+_SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 _SWEEP_S = 30.0
 """How often pushes are looked for that nobody calls for any more."""
@@ -123,6 +127,12 @@ class Server:
         Whether to describe the rpcs to whoever asks.
     observe
         Told of every call when it has ended.
+    signing_key
+        File of a key (see :mod:`lamella_engine.signing`) that signs what is recorded.
+    require_signed
+        Whether repositories are made to take nothing any more that is not signed.
+    audit
+        Whether to note in each repository who read or changed what, from where.
     memory_nbytes
         Bound of the memory for work in flight.
 
@@ -142,6 +152,9 @@ class Server:
         insecure_loopback: bool = False,
         reflection: bool = False,
         observe: Callable[[Answered], None] = lambda answered: None,
+        signing_key: Path | None = None,
+        require_signed: bool = False,
+        audit: bool = False,
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
         host = _check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
@@ -149,10 +162,13 @@ class Server:
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         self._tokens = Tokens(open_objects(root, create=True))
-        self._rpcs = Rpcs(Repositories(root, self._executor), self._tokens, self._executor)
+        self._audits = audit
+        signer = None if signing_key is None else load_key(signing_key)
+        repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
+        self._rpcs = Rpcs(repositories, self._tokens, self._executor)
         self._stalls = _Stalls()
         self._shares = _Shares()
-        self._health = health.HealthServicer()
+        self._health = _Health()
         self._stopped = threading.Event()
         self._grpc = grpc.server(
             ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
@@ -180,7 +196,7 @@ class Server:
         """Begin to answer."""
         self._grpc.start()
         threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
-        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.serving = True
 
     def stop(self, grace_s: float = 30.0) -> None:
         """End: take no new calls, let those that run go on for ``grace_s`` seconds, then end them. Idempotent.
@@ -188,10 +204,16 @@ class Server:
         What was acknowledged is recorded; a push that was not can be begun again at another server.
         """
         self._stopped.set()
-        self._health.enter_graceful_shutdown()
+        self._health.serving = False
         self._grpc.stop(grace_s).wait()
+        self._rpcs.flush_audits()
         self._stalls.close()
         self._executor.close()
+
+    @property
+    def pushes(self) -> int:
+        """How many pushes are under way."""
+        return len(self._rpcs.sessions)
 
     def wait(self) -> None:
         """Return when the server has been stopped."""
@@ -201,6 +223,7 @@ class Server:
         while not self._stopped.wait(_SWEEP_S):
             with suppress(LamellaError):
                 self._rpcs.sessions.sweep()
+            self._rpcs.flush_audits(older_than_s=SEGMENT_S)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -235,11 +258,19 @@ class Server:
             with self._stalls.watched(context) as waiting:
                 deadline = began + _time_limit(method, context)
                 principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
-                call = Call(principal, context.is_active, lambda: deadline - time.monotonic())
+                call = Call(
+                    principal,
+                    context.is_active,
+                    lambda: deadline - time.monotonic(),
+                    context.peer(),
+                    self._stopped.is_set,
+                )
                 with self._shares.taken(principal.name):
                     request, header = _request(method, traffic.received(incoming, waiting))
                     repository = getattr(header, "repository", "")
                     authorize(principal, POLICY[method.name], _resource(header))
+                    if self._audits and method.name in AUDITED:
+                        self._rpcs.note(method.name, repository, _about(header), call)
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
                         self._check_caller(context, principal)
@@ -303,6 +334,29 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         return self._handlers.get(handler_call_details.method)
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """The standard health service, for probes; anybody may ask.
+
+    Not the servicer that comes with it: many streams of ``Watch`` that are cancelled at once can stop its server for
+    good (seen with 1.85: the thread of all events waits for its lock).
+    """
+
+    def __init__(self) -> None:
+        self.serving = False
+
+    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Say whether new calls are taken."""
+        if request.service not in ("", *_SERVICES):
+            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        return health_pb2.HealthCheckResponse(status=status.SERVING if self.serving else status.NOT_SERVING)
+
+    def Watch(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Refuse, as the protocol allows: it would hold a thread for whoever asks."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+        raise AssertionError("abort raises")
 
 
 @dataclass(slots=True)
@@ -423,6 +477,14 @@ def _resource(message: Any) -> Resource:
     return Resource(getattr(message, "repository", None))
 
 
+def _about(message: Any) -> str:
+    """Return what of a repository a message asks for, for people."""
+    if isinstance(message, pb.UpdateRefsRequest):
+        return " ".join(f"{item.model}@{item.name}" for item in message.updates)
+    names = ("revision", "version", "push", "a", "b")
+    return " ".join(str(value) for name in names if (value := getattr(message, name, "")))
+
+
 def _time_limit(method: Method, context: grpc.ServicerContext) -> float:
     """Return how many seconds a call may take; raises InvalidInputError if its client set no deadline."""
     remaining: float | None = context.time_remaining()
@@ -456,8 +518,7 @@ def _snake(name: str) -> str:
 def _reflect(server: grpc.Server) -> None:
     from grpc_reflection.v1alpha import reflection
 
-    names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    reflection.enable_server_reflection([*_SERVICES, reflection.SERVICE_NAME], server)
 
 
 def _check_listen(listen: str, *, tls: Tls | None, insecure_loopback: bool) -> str:

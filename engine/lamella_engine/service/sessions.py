@@ -42,6 +42,9 @@ _BATCH_NBYTES = 4 << 20
 FILLED_NBYTES = 256 << 20
 """What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
 
+MAX_PLANNED = 1 << 21
+"""Cells of one push: 8 TB of weights. A server remembers some hundred bytes of each until the push ends."""
+
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
 
@@ -150,6 +153,8 @@ class Session:
                 raise InvalidInputError(
                     f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
                 )
+            if first + len(cells) > MAX_PLANNED:
+                raise LimitError(f"a push has at most {MAX_PLANNED} cells here: push less at a time", kind="push_limit")
             try:
                 # Names of tensors, which may be long and name nothing, are not kept: nobody asks for them again.
                 answers = [found and found._replace(cell=_SOME_CELL) for found in self.push.plan(cells)]
@@ -304,6 +309,10 @@ class Sessions:
     def _crowded(self) -> bool:
         with self._lock:
             return sum(session.push.filled_nbytes for session in self._sessions.values()) > FILLED_NBYTES
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._sessions)
 
     def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
         """Return a push that was begun; raises NotFoundError (``no_session``)."""
