@@ -510,6 +510,23 @@ def test_who_pushed_is_in_the_log_whatever_the_author_says(world: World, limited
     assert any(b'"carol"' in entry.read_bytes() for entry in log if entry.is_file())
 
 
+def test_a_stream_that_is_open_ends_with_its_token(world: World, limited):
+    """A follower, whose call lasts two hours, is told of no version that comes after the revocation."""
+    admin, follower = world.clients["admin of everything"], limited("follower", "reader")
+    push_by_wire(admin, OWN, "bert@followed", {"w": WEIGHTS["w"] + 4})
+    request = pb.WatchRequest(repository=OWN, model="bert", ref="followed")
+    call = follower.channel.unary_stream(METHODS["Versions.Watch"].path)
+    stream = call(request.SerializeToString(), timeout=60.0, metadata=follower.metadata)
+    next(stream)
+    (grant,) = (token for token in admin.call("Access.ListTokens", pb.Empty()).tokens if token.principal == "follower")
+    admin.call("Access.RevokeToken", pb.RevokeTokenRequest(id=grant.id))
+    push_by_wire(admin, OWN, "bert@followed", {"w": WEIGHTS["w"] + 5})
+    with pytest.raises(grpc.RpcError) as error:
+        next(stream)
+    assert failure_of(error.value).kind == "token_ended"
+    assert denied(follower, "Versions.Watch", request).status is Status.PERMISSION_DENIED
+
+
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 

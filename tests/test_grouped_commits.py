@@ -344,6 +344,19 @@ def test_an_entry_that_is_refused_fails_each_of_its_commits_with_an_error_of_its
     assert len(set(map(id, failed))) == 4
 
 
+def test_a_log_that_cannot_be_read_fails_a_commit_with_what_the_store_says():
+    objects = some_history()
+    repo = open_again(objects)
+
+    def refuse(name):
+        raise StorageError("the store does not answer: try again", kind="no_answer", transient=True)
+
+    objects.get = refuse
+    with pytest.raises(StorageError) as error:
+        store_of(repo).log.commit(new_push_id(), lambda state: None)
+    assert error.value.kind == "no_answer"
+
+
 def refuse_entry_5_once():
     refused = []
 

@@ -4,7 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import ml_dtypes
@@ -17,6 +19,7 @@ from support import bits, noise
 
 import lamella
 from lamella import cli
+from lamella_engine import wire
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
@@ -24,14 +27,17 @@ from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push, Reading
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.format.manifest import MAX_NAME_NBYTES
 from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel, opening
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
-from lamella_engine.remote.push import WINDOW_NBYTES
-from lamella_engine.service import sessions
+from lamella_engine.remote.push import WINDOW_NBYTES, RemotePush
+from lamella_engine.remote.store import _Pages
+from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service import rpcs, sessions
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import Session, Sessions
 
@@ -552,7 +558,7 @@ def test_grpc_is_imported_for_such_a_url_only():
 
 
 def cached_files(tmp_path):
-    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*") if path.is_file()]
+    return [path for path in (tmp_path / "cache/lamella/chunks").glob("*/*/*") if path.is_file()]
 
 
 def test_what_was_checked_out_once_is_not_sent_again(server, proxy, repo, monkeypatch, tmp_path):
@@ -635,7 +641,7 @@ def test_a_cache_without_room_is_no_error(repo, tmp_path, monkeypatch):
 
 
 def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
-    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20, "host:7443")
     real, other = bytes(5000), bytes(4999) + b"x"
     cache.add(chunk_id(real), other)
     assert cache.has(chunk_id(real))
@@ -644,13 +650,13 @@ def test_what_is_said_to_be_a_chunk_and_is_not_is_not_believed(tmp_path):
 
 
 def test_a_cache_keeps_to_its_bound_and_what_was_used_last(tmp_path):
-    cache = ChunkCache(tmp_path / "chunks", 1 << 20)
+    cache = ChunkCache(tmp_path / "chunks", 1 << 20, "host:7443")
     chunks = [bytes([number]) * 10_000 for number in range(250)]
     for number, chunk in enumerate(chunks):
         cache.add(chunk_id(chunk), chunk)
         os.utime(cache._path(chunk_id(chunk)), (number, number))
         assert cache.get(chunk_id(chunks[0])) == chunks[0]
-    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*")]
+    kept = [path.stat().st_size for path in (tmp_path / "chunks").glob("*/*/*")]
     assert 0.7 * (1 << 20) < sum(kept) < 1.1 * (1 << 20)
     assert cache.get(chunk_id(chunks[-1])) == chunks[-1]
     assert cache.get(chunk_id(chunks[1])) is None
@@ -666,7 +672,7 @@ def test_a_cache_is_for_its_user_alone(repo, tmp_path):
 def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
     monkeypatch.setenv("LAMELLA_CACHE_NBYTES", size)
     with pytest.raises(lamella.InvalidInputError, match="LAMELLA_CACHE_NBYTES"):
-        ChunkCache.of()
+        ChunkCache.of("host:7443")
 
 
 def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
@@ -675,6 +681,109 @@ def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
     for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")
     assert repo.version("m@main").number == 15
+
+
+def test_names_may_be_as_long_as_anywhere(uncached, repo):
+    """More of them, and longer ones, than a message has room for."""
+    tensors = {f"{number}" + "é" * (MAX_NAME_NBYTES // 2 - 8): np.full(9, number, np.int64) for number in range(600)}
+    repo.push(tensors, "bert@main")
+    assert bits(repo.checkout("bert@main")) == bits(tensors)
+
+
+# -- a service that is not to be trusted -------------------------------------------------------------------------------
+
+
+def test_bytes_that_are_not_what_the_version_names_are_not_taken(uncached, repo, monkeypatch, tmp_path):
+    """A service can say of any bytes that they are the chunk, with a digest that fits."""
+    repo.push(TENSORS, "bert@main")
+
+    def another(reading):
+        *_, last = reading.chain
+        wrong = replace(last, encoding=Encoding.RAW, payload=bytes(last.decoded_nbytes), base=None, digest=None)
+        weights = reading.cell.tensor == "embedding"
+        return wire.encode_reading(reading._replace(chain=(wrong,)) if weights else reading)
+
+    monkeypatch.setattr(rpcs, "encode_reading", another)
+    memory = {name: np.array(tensor) for name, tensor in TENSORS.items()}
+    for read in (
+        lambda: repo.checkout("bert@main"),
+        lambda: repo.checkout("bert@main", into=memory),
+        lambda: repo.checkout("bert@main", out=tmp_path / "files"),
+        lambda: repo.version("bert@main")["embedding"][3],
+    ):
+        with pytest.raises(lamella.CorruptionError) as error:
+            read()
+        assert error.value.kind == "bad_chunk"
+    assert bits(repo.checkout("bert@main", include="layer.*")) == bits({"layer.weight": TENSORS["layer.weight"]})
+
+
+@pytest.mark.parametrize("way", ["memory", "cache"])
+def test_a_service_cannot_leave_out_what_has_changed(way, repo, monkeypatch):
+    """It would keep whoever follows at old weights, and nobody would notice."""
+    weights = {"w": noise(1, 1024, 1024)}
+    repo.push(weights, "bert@main")
+    memory = repo.checkout("bert@v1")
+    repo.push(nudged(weights), "bert@main")
+
+    def nothing(reading):
+        return wire.encode_reading(reading._replace(chain=()) if reading.cell.tensor else reading)
+
+    monkeypatch.setattr(rpcs, "encode_reading", nothing)
+    if way == "cache":  # the second version is not there, but the first, on which it stands
+        first = chunk_id(weights["w"].tobytes())
+        path = repo._store.cache._path
+        monkeypatch.setattr(repo._store.cache, "_path", lambda chunk: path(chunk) if chunk == first else None)
+    with pytest.raises(lamella.CorruptionError) as error:
+        repo.checkout("bert@v2", **({"into": memory, "have": "bert@v1"} if way == "memory" else {}))
+    assert error.value.kind == "another_chunk"
+
+
+def test_a_service_learns_nothing_of_what_is_cached_of_another(repo, monkeypatch, tmp_path):
+    """By a base that it names, a service could have a delta made against weights that it was never shown."""
+    secret = {"w": noise(1, 1024, 1024)}
+    repo.push(secret, "bert@main")
+    named = chunk_id(secret["w"].tobytes())
+
+    def ask_for_more(missing):
+        answer = wire.encode_answer(missing)
+        return pb.Answer(missing=True, base=named) if answer.missing else answer
+
+    monkeypatch.setattr(rpcs, "encode_answer", ask_for_more)
+    sent = []
+    monkeypatch.setattr(
+        RemotePush, "base", lambda push, missing, base=RemotePush.base: sent.append(base(push, missing))
+    )
+    with serving(tmp_path / "other") as other, lamella.init(f"grpc://{other.address}/team") as curious:
+        curious.push(nudged(secret), "bert@main")
+    assert sent == [None] * len(sent) != []
+
+
+def test_a_version_of_another_name_than_was_asked_for_is_not_taken(repo, monkeypatch):
+    repo.push({"w": np.array([1])}, "bert@main")
+    repo.push({"w": np.array([2])}, "gpt@main")
+    repo.push({"w": np.array([3])}, "bert@main")
+    resolve = PackedStore.resolve
+    for asked, answered in (("bert@main", "gpt@main"), ("bert@v1", "bert@v2")):
+        monkeypatch.setattr(PackedStore, "resolve", lambda self, text, answered=answered: resolve(self, answered))
+        with pytest.raises(lamella.CorruptionError) as error:
+            repo.version(asked)
+        assert error.value.kind == "another_version"
+
+
+def test_threads_that_read_one_manifest_at_once_all_have_it(uncached, repo, monkeypatch):
+    repo.push(TENSORS, "bert@main")
+    store = repo._store
+    pages = _Pages(store, store.version(store.resolve("bert@main")))
+    both = threading.Barrier(2, timeout=60)
+
+    def set_together(self, name, value):
+        object.__setattr__(self, name, value)
+        both.wait()
+
+    monkeypatch.setattr(_Pages, "__setattr__", set_together)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(pages.load, (0, 0))
+    assert first == second
 
 
 # -- following ---------------------------------------------------------------------------------------------------------

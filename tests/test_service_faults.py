@@ -1,26 +1,39 @@
 """No fault between a client and a service, or of the service itself, loses what was acknowledged or doubles it."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import s3
 from network import Harm, proxy
-from service import serving
+from service import Failure, WireClient, prepare_by_wire, serving, take_apart, write_messages
 from support import bits, noise
 
 import lamella
+from lamella_engine import maintenance
+from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, LamellaError
+from lamella_engine.format.digests import chunk_id
+from lamella_engine.format.version import AttachmentPages, decode_description, encode_description, version_id
 from lamella_engine.remote import channel
 from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service.server import Answered
+from lamella_engine.wire import METHODS, encode_planned
 
 BASE = {"embedding": noise(1, 600, 900), "norm": noise(2, 64), "scalar": np.float64(2.5)}
 NEXT = {**BASE, "embedding": BASE["embedding"] + np.float32(1e-3), "new": noise(3, 300, 700)}
@@ -218,3 +231,141 @@ def test_a_server_that_is_killed_under_load_has_lost_no_push_that_it_acknowledge
             assert id in {version.id for version in repo.log(branch)}
         assert repo.verify(deep=True).problems == []
     assert len(acknowledged) >= KILLS
+
+
+def test_a_push_whose_payload_was_changed_on_its_way_may_send_it_again(tmp_path: Path) -> None:
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        taken = take_apart({"w": noise(1, 100)}, "m", push)
+        cells = [encode_planned(planned) for planned in taken.planned]
+        client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, cells=cells))
+        records = taken.records()
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Write", write_messages("r", push, records[:-1] + b"q"))
+        assert (error.value.status, error.value.kind) == (grpc.StatusCode.UNAVAILABLE, "changed_on_its_way")
+        client.call("Pushes.Write", write_messages("r", push, records))
+        commit = pb.CommitRequest(repository="r", push=push, description=taken.description)
+        assert client.call("Pushes.Commit", commit).number == 1
+
+
+def test_what_a_push_only_talks_of_takes_little_memory(tmp_path: Path) -> None:
+    """A message may be full of one name of nothing, and a session lives for minutes: many would fill the server."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        tracemalloc.start()
+        try:
+            for number in range(32):
+                cell = pb.PlannedCell(
+                    tensor=f"{number}" + "x" * (1 << 20), chunk=chunk_id(number.to_bytes(2, "little"))
+                )
+                client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, first=number, cells=[cell]))
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 12 << 20  # the eight that may be companions, and what lies about
+        again = client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, first=31, cells=[cell]))
+        assert again.answers[0].missing
+
+
+def test_what_came_of_a_write_that_broke_off_is_not_held(tmp_path: Path) -> None:
+    """Less than is stored in one go comes from each of many pushes, and then nothing."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        client.call("Pushes.Begin", pb.BeginRequest(repository="r", push=push, model="m", branch="main"))
+        taken = take_apart({"a": noise(1, 500_000), "b": noise(2, 500_000)}, "m", push)
+        cells = [encode_planned(planned) for planned in taken.planned]
+        client.call("Pushes.Plan", pb.PlanRequest(repository="r", push=push, cells=cells))
+        records = taken.records()
+
+        def half() -> Iterator[bytes]:
+            yield from write_messages("r", push, records[: 3 << 20])
+            yield b"no position"
+
+        tracemalloc.start()
+        try:
+            with pytest.raises(Failure):
+                client.call("Pushes.Write", half())
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 1 << 20
+        client.call("Pushes.Write", write_messages("r", push, records))
+        assert client.call("Pushes.Commit", pb.CommitRequest(repository="r", push=push, description=taken.description))
+
+
+def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that breaks off and comes again would else have the server read everything as often."""
+    begun, ended = threading.Event(), threading.Event()
+    outlived = []
+
+    def endless(self: maintenance._Checker, blobs: list[StoredBlob]) -> None:
+        begun.set()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            self._go_on()
+        outlived.append(blobs)
+
+    observed: list[Answered] = []
+
+    def observe(answered: Answered) -> None:
+        observed.append(answered)
+        if answered.rpc == "Jobs.Verify":
+            ended.set()
+
+    with serving(tmp_path, observe=observe) as server, WireClient(server.address) as client:
+        with lamella.init(f"grpc://{server.address}/r") as repo:
+            repo.push(BASE, "m@main")
+        monkeypatch.setattr(maintenance._Checker, "_blobs", endless)
+        stream = client.channel.unary_stream(METHODS["Jobs.Verify"].path)
+        call = stream(pb.VerifyRequest(repository="r").SerializeToString(), timeout=60)
+        assert begun.wait(60)
+        call.cancel()
+        assert ended.wait(60)
+        assert not outlived
+        assert observed[-1].kind == "cancelled"
+
+
+@pytest.mark.parametrize("paths", [["../x"], ["/x"], ["x", "x"], ["x", "x/y"]], ids=" ".join)
+def test_files_that_no_checkout_could_write_are_not_recorded(paths: list[str], tmp_path: Path) -> None:
+    """Whoever verifies the repository would be told of damage for ever."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        commit = prepare_by_wire(client, "r", "m@main", {"w": noise(1, 100)}, new_push_id())
+        right = decode_description(commit.description, expected=version_id(commit.description))
+        (page,) = right.pages
+        files = tuple(AttachmentPages(path, "file", ((page.chunk, page.nbytes),)) for path in paths)
+        commit.description = encode_description(replace(right, attachments=files))
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Commit", commit)
+        assert error.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("wrong", ["cell_count", "decoded_nbytes", "parameters_id", "pages"])
+def test_a_description_that_does_not_fit_is_refused_and_leaves_nothing(wrong: str, tmp_path: Path) -> None:
+    """It is the call that is wrong, not the repository that is damaged; and what was written for it is removed."""
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="r", max_depth=8))
+        push = new_push_id()
+        commit = prepare_by_wire(client, "r", "m@main", {"w": noise(1, 100)}, push)
+        right = decode_description(commit.description, expected=version_id(commit.description))
+        (page,) = right.pages
+        other = {
+            "cell_count": 2,
+            "decoded_nbytes": 1 << 60,
+            "parameters_id": "0" * 64,
+            "pages": (replace(page, nbytes=1 << 50),),
+        }
+        commit.description = encode_description(replace(right, **{wrong: other[wrong]}))
+        with pytest.raises(Failure) as error:
+            client.call("Pushes.Commit", commit)
+        assert (error.value.status, error.value.kind) == (grpc.StatusCode.INVALID_ARGUMENT, "wrong_description")
+        assert list((tmp_path / "r/packs").iterdir())
+        client.call("Pushes.Abandon", pb.PushRequest(repository="r", push=push))
+        assert not [path for path in (tmp_path / "r/packs").rglob("*") if path.is_file()]

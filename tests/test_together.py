@@ -1,6 +1,8 @@
 """Calls that are answered together: each is settled once, and nobody waits for ever, whoever dies."""
 
 import ctypes
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -153,3 +155,27 @@ def test_many_threads_are_all_answered_and_one_at_a_time_works():
     together = Together(work)
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(together.call, range(2_000))) == list(range(2_000))
+
+
+def test_a_process_that_is_forked_while_somebody_leads_is_answered():
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work(waiting):
+        if not entered.is_set():
+            entered.set()
+            assert go_on.wait(PATIENCE_S)
+        for one in waiting:
+            one.answer(one.item)
+
+    together = Together(work)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(together.call, 1)
+        assert entered.wait(PATIENCE_S)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # ends a child that waits for ever
+            os._exit(together.call(7))
+        _, status = os.waitpid(child, 0)
+        go_on.set()
+        assert first.result(PATIENCE_S) == 1
+    assert os.waitstatus_to_exitcode(status) == 7

@@ -55,18 +55,20 @@ class Verification:
         return not self.problems
 
 
-def verify(store: PackedStore, *, deep: bool = False) -> Verification:
+def verify(store: PackedStore, *, deep: bool = False, go_on: Callable[[], None] = lambda: None) -> Verification:
     """Check a repository against FORMAT.md, from the log to the last blob.
 
     Always: the chain of entries, each against the state before it, every fold, every version's metadata, pages and
     parameters id, every cell's copy and everything it stands on, every pack's index and the digest of every blob. With
     ``deep`` every blob is also decoded and its chunk id computed again.
 
+    ``go_on`` is called now and then, and what it raises ends the check.
+
     A problem is noted, and what does not depend on it is still checked. Raises CorruptionError only if the log itself
     cannot be read, for then nothing can be said at all.
     """
     report = Verification(deep)
-    checker = _Checker(store, report)
+    checker = _Checker(store, report, go_on)
     state = checker.log()
     checker.packs(state)
     checker.versions(state)
@@ -74,9 +76,10 @@ def verify(store: PackedStore, *, deep: bool = False) -> Verification:
 
 
 class _Checker:
-    def __init__(self, store: PackedStore, report: Verification) -> None:
+    def __init__(self, store: PackedStore, report: Verification, go_on: Callable[[], None]) -> None:
         self._store = store
         self._report = report
+        self._go_on = go_on
 
     def _try(self, where: str, check: Callable[[], Result]) -> Result | None:
         try:
@@ -90,6 +93,7 @@ class _Checker:
         seen = self._store.log.refresh()
         rebuilt: State | None = None
         for before, entry, state in self._store.log.history():
+            self._go_on()
             self._report.entries += 1
             self._try(log_name(entry.number), partial(before.check, entry))
             if entry.fold is not None and entry.fold.number == before.number:  # the first entry to name it
@@ -132,6 +136,7 @@ class _Checker:
                 self._blobs(blobs[at : at + BLOBS_AT_ONCE])
 
     def _blobs(self, blobs: list[StoredBlob]) -> None:
+        self._go_on()
         self._report.blobs += len(blobs)
         self._report.read_nbytes += sum(blob.row.encoded_nbytes for blob in blobs)
 
@@ -156,6 +161,7 @@ class _Checker:
     def versions(self, state: State) -> None:
         """Check that every version can be read: its metadata, its pages, and a live copy for each cell."""
         for added in state.versions():
+            self._go_on()
             self._report.versions += 1
             self._try(f"{added.model}@v{added.number}", partial(self._version, state, added))
 

@@ -220,7 +220,7 @@ class Repository:
             Whether files that are there, and differ, may be replaced.
         verify
             ``"blob"`` checks the digest of everything that is read; ``"chunk"`` also computes the id of what it
-            decodes to.
+            decodes to, which is always done with what a service sends.
         progress
             Is called, in this thread, with how far the checkout is.
 

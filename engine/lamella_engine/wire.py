@@ -9,7 +9,6 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 import grpc
@@ -439,7 +438,17 @@ def decode_readings(messages: Iterable[bytes], cells: Iterable[Cell]) -> Iterato
         raise CorruptionError("the server sent more than was asked for", kind="long_stream")
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of ``size`` items, the last shorter."""
-    for _, group in groupby(enumerate(items), key=lambda pair: pair[0] // size):
-        yield [item for _, item in group]
+def batches(
+    items: Iterable[Item], size: int, *, nbytes: Callable[[Item], int] = lambda item: 0, most_nbytes: int = 1
+) -> Iterator[list[Item]]:
+    """Yield lists of ``size`` items, the last shorter; one ends before that with the item that makes most_nbytes."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += nbytes(item)
+        if len(batch) == size or total >= most_nbytes:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

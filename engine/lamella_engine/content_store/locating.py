@@ -7,6 +7,7 @@ from typing import NamedTuple
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.reader import PackedReader, as_long_as
+from lamella_engine.errors import CorruptionError, InvalidInputError
 from lamella_engine.format.version import Description, PackRef
 from lamella_engine.model import ChunkId
 
@@ -37,9 +38,23 @@ def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: P
 
     Raises
     ------
+    InvalidInputError
+        The description is not that of the chunks which it names.
     CorruptionError
-        The manifest is not what the description says, or a pack is damaged.
+        A pack is damaged.
     """
+    try:
+        return _locate(description, pack_of, packs, reader)
+    except CorruptionError as error:
+        # Every chunk of the manifest was held against its id when it was given. If it is not damaged where it is
+        # stored, which an error of that names, it is what the description says that is wrong.
+        if error.kind not in ("bad_manifest", "bad_length", "bad_json", "bad_digest") or "object" in error.context:
+            raise
+        message = f"the description of the version does not fit what was pushed: {error.message}"
+        raise InvalidInputError(message, kind="wrong_description") from error
+
+
+def _locate(description: Description, pack_of: Callable[[ChunkId], str], packs: Packs, reader: PackedReader) -> Located:
     numbers: dict[str, int] = {}
     closure: dict[tuple[ChunkId, str], int] = {}
 

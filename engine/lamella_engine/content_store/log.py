@@ -228,6 +228,7 @@ class Log:
 
     def _commit_together(self, waiting: Sequence[_WaitingCommit]) -> None:
         """Settle the commits that need no entry, and those whose changes the next entry can hold together."""
+        parts: list[_Part] = []
         with _failing(waiting):
             state = self.refresh()
             parts = self._parts(state, waiting)

@@ -58,6 +58,8 @@ class PackedStore:
         See :class:`~lamella_engine.content_store.log.Log`.
     """
 
+    vouches = True
+
     def __init__(
         self,
         objects: Objects,

@@ -112,6 +112,10 @@ class RefUpdate:
 class ContentStore(Protocol):
     """A repository's content. Safe for several threads."""
 
+    vouches: bool
+    """Whether a payload that is read has been held against a digest which leads up to the log. If not, it may be
+    anything, and whoever decodes it has to compute the chunk's id."""
+
     def close(self) -> None:
         """Release what is held. Idempotent."""
 

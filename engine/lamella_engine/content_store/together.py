@@ -4,6 +4,7 @@ There is no thread of its own: whoever comes when nobody leads, leads. A leader 
 then hands over to the call that has waited longest.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -70,6 +71,10 @@ class Together(Generic[Item, Answer]):
 
     def __init__(self, work: Callable[[Sequence[Waiting[Item, Answer]]], None]) -> None:
         self._work = work
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._led = False
         self._waiting: list[Waiting[Item, Answer]] = []
@@ -80,6 +85,8 @@ class Together(Generic[Item, Answer]):
         Raises whatever else is raised in this thread meanwhile, such as KeyboardInterrupt. The call waits no longer
         then, but if another one leads, it may have been answered, or may be about to be.
         """
+        if self._process != os.getpid():  # a fork has the calls, but not the threads that make them
+            self._begin()
         mine: Waiting[Item, Answer] = Waiting(item)
         try:
             with self._lock:

@@ -2,9 +2,14 @@
 
 Like the chunk index it is derived and deletable at any time. A file is what its name says or it is nothing: its chunk
 id is computed whenever it is read. So nothing that goes wrong with it is worth an error.
+
+Each service has a part of its own. Which chunks are here is told to the service that is read from, and deltas against
+them are sent to the one that is pushed to: neither may learn so of weights that came from another.
 """
 
 import contextlib
+import glob
+import hashlib
 import logging
 import os
 import secrets
@@ -41,24 +46,27 @@ class ChunkCache:
     directory
         Made when something is kept; readable by this user alone. None keeps nothing.
     limit_nbytes
-        About how much may be kept; 0 keeps nothing.
+        About how much may be kept of all services; 0 keeps nothing.
+    service
+        Where the chunks come from, or go: no other service's are had.
     """
 
-    def __init__(self, directory: Path | None, limit_nbytes: int) -> None:
+    def __init__(self, directory: Path | None, limit_nbytes: int, service: str) -> None:
         self._directory = directory if limit_nbytes else None
+        self._part = hashlib.sha256(service.encode()).hexdigest()[:16]
         self._limit_nbytes = limit_nbytes
         self._lock = threading.Lock()
         self._added_nbytes: int | None = None
         """Since the last count; None before the first."""
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ) -> "ChunkCache":
-        """Return the cache of this user, of the size that the environment says; raises InvalidInputError."""
+    def of(cls, service: str, environment: Mapping[str, str] = os.environ) -> "ChunkCache":
+        """Return this user's cache for a service, of the size that the environment says; raises InvalidInputError."""
         given = environment.get("LAMELLA_CACHE_NBYTES") or str(DEFAULT_NBYTES)
         if not (given.isascii() and given.isdigit()):
             raise InvalidInputError(f"LAMELLA_CACHE_NBYTES is no number of bytes: {given!r}", kind="bad_option")
         root = user_cache()
-        return cls(None if root is None else root / "lamella" / "chunks", int(given))
+        return cls(None if root is None else root / "lamella" / "chunks", int(given), service)
 
     @property
     def on(self) -> bool:
@@ -98,7 +106,8 @@ class ChunkCache:
             try:
                 self._write(half_written, data)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                for folder in (f"{self._directory}/{self._part}", os.path.dirname(path)):
+                    os.makedirs(folder, mode=0o700, exist_ok=True)
                 self._write(half_written, data)
             os.replace(half_written, path)
             self._count(len(data))
@@ -109,7 +118,7 @@ class ChunkCache:
 
     def _path(self, chunk: ChunkId) -> str | None:
         name = chunk.hex()
-        return None if self._directory is None else f"{self._directory}/{name[:2]}/{name}"
+        return None if self._directory is None else f"{self._directory}/{self._part}/{name[:2]}/{name}"
 
     @staticmethod
     def _write(path: str, data: Buffer) -> None:
@@ -129,11 +138,10 @@ class ChunkCache:
 
     def _evict(self) -> None:
         files = []
-        for folder in os.scandir(str(self._directory)):
-            for file in os.scandir(folder.path) if folder.is_dir() else ():
-                with contextlib.suppress(FileNotFoundError):
-                    status = file.stat()
-                    files.append((status.st_mtime_ns, status.st_size, file.path))
+        for path in glob.iglob(f"{glob.escape(str(self._directory))}/*/*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(path)
+                files.append((status.st_mtime_ns, status.st_size, path))
         total = sum(nbytes for _, nbytes, _ in files)
         if total <= self._limit_nbytes:
             return

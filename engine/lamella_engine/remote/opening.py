@@ -39,7 +39,7 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
         Nobody answers there.
     """
     place = parse_url(url)
-    cache = ChunkCache.of()
+    cache = ChunkCache.of(place.address)
     channel = Channel(place, Credentials.of())
     pin = Pin(f"grpc://{place.address}/{place.repository}")
     try:

@@ -26,6 +26,7 @@ from lamella_engine.wire import (
     MAX_MESSAGE_NBYTES,
     POSITION,
     TRIED_BASE,
+    batches,
     decode_answer,
     decode_parents,
     decode_version,
@@ -120,7 +121,7 @@ class RemotePush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         asked: deque[tuple[list[Planned], pb.PlanRequest, Pending]] = deque()
         try:
-            for batch in _batches(cells):
+            for batch in batches(cells, PLANNED_CELLS, nbytes=_nbytes, most_nbytes=PLANNED_NBYTES):
                 request = pb.PlanRequest(
                     repository=self._repository,
                     push=self.id,
@@ -256,17 +257,10 @@ def _losing() -> Iterator[None]:
         ) from error
 
 
-def _batches(cells: Iterable[Planned]) -> Iterator[list[Planned]]:
-    batch: list[Planned] = []
-    nbytes = 0
-    for planned in cells:
-        batch.append(planned)
-        nbytes += planned.nbytes
-        if nbytes >= PLANNED_NBYTES or len(batch) == PLANNED_CELLS:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+def _nbytes(planned: Planned) -> int:
+    """Return what a planned cell holds here, and twice what its names take: a batch of them is one message."""
+    named = (planned.cell, planned.companion)
+    return planned.nbytes + 2 * sum(len((cell.tensor or "").encode()) for cell in named if cell is not None)
 
 
 class _Upload:

@@ -20,7 +20,7 @@ from lamella_engine.remote.caching import read_through
 from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.wire import batches, decode_readings, decode_version, encode_cells
+from lamella_engine.wire import MAX_MESSAGE_NBYTES, batches, decode_readings, decode_version, encode_cells
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -51,6 +51,8 @@ class RemoteStore:
         Chunks that are here.
     """
 
+    vouches = False  # the digest of a payload is the service's own word
+
     def __init__(self, channel: Channel, repository: str, executor: Executor, cache: ChunkCache) -> None:
         self.channel = channel
         self.repository = repository
@@ -70,9 +72,14 @@ class RemoteStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         parsed = parse_revision(revision)
         request = pb.ResolveRequest(repository=self.repository, revision=revision)
-        found = self._keep(decode_version(self.channel.call("Versions.Resolve", request)))
-        if parsed.id_prefix is not None and not parsed.ancestors and not found.id.startswith(parsed.id_prefix):
+        found = decode_version(self.channel.call("Versions.Resolve", request))
+        if not parsed.ancestors and not (
+            found.id.startswith(parsed.id_prefix or "")
+            and found.model == (parsed.model or found.model)
+            and found.number == (parsed.number or found.number)
+        ):
             raise _another_version()
+        self._keep(found)
         return found.id
 
     def version(self, id: VersionId) -> Recorded:
@@ -93,18 +100,17 @@ class RemoteStore:
         recorded = decode_version(self.channel.call("Versions.Get", request))
         if recorded.id != id:
             raise _another_version()
-        self._keep(recorded)
-        with self._lock:
-            return self._versions[id]
+        return self._keep(recorded)
 
-    def _keep(self, recorded: Recorded) -> Recorded:
+    def _keep(self, recorded: Recorded) -> tuple[Recorded, Manifest]:
         with self._lock:
-            if recorded.id not in self._versions:
-                manifest = Manifest(recorded.description, _Pages(self, recorded).load)
-                self._versions[recorded.id] = recorded, manifest
+            found = self._versions.get(recorded.id)
+            if found is None:
+                found = recorded, Manifest(recorded.description, _Pages(self, recorded).load)
+                self._versions[recorded.id] = found
                 if len(self._versions) > VERSIONS_KEPT:
                     self._versions.popitem(last=False)
-        return recorded
+            return found
 
     def ancestors(self, id: VersionId) -> Iterator[Recorded]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -147,9 +153,10 @@ class RemoteStore:
             try:
                 with closing(self.channel.stream("Versions.Watch", request)) as versions:
                     for message in versions:
-                        recorded = self._keep(decode_version(message))
+                        recorded = decode_version(message)
                         if recorded.model != model:
                             raise _another_version()
+                        self._keep(recorded)
                         after = recorded.number
                         patience.renew()
                         yield recorded
@@ -183,11 +190,12 @@ class RemoteStore:
         ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``.
         """
         manifest = self.manifest(id)
+        whole = None if have is None else self.manifest(have)
 
         def ask(request: pb.ReadRequest, some: Sequence[Cell]) -> Generator[Reading]:
             with closing(self.channel.stream("Versions.Read", request)) as messages:
                 for reading in decode_readings(messages, some):
-                    if reading.chain or (have is None and reading.cell not in held):
+                    if reading.chain or not _is_held(manifest, reading.cell, held.get(reading.cell), whole):
                         _check_names(manifest, reading)
                     yield reading
 
@@ -215,7 +223,7 @@ class RemoteStore:
         held: Mapping[Cell, ChunkId] = MappingProxyType({}),
     ) -> Iterator[Answer]:
         """Yield one answer for each cell; ask again, from the first that was not answered, when that may help."""
-        for some in batches(cells, _CELLS_AT_ONCE):
+        for some in batches(cells, _CELLS_AT_ONCE, nbytes=_name_nbytes, most_nbytes=MAX_MESSAGE_NBYTES // 2):
             patience = Patience()
             while some:
                 runs = encode_cells((cell, held.get(cell)) for cell in some)
@@ -269,6 +277,10 @@ class RemoteStore:
         )
 
 
+def _name_nbytes(cell: Cell) -> int:
+    return len((cell.tensor or "").encode())
+
+
 class _Pages:
     """Reads the pages of one version's manifest, and some that follow with each.
 
@@ -299,8 +311,10 @@ class _Pages:
             if nbytes > _PAGES_NBYTES:
                 break
             cells.append(Cell(None, following))
-        self._ahead = {cell.number: page for cell, page in self._read(cells)}
-        return self._ahead.pop(place)
+        found = {cell.number: page for cell, page in self._read(cells)}
+        data = found.pop(place)
+        self._ahead = found  # another thread may do the same: what it read ahead is then read again
+        return data
 
     def _read(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, bytes]]:
         for cell, chain in self._store.fetch(self._id, cells):
@@ -311,8 +325,18 @@ class _Pages:
             yield cell, bytes(out)
 
 
+def _is_held(manifest: Manifest, cell: Cell, held: ChunkId | None, whole: Manifest | None) -> bool:
+    """Whether a cell is the chunk that the caller holds for it, or the same as in a version that they hold."""
+    if cell.tensor is None:
+        return False
+    content = manifest.row(cell.tensor, cell.number).content
+    if whole is not None and whole.holds(manifest.spec(cell.tensor)):
+        return content in (held, whole.row(cell.tensor, cell.number).content)
+    return content == held
+
+
 def _check_names(manifest: Manifest, reading: Reading) -> None:
-    """Raise CorruptionError unless a chain leads to the chunk that the version names."""
+    """Raise CorruptionError unless a chain is said to lead to the chunk that the version names."""
     cell, chain = reading
     if cell.tensor is None:
         named: object = manifest.description.manifest_chunks[cell.number][0]

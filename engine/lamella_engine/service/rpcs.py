@@ -2,15 +2,17 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from lamella_engine.checkpoints import check_attachment_paths
 from lamella_engine.content_store.log import acting_as, now
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
-from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError, StorageError
 from lamella_engine.executor import Executor
 from lamella_engine.format.audit import Read
 from lamella_engine.format.manifest import parse_structure_page
@@ -68,6 +70,11 @@ class Call:
     """The address that it came from."""
     stopping: Callable[[], bool] = lambda: False
     """Whether the server is being stopped, which those that only wait shall not hold up."""
+
+    def check(self) -> None:
+        """Raise StorageError if nobody waits for the answer any more."""
+        if not self.active() or self.remaining_s() <= 0:
+            raise StorageError("the client has gone, or its deadline has come", kind="cancelled", transient=True)
 
 
 class Rpcs:
@@ -253,7 +260,8 @@ class Rpcs:
     def pushes_consider(self, request: pb.ConsiderRequest, call: Call) -> pb.Empty:
         """Let bases be chosen by a sketch."""
         _, session = self._session(request.repository, request.push, call)
-        structure = [spec for page in request.pages for spec in parse_structure_page(page)]
+        with _handed_in():
+            structure = [spec for page in request.pages for spec in parse_structure_page(page)]
         session.consider(parse_sketch(structure, dict(request.lanes)))
         return pb.Empty()
 
@@ -269,8 +277,8 @@ class Rpcs:
         """Take blobs."""
         header = parse(pb.WriteHeader, next(messages, b""))
         _, session = self._session(header.repository, header.push, call)
-        with self._writers.taken(call.principal.name):
-            yield POSITION.pack(session.rewind())
+        with self._writers.taken(call.principal.name), session.stream() as position:
+            yield POSITION.pack(position)
             for message in messages:
                 if len(message) < POSITION.size:
                     raise InvalidInputError("a message of a write begins with its position", kind="bad_message")
@@ -283,10 +291,9 @@ class Rpcs:
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""
         store, session = self._session(request.repository, request.push, call)
-        try:
+        with _handed_in():
             description = decode_description(request.description, expected=version_id(request.description))
-        except CorruptionError as error:  # nothing stored is damaged: it is what was handed in that is wrong
-            raise InvalidInputError(error.message, kind=error.kind) from error
+        check_attachment_paths([item.path for item in description.attachments])
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self._publish(store)
@@ -337,7 +344,7 @@ class Rpcs:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
         with self._readers.taken(call.principal.name):
-            found = verify(PackedStore(store.objects, self._executor), deep=request.deep)
+            found = verify(PackedStore(store.objects, self._executor), deep=request.deep, go_on=call.check)
         yield _verified(found)
 
     # -- access -------------------------------------------------------------------------------------------------------
@@ -366,6 +373,15 @@ class Rpcs:
         """Say as whom the caller is known."""
         who = call.principal
         return pb.Token(principal=who.name, role=who.role, repositories=who.repositories, refs=who.refs)
+
+
+@contextmanager
+def _handed_in() -> Iterator[None]:
+    """Say of what is read here that the call is wrong, not that something stored is damaged."""
+    try:
+        yield
+    except CorruptionError as error:
+        raise InvalidInputError(error.message, kind=error.kind) from error
 
 
 def _version(recorded: Recorded) -> pb.Version:

@@ -273,6 +273,7 @@ class Server:
                         self._rpcs.note(method.name, repository, _about(header), call)
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
+                        self._check_caller(context, principal)
                         data = reply if isinstance(reply, bytes) else reply.SerializeToString()
                         traffic.sent_nbytes += len(data)
                         with waiting():
@@ -305,6 +306,14 @@ class Server:
             )
         if failure is not None:
             _abort(context, failure)
+
+    def _check_caller(self, context: grpc.ServicerContext, principal: Principal) -> None:
+        """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.
+
+        To call again may help: the client may have a new token, and is told if it has none.
+        """
+        if self._caller(context) != principal:
+            raise StorageError("your token has ended, or changed: call again", kind="token_ended", transient=True)
 
     def _caller(self, context: grpc.ServicerContext) -> Principal:
         given = [value for name, value in context.invocation_metadata() if name == "authorization"]

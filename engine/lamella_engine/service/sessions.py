@@ -23,7 +23,7 @@ from lamella_engine.errors import (
     StorageError,
 )
 from lamella_engine.format.version import Description
-from lamella_engine.model import ChunkId, PushId, VersionId
+from lamella_engine.model import Cell, ChunkId, PushId, VersionId
 from lamella_engine.sketches import Sketch
 from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
 
@@ -47,6 +47,8 @@ MAX_PLANNED = 1 << 21
 
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
+
+_SOME_CELL = Cell(None, 0)
 
 # How long a batch of a plan waits for those before it, which travel at the same time.
 _ORDER_PATIENCE_S = 30.0
@@ -80,11 +82,16 @@ class Session:
         self._store = store
         self._turn = threading.Condition(threading.RLock())
         self._planned = 0
-        self._answers: OrderedDict[int, tuple[list[Planned], list[Missing | None]]] = OrderedDict()
-        self._missing: dict[ChunkId, Missing] = {}
+        self._answers: OrderedDict[int, tuple[int, list[Missing | None]]] = OrderedDict()
+        """For each batch by its first cell: a hash of it, and what was said. Whoever finds another batch of that hash
+        is told what is wrong for their own push, no more."""
+        self._untried: dict[ChunkId, Missing] = {}
+        """What was offered a base, and has not been stored."""
         self._parser = RecordParser()
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
+        self._stream: object = None
+        """The newest of them."""
 
     @contextmanager
     def _our_turn(self) -> Iterator[None]:
@@ -96,6 +103,25 @@ class Session:
     def _check_it_runs(self) -> None:
         if self.over:  # since this call found it
             raise _no_session(self.push.id)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Take records in this block, from the position that it is given on.
+
+        What came and was not taken is forgotten when it ends: held for each push that stopped half-way, it would fill
+        the memory. But not if the client has begun another stream meanwhile, which goes on from there.
+        """
+        stream = object()
+        with self._our_turn():
+            self._rewind()
+            self._stream = stream
+            taken = self._taken
+        try:
+            yield taken
+        finally:
+            with self._turn:
+                if self._stream is stream:
+                    self._rewind()
 
     def rewind(self) -> int:
         """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
@@ -117,8 +143,9 @@ class Session:
     def plan(self, first: int, cells: Sequence[Planned]) -> list[Missing | None]:
         """Return what the store says of ``cells``, the first of which has number ``first`` in this push."""
         with self._our_turn():
+            asked = hash(tuple(cells))
             known = self._answers.get(first)
-            if known is not None and known[0] == list(cells):
+            if known is not None and known[0] == asked:
                 return known[1]
             self._turn.wait_for(lambda: self.over or self._planned >= first, _ORDER_PATIENCE_S)
             self._check_it_runs()
@@ -129,13 +156,14 @@ class Session:
             if first + len(cells) > MAX_PLANNED:
                 raise LimitError(f"a push has at most {MAX_PLANNED} cells here: push less at a time", kind="push_limit")
             try:
-                answers = list(self.push.plan(cells))
+                # Names of tensors, which may be long and name nothing, are not kept: nobody asks for them again.
+                answers = [found and found._replace(cell=_SOME_CELL) for found in self.push.plan(cells)]
             except LamellaError:  # nobody knows how many of these cells the push takes for planned
                 self.over = True
                 raise
-            self._missing.update((answer.chunk, answer) for answer in answers if answer is not None)
+            self._untried.update((found.chunk, found) for found in answers if found is not None and found.base)
             self._planned += len(cells)
-            self._answers[first] = list(cells), answers
+            self._answers[first] = asked, answers
             if len(self._answers) > _ANSWERS_KEPT:
                 self._answers.popitem(last=False)
             self._turn.notify_all()
@@ -171,23 +199,28 @@ class Session:
             return self._taken
 
     def _store_batch(self) -> None:
-        batch, self._batch = self._batch, []
+        batch: dict[ChunkId, tuple[Blob, int]] = {}
+        for item in self._batch:  # what came twice is not decoded twice, however little it takes to say it again
+            batch.setdefault(item[0].chunk, item)
+        self._batch.clear()
         end = self._received - self._parser.waiting_nbytes
         try:
-            self.push.write(list(self._store.executor.map(self._against_base, batch)))
+            self.push.write(list(self._store.executor.map(self._against_base, batch.values())))
             if self._crowded():
                 self.push.seal()
         except LamellaError as error:
             self._rewind()
             self.over = isinstance(error, StorageError)  # nobody knows which blobs are stored
             raise
+        for chunk in batch:
+            self._untried.pop(chunk, None)
         self._taken = end
 
     def _against_base(self, item: tuple[Blob, int]) -> Blob:
         """Return a blob that was sent in full as a delta, if its sender could not make one and it is smaller."""
         blob, flags = item
-        missing = self._missing.get(blob.chunk)
-        if blob.base is not None or flags & TRIED_BASE or missing is None or missing.base is None:
+        missing = self._untried.get(blob.chunk)
+        if blob.base is not None or flags & TRIED_BASE or missing is None:
             return blob
         chunk = bytearray(blob.decoded_nbytes)
         try:
