@@ -8,7 +8,8 @@ import pytest
 from faults import Fault, FaultyObjects
 from support import Arrivals, copy_of, names_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store.log import Change, Log, acting_as, new_push_id
+from lamella_engine.content_store.acting import acting_as, new_push_id
+from lamella_engine.content_store.log import Change, Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import CorruptionError, StorageError, UnsupportedFormatError
 from lamella_engine.executor import InlineExecutor

@@ -10,7 +10,8 @@ from support import PATIENCE_S, Arrivals, bits, copy_of, names_of, new_repositor
 
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.content_store import log as log_module
-from lamella_engine.content_store.log import FOLD_EVERY, acting_as, new_push_id
+from lamella_engine.content_store.acting import acting_as, new_push_id
+from lamella_engine.content_store.log import FOLD_EVERY
 from lamella_engine.content_store.seam import RefUpdate
 from lamella_engine.content_store.together import Waiting
 from lamella_engine.errors import (

@@ -10,7 +10,8 @@ import service
 from support import noise
 
 import lamella
-from lamella_engine.content_store.log import FOLD_EVERY, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import FOLD_EVERY, Change, Log
 from lamella_engine.errors import CorruptionError
 from lamella_engine.format.entry import Entry, RefChange, encode_entry
 from lamella_engine.format.names import fold_number, log_name

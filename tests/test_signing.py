@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from support import copy_of, names_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store.log import FOLD_EVERY, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import FOLD_EVERY, Change, Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import (
     AlreadyExistsError,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lamella_engine.content_store.log import acting_as
+from lamella_engine.content_store.acting import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
