@@ -20,6 +20,7 @@ from typing import TypeAlias
 from lamella_engine.content_store.acting import new_push_id, now, principal
 from lamella_engine.content_store.state import Blocks, State, part_of
 from lamella_engine.content_store.together import Together, Waiting
+from lamella_engine.content_store.trust import Trust, signer_list
 from lamella_engine.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -40,20 +41,18 @@ from lamella_engine.format.entry import (
     Genesis,
     PackAdded,
     RefChange,
-    Signature,
     VersionAdded,
     decode_entry,
     decode_genesis,
     encode_entry,
     encode_genesis,
     entry_digest,
-    to_sign,
 )
 from lamella_engine.format.names import fold_number, log_name, log_number
 from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId
 from lamella_engine.objects import Objects
-from lamella_engine.signing import KEY_NBYTES, Signer, can_verify, is_signed
+from lamella_engine.signing import Signer
 
 logger = logging.getLogger("lamella")
 
@@ -152,10 +151,7 @@ class Log:
 
     def __init__(self, objects: Objects, *, signer: Signer | None = None, trusted: Iterable[bytes] = ()) -> None:
         self._objects = objects
-        self._signer = signer
-        self._trusted = frozenset(trusted)
-        self._vouched = False
-        """Whether a trusted key has signed an entry that was read, after which signatures were required."""
+        self._trust = Trust(signer, trusted)
         self._blocks = Blocks(objects)
         self._lock = threading.Lock()
         self._state = self._load()
@@ -231,7 +227,7 @@ class Log:
         if not parts or not self._store(parts):
             return
         with _failing([part.waiting for part in parts]):
-            entry = self._signed(state, self._entry(state, parts))
+            entry = self._trust.sign(state, self._entry(state, parts))
             data = encode_entry(entry)
             # Everything that can fail is done before the entry is published: afterwards it has happened.
             after = self._after(state, entry, entry_digest(data))
@@ -434,16 +430,11 @@ class Log:
                         state = self._at_or_replayed(state, entry.fold)
                     break
         state = self._follow(state, read)
-        if self._trusted and not self._vouched:
+        if not self._trust.satisfied:
             # No entry since that fold is signed by a key that the caller knows: an older one may list its signers.
             for _, _, replayed in self.history():
                 state = replayed
-            if not self._vouched:
-                raise CorruptionError(
-                    "no key that you trust vouches for this repository: ask for its public keys where you trust the "
-                    "answer, and do not use what is stored here before",
-                    kind="not_trusted",
-                )
+        self._trust.check_satisfied()
         self.check_tail(state)
         return state
 
@@ -508,9 +499,7 @@ class Log:
         if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
-        _check_signature(state, entry)
-        if entry.signature is not None and entry.signature.key in self._trusted and (state.signers or entry.signers):
-            self._vouched = True
+        self._trust.check(state, entry)
         return entry, entry_digest(data)
 
     def _entry(self, state: State, parts: Sequence[_Part]) -> Entry:
@@ -541,19 +530,6 @@ class Log:
             movers=movers if several else (),
         )
 
-    def _signed(self, state: State, entry: Entry) -> Entry:
-        """Return ``entry`` signed, if there is a key; raises PermissionDeniedError if it must be one of others."""
-        allowed = state.signers or entry.signers
-        key = None if self._signer is None else self._signer.public
-        if allowed and key not in allowed:
-            raise PermissionDeniedError(
-                "this repository takes only entries that are signed by a key it lists: give such a key",
-                kind="not_a_signer",
-            )
-        if self._signer is None:
-            return entry
-        return replace(entry, signature=Signature(self._signer.public, self._signer.sign(to_sign(entry))))
-
     def carry(self, segment: str, digest: bytes, *, instead_of: str | None) -> None:
         """Have the next entry carry the digest of an audit segment, which vouches for those before it, as well."""
         with self._lock:
@@ -569,9 +545,7 @@ class Log:
 
         Raises InvalidInputError for no keys or too many, PermissionDeniedError without a key that may do this.
         """
-        signers = tuple(sorted(set(keys)))
-        if not 0 < len(signers) <= folds.MAX_SIGNERS or any(len(key) != KEY_NBYTES for key in signers):
-            raise InvalidInputError(f"1 to {folds.MAX_SIGNERS} public keys may sign", kind="bad_signers")
+        signers = signer_list(keys)
         return self.commit(new_push_id(), lambda state: None if state.signers == signers else Change(signers=signers))
 
     def _write_fold(self, state: State) -> FoldRef:
@@ -599,27 +573,6 @@ def _check_no_log(objects: Objects) -> None:
 
 def _gap(number: int) -> CorruptionError:
     return CorruptionError(f"entry {number} is missing from the log: restore it from a copy", kind="log_gap")
-
-
-def _check_signature(state: State, entry: Entry) -> None:
-    """Raise CorruptionError unless an entry may follow ``state`` as it is signed, or not signed."""
-    allowed = state.signers or entry.signers
-    signature = entry.signature
-    if signature is None:
-        if allowed:
-            raise CorruptionError(
-                f"entry {entry.number} is not signed, and must be: whoever wrote it was not allowed to", kind="unsigned"
-            )
-        return
-    if allowed and signature.key not in allowed:
-        raise CorruptionError(
-            f"entry {entry.number} is signed by a key that the repository does not list: whoever wrote it was not "
-            "allowed to",
-            kind="bad_signature",
-        )
-    # Where no signature is required, a reader without the means to check one may go on.
-    if (allowed or can_verify()) and not is_signed(to_sign(entry), key=signature.key, signature=signature.value):
-        raise CorruptionError(f"the signature of entry {entry.number} is forged", kind="bad_signature")
 
 
 def _change(commit: _Commit, state: State) -> Change | None:
