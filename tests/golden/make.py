@@ -28,7 +28,7 @@ if str(TESTS) not in sys.path:
 from support import append_entry, bits, copies_in, names_of, new_repository, store_of, write_pack  # noqa: E402
 
 from lamella_engine import pushing  # noqa: E402
-from lamella_engine.content_store import acting, log  # noqa: E402
+from lamella_engine.content_store import acting, committing, log  # noqa: E402
 from lamella_engine.model import PushId  # noqa: E402
 from lamella_engine.objects.memory import MemoryObjects  # noqa: E402
 
@@ -47,8 +47,9 @@ def no_chance(seed: str) -> Iterator[None]:
         return hashlib.sha256(f"{seed} {next(draws)}".encode()).hexdigest()[: 2 * nbytes]
 
     with ExitStack() as stack:
-        for module in (log, pushing):
+        for module in (committing, log, pushing):
             stack.enter_context(patch.object(module, "now", now))
+        for module in (committing, pushing):
             stack.enter_context(patch.object(module, "principal", lambda: "golden"))
         for drawing in (acting, log):
             stack.enter_context(patch.object(drawing, "secrets", SimpleNamespace(token_hex=token_hex)))
