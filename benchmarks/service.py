@@ -36,14 +36,16 @@ import lamella
 from benchmarks import corpora
 from benchmarks.corpora import Checkpoint
 from benchmarks.memory import rss_anon
+from lamella_engine.objects import open_objects
 from lamella_engine.service.server import Answered, Server
+from lamella_engine.service.tokens import Tokens
 
 ROUNDS = 5
 CLIENTS = 100
 
 # What each of many clients pushes: a small model of its own, 4 MiB.
 _SMALL_SHAPE = (1024, 1024)
-_CALLS = 300
+CALLS = 300
 """Small calls, for their percentiles."""
 
 _READ_NBYTES = 1 << 20
@@ -65,26 +67,22 @@ class Service:
 @contextmanager
 def serving(root: Path, *options: str) -> Iterator[Service]:
     """Run ``lamella serve`` on a free port of the loopback address."""
-    command = [
-        sys.executable,
-        "-c",
-        "from lamella.cli import main; main()",
-        "serve",
-        "--root",
-        str(root),
-        "--listen",
-        "127.0.0.1:0",
-    ]
-    command += options or ("--insecure-loopback",)
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
+    scheme = "grpc"
+    os.environ.pop("LAMELLA_TOKEN", None)
+    if options:
+        scheme = "grpcs"
+        os.environ["LAMELLA_TOKEN"], _ = Tokens(open_objects(str(root))).create("benchmark", "admin")
+    command = [sys.executable, "-c", "from lamella.cli import main; main()", "serve", "--root", str(root)]
+    command += ["--listen", "127.0.0.1:0", *(options or ["--insecure-loopback"])]
+    with (
+        (root / "log").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
         assert process.stdout is not None
-        address = process.stdout.readline().split()[-1].rpartition("/")[2]
-        yield Service(process, f"grpc://{address}")
-    finally:
-        process.terminate()
-        process.wait()
+        try:
+            yield Service(process, f"{scheme}://{process.stdout.readline().split()[-1]}")
+        finally:
+            process.terminate()
 
 
 def push(family: Sequence[Checkpoint], url: str) -> None:
@@ -269,14 +267,14 @@ def crowd(clients: int, folder: Path) -> Crowd:
     return Crowd(seconds, peak, failures)
 
 
-def small_calls(folder: Path) -> dict[str, list[float]]:
+def small_calls(calls: int, folder: Path) -> dict[str, list[float]]:
     """Return the seconds of many resolves, and of many reads of a branch's log of ten versions."""
     (root := folder / "small").mkdir()
     found: dict[str, list[float]] = defaultdict(list)
     with serving(root) as service, lamella.init(f"{service.url}/small") as repo:
         for number in range(10):
             repo.push({"w": np.full(100, number, np.float32)}, "m@main")
-        for _ in range(_CALLS):
+        for _ in range(calls):
             start = time.perf_counter()
             repo.version("m@main")
             found["resolve"].append(time.perf_counter() - start)
@@ -368,7 +366,7 @@ def main() -> None:
     with TemporaryDirectory(dir=options.folder) as scratch:
         seconds = compare(family, rounds=options.rounds, folder=Path(scratch))
         console.print(tables(seconds, sum(map(_size, family))))
-        for name, values in small_calls(Path(scratch)).items():
+        for name, values in small_calls(CALLS, Path(scratch)).items():
             cuts = statistics.quantiles(values, n=100)
             console.print(f"{name}: p50 {cuts[49] * 1e3:.2f} ms, p99 {cuts[98] * 1e3:.2f} ms")
         step = follow(options.follow_mib * _MIB, Path(scratch))

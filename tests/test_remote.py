@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from remote import Proxy, proxied, secure_service
+from safetensors.numpy import save_file
 from service import serving
 from support import bits, noise
 
 import lamella
+from lamella import cli
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
@@ -24,13 +26,14 @@ from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
-from lamella_engine.remote import channel
+from lamella_engine.remote import channel, opening
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel
 from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES
+from lamella_engine.service import sessions
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
+from lamella_engine.service.sessions import Session, Sessions
 
 TENSORS = {
     "embedding": noise(1, 1500, 1024),
@@ -62,6 +65,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(opening, "OPENING_PATIENCE_S", 0.2)
 
 
 @pytest.fixture
@@ -210,6 +214,29 @@ def test_a_repository_takes_as_many_bytes_as_a_local_one(repo, local):
     assert abs(ours - theirs) < 0.01 * theirs
 
 
+def test_every_verb_of_the_command_line_takes_a_service(server, tmp_path, capsys):
+    place = f"grpc://{server.address}/models/small"
+    save_file({"w": noise(1, 50, 40)}, tmp_path / "a.safetensors")
+    save_file({"w": noise(2, 50, 40)}, tmp_path / "b.safetensors")
+    verbs = [
+        ["init", place],
+        ["-C", place, "push", str(tmp_path / "a.safetensors"), "m@main", "-m", "one"],
+        ["-C", place, "push", str(tmp_path / "b.safetensors"), "m@main", "-m", "two"],
+        ["-C", place, "log", "m@main"],
+        ["-C", place, "show", "m@main"],
+        ["-C", place, "diff", "m@v1", "m@v2"],
+        ["-C", place, "distance", "m@v1", "m@v2"],
+        ["-C", place, "tag", "m@good", "m@v1"],
+        ["-C", place, "stats"],
+        ["-C", place, "verify", "--deep"],
+        ["-C", place, "checkout", "m@good", str(tmp_path / "out")],
+    ]
+    for verb in verbs:
+        assert cli.run(verb) == 0, (verb, capsys.readouterr().err)
+    assert (tmp_path / "out/a.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert cli.run(["-C", place, "show", "m@nope"]) == lamella.NotFoundError.exit_code
+
+
 # -- what travels ------------------------------------------------------------------------------------------------------
 
 
@@ -290,19 +317,19 @@ def test_a_commit_whose_answer_is_lost_happens_once(far, proxy, repo, monkeypatc
 
 
 def test_a_commit_whose_answer_and_session_are_lost_is_asked_for(far, proxy, repo, monkeypatch):
-    commit, sessions = Session.commit, []
+    commit, found = Session.commit, []
 
     def committed(session, description):
         recorded = commit(session, description)
         proxy.cut_next_reply()
-        sessions[0]._sessions.clear()
+        found[0]._sessions.clear()
         return recorded
 
     begin = Sessions.begin
 
-    def began(found, *arguments, **options):
-        sessions.append(found)
-        return begin(found, *arguments, **options)
+    def began(held, *arguments, **options):
+        found.append(held)
+        return begin(held, *arguments, **options)
 
     monkeypatch.setattr(Session, "commit", committed)
     monkeypatch.setattr(Sessions, "begin", began)
@@ -642,10 +669,12 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
         ChunkCache.of()
 
 
-def test_a_trainer_may_push_as_often_as_it_likes(repo):
-    for number in range(MAX_SESSIONS // 4 + 5):
+def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 40)
+    monkeypatch.setattr(sessions, "RECORDED_KEPT", 5)
+    for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")
-    assert repo.version("m@main").number == MAX_SESSIONS // 4 + 5
+    assert repo.version("m@main").number == 15
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
@@ -779,7 +808,11 @@ def test_other_bytes_than_the_chunk_are_found_by_who_checks(uncached, repo, serv
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            wrong = blob if cell.tensor is None else replace(blob, encoding=Encoding.RAW, payload=bytes(20_000))
+            wrong = (
+                blob
+                if cell.tensor is None
+                else replace(blob, encoding=Encoding.RAW, digest=None, payload=bytes(20_000))
+            )
             yield Reading(cell, (wrong,))
 
     monkeypatch.setattr(PackedStore, "read", lying)
@@ -795,7 +828,9 @@ def test_a_page_that_is_another_is_found_always(uncached, repo, server, monkeypa
 
     def lying(store, id, cells, have=None, *, held=None):
         for cell, (blob,) in real(store, id, cells):
-            yield Reading(cell, (replace(blob, encoding=Encoding.RAW, width=1, payload=bytes(blob.decoded_nbytes)),))
+            yield Reading(
+                cell, (replace(blob, encoding=Encoding.RAW, digest=None, width=1, payload=bytes(blob.decoded_nbytes)),)
+            )
 
     monkeypatch.setattr(PackedStore, "read", lying)
     with (

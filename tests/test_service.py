@@ -41,7 +41,7 @@ from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.version import decode_description, version_id
 from lamella_engine.maintenance import verify
-from lamella_engine.model import Cell
+from lamella_engine.model import Cell, ChunkId
 from lamella_engine.repository import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import sessions as sessions_module
@@ -261,6 +261,16 @@ def test_cells_that_are_planned_out_of_turn_are_refused(store: PackedStore, monk
     with pytest.raises(InvalidInputError) as error:
         session.plan(first, cells[2:])
     assert error.value.kind == "out_of_turn"
+
+
+def test_a_push_has_so_many_cells_at_most(store: PackedStore, monkeypatch):
+    monkeypatch.setattr(sessions_module, "MAX_PLANNED", 2)
+    session, _ = begin(Sessions(), store, new_push_id())
+    cells = [Planned(Cell("w", number), ChunkId(bytes([number]) * 32)) for number in range(3)]
+    session.plan(0, cells[:2])
+    with pytest.raises(LimitError) as caught:
+        session.plan(2, cells[2:])
+    assert caught.value.kind == "push_limit"
 
 
 def test_bytes_that_leave_a_gap_are_refused_and_those_that_came_before_are_skipped(store: PackedStore):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
@@ -29,6 +29,9 @@ from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
+
+if TYPE_CHECKING:
+    from lamella_engine.service.audit import Account
 
 
 class Repository:
@@ -366,6 +369,19 @@ class Repository:
         ``deep`` also decodes every blob and computes its chunk id again.
         """
         return self._jobs.verify(deep=deep)
+
+    def audit(self) -> "Account":
+        """List who did what, and check that it holds together: what the log says, and the reads that a service noted.
+
+        Raises InvalidInputError for a repository behind a service: an account is read where it lies.
+        """
+        from lamella_engine.service.audit import account
+
+        if not isinstance(self._store, PackedStore):
+            raise InvalidInputError(
+                "an account is read where the repository lies: open its directory or bucket", kind="remote_audit"
+            )
+        return account(self._store)
 
 
 def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:

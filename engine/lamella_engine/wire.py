@@ -286,7 +286,7 @@ def encode_record(blob: Blob, flags: int = 0) -> list[Buffer]:
     header = _RECORD.pack(
         blob.chunk,
         blob.base or _NO_CHUNK,
-        blob_digest(payload),
+        blob.digest or blob_digest(payload),
         blob.decoded_nbytes,
         len(payload),
         blob.encoding,

@@ -66,6 +66,7 @@ _TIDYING_UP_S = 10.0
 def main() -> int:
     """Run this process's command line; the script's entry point. Returns the exit code."""
     _listen()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC has to say is no line of ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without the character is no reason to fail
             stream.reconfigure(errors="backslashreplace")

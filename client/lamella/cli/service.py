@@ -42,6 +42,15 @@ def serve(
     traces: Annotated[
         bool, typer.Option("--traces", help="Make a span of OpenTelemetry for each call (needs opentelemetry-api).")
     ] = False,
+    signing_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Key of keygen that signs what is recorded.")
+    ] = None,
+    require_signed: Annotated[
+        bool, typer.Option("--require-signed", help="Have repositories take nothing unsigned any more, for good.")
+    ] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Note in each repository who read or changed what, from where.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer clients until a signal ends it, once what runs is done. Logs a line of JSON for each call to stderr."""
@@ -74,6 +83,9 @@ def serve(
                 insecure_loopback=insecure_loopback,
                 reflection=reflection,
                 observe=observe,
+                signing_key=signing_key,
+                require_signed=require_signed,
+                audit=audit,
             )
         stack.callback(server.stop, grace_s=0)
         told = None

@@ -238,6 +238,21 @@ def verify(found: Document) -> Iterator[str]:
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
 
 
+def audit(found: Document) -> Iterator[str]:
+    """Yield what was done, entry by entry, then what was read, then what is wrong."""
+    for act in found["acts"]:
+        signed = f", signed {act['signer'][:12]}" if act["signer"] else ""
+        who, did = act["principal"] or "(nobody)", "; ".join(act["did"])
+        yield f"{act['time']}  {who}: {did}  [entry {act['number']}{signed}]"
+    for read in found["reads"]:
+        yield f"{read['time']}  {read['principal']} from {read['peer']}: {read['rpc']} {read['what']}"
+    yield from (f"{problem['where']}: {problem['message']} [{problem['kind']}]" for problem in found["problems"])
+    verdict = count(len(found["problems"]), "problem") if found["problems"] else "no problems"
+    loose = f", of which nothing vouches for {found['unvouched']} yet" if found["unvouched"] else ""
+    acts, notes = count(len(found["acts"]), "act"), count(len(found["reads"]), "note")
+    yield f"{verdict} in {acts} and {notes} of a service{loose}"
+
+
 def keygen(made: Document) -> Iterator[str]:
     """Yield where the key is, and its public half."""
     yield f"wrote {made['path']}: keep it to yourself"

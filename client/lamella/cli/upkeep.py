@@ -1,5 +1,6 @@
-"""The repository as a whole, keys, and the command line itself: stats, verify, keygen, schema, completion, version."""
+"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, schema, completion, version."""
 
+from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +36,21 @@ def verify(
     problems = [{"kind": one.kind, "message": one.message, "where": one.where} for one in found.problems]
     answer({key: getattr(found, key) for key in keys} | {"problems": problems}, text.verify, as_json=as_json)
     if not found.ok:
+        raise typer.Exit(lamella.CorruptionError.exit_code)
+
+
+def audit(context: typer.Context, as_json: AsJson = False) -> None:
+    """Say who did what, and check that nothing of it was changed; exits with 6 if something was."""
+    with open_repository(context) as repo:
+        found = repo.audit()
+    document = {
+        "acts": [asdict(act) | {"did": list(act.did)} for act in found.acts],
+        "reads": [asdict(read) for read in found.reads],
+        "unvouched": found.unvouched,
+        "problems": [asdict(problem) for problem in found.problems],
+    }
+    answer(document, text.audit, as_json=as_json)
+    if found.problems:
         raise typer.Exit(lamella.CorruptionError.exit_code)
 
 

@@ -220,9 +220,9 @@ def _neighbours(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 def as_blob(stored: StoredBlob, payload: Buffer) -> Blob:
-    """Return a stored blob as it travels."""
+    """Return a stored blob as it travels; ``payload`` has been compared with its row."""
     row = stored.row
-    return Blob(row.chunk, row.encoding, row.width, row.decoded_nbytes, payload, row.base)
+    return Blob(row.chunk, row.encoding, row.width, row.decoded_nbytes, payload, row.base, digest=row.digest)
 
 
 class PackWriter:

@@ -34,6 +34,8 @@ class Blob:
     """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
     floating: bool = field(default=False, compare=False)
     """Whether lanes are floats, for a store that encodes the chunk once more."""
+    digest: bytes | None = field(default=None, compare=False)
+    """Of the payload (``format.digests.blob_digest``), where it has been checked."""
     keep: Callable[[Buffer], None] | None = field(default=None, compare=False)
     """Is shown the chunk by whoever decodes it, for a store that keeps some near."""
 

@@ -13,7 +13,7 @@ MAX_SEGMENT_NBYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One thing that somebody read, or wanted to."""
+    """One thing that somebody read, or changed."""
 
     time: str
     """UTC, ISO 8601."""
@@ -24,7 +24,7 @@ class Read:
     what: str
     """What of the repository: a revision, a version, or nothing."""
     status: str
-    """How it ended, as gRPC calls it."""
+    """What was said to it: ``ALLOWED``, before it is answered. What is refused stands in the server's log."""
 
 
 _HEADER = {"format": int, "previous": str, "repository": str}

@@ -66,6 +66,20 @@ POLICY: Mapping[str, Verb] = MappingProxyType(
 """Every rpc, and what it takes to be allowed to call it. A server does not start with one that is not here."""
 
 
+AUDITED = frozenset(
+    {
+        "Versions.Read",
+        "Versions.UpdateRefs",
+        "Pushes.Commit",
+        "Jobs.Diff",
+        "Jobs.Distance",
+        "Jobs.Verify",
+    }
+)
+"""Rpcs that are noted where reads are: those that give away what is stored, and those that change it, for the log knows
+who did that, but not from where."""
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Somebody who calls, as far as it is known."""

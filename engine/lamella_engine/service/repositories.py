@@ -41,9 +41,17 @@ class Repositories:
         Runs the work for all of them.
     signer
         Signs what is recorded in them.
+    require_signed
+        Whether each repository is made to take nothing from now on that is not signed by this signer, or by those whom
+        it lists already.
     """
 
-    def __init__(self, root: str, executor: Executor, *, signer: Signer | None = None) -> None:
+    def __init__(
+        self, root: str, executor: Executor, *, signer: Signer | None = None, require_signed: bool = False
+    ) -> None:
+        if require_signed and signer is None:
+            raise InvalidInputError("who requires signatures has to sign: give a key too", kind="bad_option")
+        self._require_signed = require_signed
         self._root = root.rstrip("/")
         self._executor = executor
         self._signer = signer
@@ -65,8 +73,7 @@ class Repositories:
                 kind="repository_exists",
                 repository=name,
             ) from None
-        with self._lock:
-            return self._open.setdefault(name, store)
+        return self._kept(name, store)
 
     def open(self, name: str) -> PackedStore:
         """Return a repository; raises RepositoryNotFoundError."""
@@ -81,6 +88,11 @@ class Repositories:
             store = PackedStore(objects, self._executor, index_path=path, signer=self._signer)
         except (RepositoryNotFoundError, InvalidInputError):
             raise repository_not_found(name) from None
+        return self._kept(name, store)
+
+    def _kept(self, name: str, store: PackedStore) -> PackedStore:
+        if self._require_signed and self._signer is not None and not store.log.state.signers:
+            store.log.require_signed([self._signer.public])
         with self._lock:
             return self._open.setdefault(name, store)
 

@@ -1,18 +1,18 @@
 """What each rpc of the wire does: messages in, nouns to the engine, messages out."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lamella_engine.content_store.acting import acting_as
+from lamella_engine.content_store.acting import acting_as, now
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums
 from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, RefNotFoundError
 from lamella_engine.executor import Executor
+from lamella_engine.format.audit import Read
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
 from lamella_engine.jobs import LocalJobs
@@ -21,6 +21,7 @@ from lamella_engine.model import Cell, ChunkId, PushId, VersionId, check_name, c
 from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.access import Principal, Resource, Verb, authorize
+from lamella_engine.service.audit import ReadAudit
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
@@ -63,6 +64,8 @@ class Call:
     """Whether somebody still waits for the answer."""
     remaining_s: Callable[[], float]
     """Seconds until its deadline."""
+    peer: str = ""
+    """The address that it came from."""
     stopping: Callable[[], bool] = lambda: False
     """Whether the server is being stopped, which those that only wait shall not hold up."""
 
@@ -78,7 +81,25 @@ class Rpcs:
         self._writers = Slots(_WRITERS)
         self._readers = Slots(_READERS)
         self._watchers = Slots(_WATCHERS)
-        self._published: defaultdict[PackedStore, threading.Condition] = defaultdict(threading.Condition)
+        self._published: dict[PackedStore, threading.Condition] = {}
+        self._audits: dict[PackedStore, ReadAudit] = {}
+        self._audits_lock = threading.Lock()
+
+    # -- audit --------------------------------------------------------------------------------------------------------
+
+    def note(self, rpc: str, repository: str, what: str, call: Call) -> None:
+        """Note a call that is allowed, before it is answered: nothing that was read goes unnoted."""
+        store = self._repositories.open(repository)
+        with self._audits_lock:
+            audit = self._audits.get(store) or self._audits.setdefault(store, ReadAudit(store))
+        audit.note(Read(now(), call.principal.name, call.peer, rpc, what, "ALLOWED"))
+
+    def flush_audits(self, *, older_than_s: float = 0.0) -> None:
+        """Write what has been noted, if it has waited so long."""
+        with self._audits_lock:
+            audits = list(self._audits.values())
+        for audit in audits:
+            audit.flush(older_than_s=older_than_s)
 
     # -- repositories -------------------------------------------------------------------------------------------------
 
@@ -157,7 +178,7 @@ class Rpcs:
         store = self._repositories.open(request.repository)
         check_name(request.model, what="model")
         check_ref_name(request.ref)
-        published = self._published[store]
+        published = self._publications(store)
         last = request.after
         with self._watchers.taken(call.principal.name):
             while call.active() and call.remaining_s() > 0 and not call.stopping():
@@ -171,8 +192,11 @@ class Rpcs:
                     with published:
                         published.wait(min(_WATCH_S, max(call.remaining_s(), 0.0)))
 
+    def _publications(self, store: PackedStore) -> threading.Condition:
+        return self._published.setdefault(store, threading.Condition())  # atomic, unlike a defaultdict of these
+
     def _publish(self, store: PackedStore) -> None:
-        published = self._published[store]
+        published = self._publications(store)
         with published:
             published.notify_all()
 

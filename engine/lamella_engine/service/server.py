@@ -26,10 +26,12 @@ from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, S
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.access import AUDITED, LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.audit import SEGMENT_S
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.tokens import Tokens
+from lamella_engine.signing import load_key
 from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, Method, encode_error, parse
 from lamella_engine.wire import status_of as status_of_error
 
@@ -125,6 +127,12 @@ class Server:
         Whether to describe the rpcs to whoever asks.
     observe
         Told of every call when it has ended.
+    signing_key
+        File of a key (see :mod:`lamella_engine.signing`) that signs what is recorded.
+    require_signed
+        Whether repositories are made to take nothing any more that is not signed.
+    audit
+        Whether to note in each repository who read or changed what, from where.
     memory_nbytes
         Bound of the memory for work in flight.
 
@@ -144,6 +152,9 @@ class Server:
         insecure_loopback: bool = False,
         reflection: bool = False,
         observe: Callable[[Answered], None] = lambda answered: None,
+        signing_key: Path | None = None,
+        require_signed: bool = False,
+        audit: bool = False,
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
         host = _check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
@@ -151,7 +162,10 @@ class Server:
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         self._tokens = Tokens(open_objects(root, create=True))
-        self._rpcs = Rpcs(Repositories(root, self._executor), self._tokens, self._executor)
+        self._audits = audit
+        signer = None if signing_key is None else load_key(signing_key)
+        repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
+        self._rpcs = Rpcs(repositories, self._tokens, self._executor)
         self._stalls = _Stalls()
         self._shares = _Shares()
         self._health = _Health()
@@ -192,6 +206,7 @@ class Server:
         self._stopped.set()
         self._health.serving = False
         self._grpc.stop(grace_s).wait()
+        self._rpcs.flush_audits()
         self._stalls.close()
         self._executor.close()
 
@@ -208,6 +223,7 @@ class Server:
         while not self._stopped.wait(_SWEEP_S):
             with suppress(LamellaError):
                 self._rpcs.sessions.sweep()
+            self._rpcs.flush_audits(older_than_s=SEGMENT_S)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -242,11 +258,19 @@ class Server:
             with self._stalls.watched(context) as waiting:
                 deadline = began + _time_limit(method, context)
                 principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
-                call = Call(principal, context.is_active, lambda: deadline - time.monotonic(), self._stopped.is_set)
+                call = Call(
+                    principal,
+                    context.is_active,
+                    lambda: deadline - time.monotonic(),
+                    context.peer(),
+                    self._stopped.is_set,
+                )
                 with self._shares.taken(principal.name):
                     request, header = _request(method, traffic.received(incoming, waiting))
                     repository = getattr(header, "repository", "")
                     authorize(principal, POLICY[method.name], _resource(header))
+                    if self._audits and method.name in AUDITED:
+                        self._rpcs.note(method.name, repository, _about(header), call)
                     replies = answer(request, call)
                     for reply in replies if method.streams_replies else (replies,):
                         data = reply if isinstance(reply, bytes) else reply.SerializeToString()
@@ -442,6 +466,14 @@ def _resource(message: Any) -> Resource:
     if isinstance(message, pb.UpdateRefsRequest):
         return Resource(message.repository, tuple(f"{item.model}@{item.name}" for item in message.updates))
     return Resource(getattr(message, "repository", None))
+
+
+def _about(message: Any) -> str:
+    """Return what of a repository a message asks for, for people."""
+    if isinstance(message, pb.UpdateRefsRequest):
+        return " ".join(f"{item.model}@{item.name}" for item in message.updates)
+    names = ("revision", "version", "push", "a", "b")
+    return " ".join(str(value) for name in names if (value := getattr(message, name, "")))
 
 
 def _time_limit(method: Method, context: grpc.ServicerContext) -> float:

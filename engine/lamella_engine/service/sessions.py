@@ -42,6 +42,9 @@ _BATCH_NBYTES = 4 << 20
 FILLED_NBYTES = 256 << 20
 """What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
 
+MAX_PLANNED = 1 << 21
+"""Cells of one push: 8 TB of weights. A server remembers some hundred bytes of each until the push ends."""
+
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
 
@@ -123,6 +126,8 @@ class Session:
                 raise InvalidInputError(
                     f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
                 )
+            if first + len(cells) > MAX_PLANNED:
+                raise LimitError(f"a push has at most {MAX_PLANNED} cells here: push less at a time", kind="push_limit")
             try:
                 answers = list(self.push.plan(cells))
             except LamellaError:  # nobody knows how many of these cells the push takes for planned

@@ -1,4 +1,7 @@
-"""A span of OpenTelemetry for each call; where spans go is said by the environment (``OTEL_...``)."""
+"""A span of OpenTelemetry for each call.
+
+Only the API is needed; where spans go is for its SDK to know, as when ``opentelemetry-instrument`` starts the server.
+"""
 
 import time
 
