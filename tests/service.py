@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from lamella_engine.codecs import Encoding
-from lamella_engine.content_store.log import new_push_id, now
+from lamella_engine.content_store.acting import new_push_id, now
 from lamella_engine.content_store.seam import Blob, Planned
 from lamella_engine.dtypes import dtype_of_numpy
 from lamella_engine.errors import LamellaError

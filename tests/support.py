@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.together import Waiting
 from lamella_engine.executor import Executor, InlineExecutor

@@ -19,7 +19,7 @@ import pytest
 from certificates import LOOPBACK, Authority
 from service import Failure, WireClient, failure_of, prepare_by_wire, push_by_wire, serving, write_messages
 
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.errors import AlreadyExistsError, CorruptionError, InvalidInputError, NotFoundError
 from lamella_engine.format.version import version_id
 from lamella_engine.objects import open_objects

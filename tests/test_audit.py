@@ -8,7 +8,9 @@ import pytest
 from faults import Fault, FaultyObjects
 from support import Arrivals, copy_of, names_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store.log import Change, Log, acting_as, new_push_id
+from lamella_engine.content_store.acting import acting_as, new_push_id
+from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import CorruptionError, StorageError, UnsupportedFormatError
 from lamella_engine.executor import InlineExecutor
@@ -296,7 +298,8 @@ def test_the_log_says_who_changed_what_and_who_signed_it(objects, tmp_path):
 def test_what_several_did_by_one_entry_is_told_apart(objects, monkeypatch):
     arrivals = Arrivals(monkeypatch)
     store = opened(objects)
-    work = store.log._commits._work
+    commits = store.log._committer._together
+    work = commits._work
     together = []
 
     def gather(waiting):
@@ -305,7 +308,7 @@ def test_what_several_did_by_one_entry_is_told_apart(objects, monkeypatch):
             with ThreadPoolExecutor(3) as threads:
                 calls = [threads.submit(commit, name) for name in ("bob", "cyd")]
                 arrivals.until(3)
-                work([*store.log._commits._waiting])
+                work([*commits._waiting])
                 assert [call.result(60) for call in calls] == [None, None]
         else:
             work(waiting)
@@ -314,7 +317,7 @@ def test_what_several_did_by_one_entry_is_told_apart(objects, monkeypatch):
         with acting_as(name):
             change(store, f"of-{name}")
 
-    monkeypatch.setattr(store.log._commits, "_work", gather)
+    monkeypatch.setattr(commits, "_work", gather)
     commit("ann")
     acts = account(opened(objects)).acts[1:]
     assert {act.number for act in acts} == {2}

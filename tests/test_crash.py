@@ -11,7 +11,7 @@ from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from support import bits, copy_into, copy_of, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine.content_store import packs
-from lamella_engine.content_store.log import FOLD_EVERY
+from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.errors import (
     AlreadyExistsError,
     CorruptionError,

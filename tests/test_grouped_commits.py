@@ -9,8 +9,9 @@ from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from support import PATIENCE_S, Arrivals, bits, copy_of, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine.checkpoints import open_checkpoint
-from lamella_engine.content_store import log as log_module
-from lamella_engine.content_store.log import FOLD_EVERY, acting_as, new_push_id
+from lamella_engine.content_store import committing
+from lamella_engine.content_store.acting import acting_as, new_push_id
+from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.content_store.seam import RefUpdate
 from lamella_engine.content_store.together import Waiting
 from lamella_engine.errors import (
@@ -253,7 +254,7 @@ def test_commits_of_one_caller_name_it_once(monkeypatch):
 
 def test_what_does_not_fit_in_one_entry_goes_to_the_next(monkeypatch):
     objects = some_history()
-    monkeypatch.setattr(log_module, "TOGETHER_NBYTES", 2_000)  # two pushes
+    monkeypatch.setattr(committing, "TOGETHER_NBYTES", 2_000)  # two pushes
     results = gathered(objects, [push_to(f"b{seed}", seed) for seed in range(9)], monkeypatch)
     assert sorted(version.number for version in results) == list(range(2, 11))
     assert entries_of(objects) == 3 + 1 + 4

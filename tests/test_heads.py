@@ -10,7 +10,11 @@ import service
 from support import noise
 
 import lamella
-from lamella_engine.content_store.log import FOLD_EVERY, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.entries import FOLD_EVERY, Entries
+from lamella_engine.content_store.log import Log
+from lamella_engine.content_store.trust import Trust
 from lamella_engine.errors import CorruptionError
 from lamella_engine.format.entry import Entry, RefChange, encode_entry
 from lamella_engine.format.names import fold_number, log_name
@@ -218,9 +222,9 @@ def test_a_bucket_that_required_signatures_when_it_was_seen_still_must(state, mo
     for info in list(objects.list("log/", after=log_name(number))):
         objects.delete(info.name)
     objects.delete(at)
-    forger = Log(objects)
-    forger._state = replace(forger.state, signers=())
-    fold = forger._write_fold(forger.state)
+    entries = Entries(objects, Trust(None, ()))
+    fold = entries.fold(replace(entries.newest(), signers=()))
+    assert fold.number == number
     forged = Entry(seen.repository, number + 1, seen.digest, fold, pushes=(new_push_id(),))
     objects.put_if_absent(log_name(number + 1), [encode_entry(forged)])
     assert Log(objects).state.signers == ()  # to whoever comes for the first time all is well

@@ -12,7 +12,8 @@ import s3
 from support import bits, names_of, new_repository, noise, open_again, store_of
 
 import lamella
-from lamella_engine.content_store.log import COMMIT_TRIES, FOLD_EVERY
+from lamella_engine.content_store.committing import COMMIT_TRIES
+from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.content_store.seam import RefUpdate
 from lamella_engine.errors import AlreadyExistsError, ConflictError, LamellaError, RefNotFoundError
 from lamella_engine.objects.memory import MemoryObjects

@@ -24,7 +24,7 @@ from service import (
 from support import new_repository, noise, store_of
 
 from lamella_engine.codecs import Encoding
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Blob, Planned
 from lamella_engine.errors import (

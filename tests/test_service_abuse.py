@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service import Failure, WireClient, failure_of, prepare_by_wire, push_by_wire, serving, take_apart, write_messages
 from support import noise
 
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.format.version import version_id
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb

@@ -24,7 +24,7 @@ from support import bits, noise
 
 import lamella
 from lamella_engine import maintenance
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.format.digests import chunk_id

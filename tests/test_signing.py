@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 from support import copy_of, names_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store.log import FOLD_EVERY, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.entries import FOLD_EVERY, Entries
+from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.trust import Trust
 from lamella_engine.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -222,12 +226,12 @@ def forge_from_fold(objects, number, *, signers, signer):
     for name in list(names_of(copy)):
         if name.startswith("fold/") or (name.startswith("log/") and int(name[4:]) > number):
             copy.delete(name)
-    honest = Log(copy)
-    assert honest.state.number == number
-    honest._signer = signer
-    forged = replace(honest.state, signers=signers)
-    honest._state = forged
-    fold = honest._write_fold(forged)
+    entries = Entries(copy, Trust(None, ()))
+    honest = entries.newest()
+    assert honest.number == number
+    forged = replace(honest, signers=signers)
+    fold = entries.fold(forged)
+    assert fold.number == number
     entry = replace(
         entry_at(copy, number),
         number=number + 1,

@@ -17,7 +17,7 @@ from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.companions import companions
-from lamella_engine.content_store.log import now, principal
+from lamella_engine.content_store.acting import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Push, Recorded
 from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor, map_batched

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.chunk_index import index_path
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lamella_engine.chunk_index import ChunkIndex
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext

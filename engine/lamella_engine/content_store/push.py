@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.bases import Bases, serves_all
+from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.intake import Intake
 from lamella_engine.content_store.locating import locate
-from lamella_engine.content_store.log import Change, Log
+from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded

@@ -298,7 +298,9 @@ def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> F
     if digest(Context.FOLD, data) != expected or fold_name(fold_number(name), expected) != name:
         raise CorruptionError(f"{what} is not the one the log names", kind="bad_digest", object=name)
     value = canonical.loads(data, what=what)
-    if isinstance(value, dict) and value.get("format") != FOLD_FORMAT:
+    if not isinstance(value, dict):
+        raise CorruptionError(f"{what} is no root", kind="bad_fold", object=name)
+    if value.get("format") != FOLD_FORMAT:
         raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
     canonical.conform(value, _ROOT | {name: _WHERE_NEEDED[name] for name in _WHERE_NEEDED.keys() & value}, what=what)
     if value["n"] != fold_number(name) or value["repository"] != repository:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from lamella_engine.checkpoints import check_attachment_paths
-from lamella_engine.content_store.log import acting_as, now
+from lamella_engine.content_store.acting import acting_as, now
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Recorded, RefUpdate
 from lamella_engine.distance import common, sums

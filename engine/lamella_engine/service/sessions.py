@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lamella_engine import codecs
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
-from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
