@@ -503,7 +503,7 @@ def test_a_full_blob_that_was_offered_a_base_is_encoded_against_it(store: Packed
         for number, tensor in enumerate((BASE, NEAR)):
             session, _ = begin(sessions, store, new_push_id(), branch=branch)
             taken = planned(session, {"w": tensor + np.float32(flags)}, message=str(flags))
-            missing = session._missing
+            missing = set(session.push._intake._wanted)
             records = b"".join(
                 part
                 for chunk, (data, width) in taken.chunks.items()

@@ -299,7 +299,7 @@ def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> F
         raise CorruptionError(f"{what} is not the one the log names", kind="bad_digest", object=name)
     value = canonical.loads(data, what=what)
     if not isinstance(value, dict):
-        raise CorruptionError(f"{what} is no root", kind="bad_fold", object=name)
+        raise CorruptionError(f"{what} is no root", kind="bad_field", object=name)
     if value.get("format") != FOLD_FORMAT:
         raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
     canonical.conform(value, _ROOT | {name: _WHERE_NEEDED[name] for name in _WHERE_NEEDED.keys() & value}, what=what)
