@@ -3,15 +3,18 @@
 import itertools
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
+import grpc
 import pytest
 from certificates import LOOPBACK, Authority
+from faults import SimulatedCrash
 from service import serving
 
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH
@@ -19,6 +22,7 @@ from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.executor import Executor, InlineExecutor
 from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
+from lamella_engine.remote import channel
 from lamella_engine.remote.opening import connect
 from lamella_engine.repository import Repository
 from lamella_engine.service.server import Server, Tls
@@ -112,6 +116,7 @@ def proxied(address: str) -> Iterator[Proxy]:
 CARRIED = (
     "test_bases",
     "test_checkout",
+    "test_crash",
     "test_companions",
     "test_cost",
     "test_diff",
@@ -120,7 +125,9 @@ CARRIED = (
     "test_distance_delta",
     "test_filling",
     "test_maintenance",
+    "test_model",
     "test_push",
+    "test_races",
     "test_sketches",
     "test_torch_modules",
     "test_transaction",
@@ -187,17 +194,49 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
         _stores[repo] = store
+        finalize(repo, _forget, server, name)
         return repo
 
     def new_repository(
-        objects: Objects | None = None, executor: Executor | None = None, *, max_depth: int = DEFAULT_MAX_DEPTH
+        objects: Objects | None = None,
+        executor: Executor | None = None,
+        *,
+        max_depth: int = DEFAULT_MAX_DEPTH,
+        index_path: Path | None = None,
     ) -> Repository:
-        store = PackedStore.create(objects or MemoryObjects(), InlineExecutor(), max_depth=max_depth)
+        objects = objects or MemoryObjects()
+        store = PackedStore.create(objects, InlineExecutor(), max_depth=max_depth, index_path=index_path)
         return served(store, executor)
 
-    def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
-        return served(PackedStore(objects, InlineExecutor()), executor)
+    def open_again(objects: Objects, executor: Executor | None = None, *, index_path: Path | None = None) -> Repository:
+        return served(PackedStore(objects, InlineExecutor(), index_path=index_path), executor)
 
     for stand_in in new_repository, open_again:
         monkeypatch.setattr(module, stand_in.__name__, stand_in, raising=False)
     monkeypatch.setattr(module, "store_of", _stores.__getitem__, raising=False)
+    monkeypatch.setattr(server, "_answered", _mortal(server._answered))
+    # What fails here fails once, or for good: a second try, whose pause is always shorter, is enough.
+    monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(channel, "PATIENCE_S", 0.02)
+
+
+def _mortal(answered: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
+    """Return what answers calls, but for those at which the process dies: their clients lose the connection."""
+
+    def answer(method: Any, call: Any, incoming: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            yield from answered(method, call, incoming, context)
+        except SimulatedCrash:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the process is gone")
+
+    return answer
+
+
+def _forget(server: Server, name: str) -> None:
+    """Let go of a repository that nobody has any more, as the end of a process does, and of what was pushed to it."""
+    rpcs = server._rpcs
+    store = rpcs._repositories._open.pop(name)
+    rpcs._published.pop(store, None)
+    for pushed, push in list(rpcs.sessions._sessions):
+        if pushed is store:
+            rpcs.sessions.end(pushed, push)

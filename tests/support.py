@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,17 +31,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def new_repository(
-    objects: Objects | None = None, executor: Executor | None = None, *, max_depth: int = DEFAULT_MAX_DEPTH
+    objects: Objects | None = None,
+    executor: Executor | None = None,
+    *,
+    max_depth: int = DEFAULT_MAX_DEPTH,
+    index_path: Path | None = None,
 ) -> Repository:
     """Make a repository on ``objects``; without an executor everything runs in this thread, in one order."""
     executor = executor or InlineExecutor()
-    return on_objects(PackedStore.create(objects or MemoryObjects(), executor, max_depth=max_depth))
+    objects = objects or MemoryObjects()
+    return on_objects(PackedStore.create(objects, executor, max_depth=max_depth, index_path=index_path))
 
 
-def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
-    """Open the repository on ``objects`` as another process would, knowing nothing."""
+def open_again(objects: Objects, executor: Executor | None = None, *, index_path: Path | None = None) -> Repository:
+    """Open the repository on ``objects`` as another process would, knowing nothing but a chunk index."""
     executor = executor or InlineExecutor()
-    return on_objects(PackedStore(objects, executor))
+    return on_objects(PackedStore(objects, executor, index_path=index_path))
 
 
 def store_of(repo: Repository) -> PackedStore:
