@@ -127,6 +127,25 @@ def test_files_come_back_byte_for_byte(repo, tmp_path):
     assert (tmp_path / "out/sub/long.bin").read_bytes() == bytes(range(256)) * 40_000
 
 
+def test_a_diff_of_more_names_than_a_message_holds_comes_whole(repo, local, monkeypatch):
+    monkeypatch.setattr(rpcs, "_NAMES_AT_ONCE", 3)
+    monkeypatch.setattr(rpcs, "_NAMES_NBYTES", 20)
+    one = {f"a.{number}": np.full(1, number) for number in range(12)} | {"shaped": np.zeros(3)}
+    two = {f"a.{number}": np.full(1, number % 7) for number in range(4, 16)} | {"shaped": np.zeros(4)}
+    for place in repo, local:
+        place.push(one, "m@main")
+        place.push(two, "m@main")
+    found = repo.diff("m@v1", "m@v2")
+    assert found == local.diff("m@v1", "m@v2")
+    assert [len(names) for names in (found.added, found.removed, found.reshaped, found.changed, found.same)] == [
+        4,
+        4,
+        1,
+        5,
+        3,
+    ]
+
+
 def test_log_diff_stats_and_distance_are_those_of_a_local_repository(repo, local):
     second = nudged(TENSORS)
     for place in repo, local:

@@ -1,6 +1,6 @@
 """What a service does to a whole repository, where its bytes lie."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 from lamella_engine.distance import Distance, assembled
@@ -42,14 +42,8 @@ class RemoteJobs:
 
     def diff(self, a: VersionId, b: VersionId) -> Diff:
         """See :class:`~lamella_engine.jobs.Jobs`."""
-        reply = self._channel.call("Jobs.Diff", pb.PairRequest(repository=self._repository, a=a, b=b))
-        return Diff(
-            added=tuple(reply.added),
-            removed=tuple(reply.removed),
-            reshaped=tuple(reply.reshaped),
-            changed=tuple(reply.changed),
-            same=tuple(reply.same),
-        )
+        request = pb.PairRequest(repository=self._repository, a=a, b=b)
+        return _patiently(lambda: _diff(self._channel.stream("Jobs.Diff", request)))
 
     def distance(self, a: VersionId, b: VersionId, selection: Selection) -> Distance:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -98,6 +92,14 @@ def _patiently(job: Callable[[], Result]) -> Result:
             return job()
         except LamellaError as error:
             patience.wait(error)
+
+
+def _diff(replies: Iterable[pb.DiffReply]) -> Diff:
+    names: dict[str, list[str]] = {field: [] for field in Diff.__dataclass_fields__}
+    for reply in replies:
+        for field, some in names.items():
+            some += getattr(reply, field)
+    return Diff(**{field: tuple(some) for field, some in names.items()})
 
 
 def _moments(found: pb.TensorMoments) -> Moments:

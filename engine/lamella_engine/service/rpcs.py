@@ -48,6 +48,9 @@ PLANNED_AT_ONCE = 4096
 # Cells whose chains are answered in one message of Locate.
 _LOCATED_AT_ONCE = 1024
 
+# Names of tensors in one message.
+_NAMES_AT_ONCE, _NAMES_NBYTES = 10_000, 512 << 10
+
 # How often a follower looks for versions that another server published; those of this one wake it.
 _WATCH_S = 1.0
 
@@ -313,17 +316,16 @@ class Rpcs:
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def jobs_diff(self, request: pb.PairRequest, call: Call) -> pb.DiffReply:
+    def jobs_diff(self, request: pb.PairRequest, call: Call) -> Iterator[pb.DiffReply]:
         """Say which tensors differ."""
         store = self._repositories.open(request.repository)
         found = LocalJobs(store, self._executor).diff(store.resolve(request.a), store.resolve(request.b))
-        return pb.DiffReply(
-            added=found.added,
-            removed=found.removed,
-            reshaped=found.reshaped,
-            changed=found.changed,
-            same=found.same,
-        )
+        names = ((field, name) for field in found.__dataclass_fields__ for name in getattr(found, field))
+        for some in batches(names, _NAMES_AT_ONCE, nbytes=lambda item: len(item[1]), most_nbytes=_NAMES_NBYTES):
+            reply = pb.DiffReply()
+            for field, name in some:
+                getattr(reply, field).append(name)
+            yield reply
 
     def jobs_distance(self, request: pb.PairRequest, call: Call) -> Iterator[pb.DistanceUpdate]:
         """Measure two versions, tensor by tensor."""

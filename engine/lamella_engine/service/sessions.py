@@ -149,6 +149,8 @@ class Session:
                 return known[1]
             self._turn.wait_for(lambda: self.over or self._planned >= first, _ORDER_PATIENCE_S)
             self._check_it_runs()
+            if self.recorded is not None:
+                raise InvalidInputError("this push has been recorded: begin another", kind="push_over")
             if self._planned != first:
                 raise InvalidInputError(
                     f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
