@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from remote import Proxy, proxied, secure_service
 from safetensors.numpy import save_file
-from service import serving
+from service import WireClient, serving
 from support import bits, noise
 
 import lamella
@@ -144,6 +144,17 @@ def test_a_diff_of_more_names_than_a_message_holds_comes_whole(repo, local, monk
         5,
         3,
     ]
+
+
+def test_a_verification_says_how_far_it_has_come(repo, server, monkeypatch):
+    monkeypatch.setattr(rpcs, "_PROGRESS_S", 0.0)
+    repo.push(TENSORS, "m@main")
+    with WireClient(server.address) as client:
+        *updates, last = client.call("Jobs.Verify", pb.VerifyRequest(repository="team", deep=True))
+    assert [update.done for update in updates] == [False] * len(updates)
+    assert [(update.entries, update.packs) for update in updates] == [(0, 0), (1, 1), (1, 1)]
+    assert (last.done, last.entries, last.versions, last.packs) == (True, 1, 1, 1)
+    assert repo.verify(deep=True).ok
 
 
 def test_log_diff_stats_and_distance_are_those_of_a_local_repository(repo, local):

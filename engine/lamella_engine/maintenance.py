@@ -1,6 +1,7 @@
 """Looking after a repository. Today: verify, which reads everything and changes nothing."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -55,31 +56,35 @@ class Verification:
         return not self.problems
 
 
-def verify(store: PackedStore, *, deep: bool = False, go_on: Callable[[], None] = lambda: None) -> Verification:
+def verify(store: PackedStore, *, deep: bool = False) -> Verification:
     """Check a repository against FORMAT.md, from the log to the last blob.
 
     Always: the chain of entries, each against the state before it, every fold, every version's metadata, pages and
     parameters id, every cell's copy and everything it stands on, every pack's index and the digest of every blob. With
     ``deep`` every blob is also decoded and its chunk id computed again.
 
-    ``go_on`` is called now and then, and what it raises ends the check.
-
     A problem is noted, and what does not depend on it is still checked. Raises CorruptionError only if the log itself
     cannot be read, for then nothing can be said at all.
     """
     report = Verification(deep)
-    checker = _Checker(store, report, go_on)
-    state = checker.log()
-    checker.packs(state)
-    checker.versions(state)
+    deque(verifying(store, report), maxlen=0)
     return report
 
 
+def verifying(store: PackedStore, report: Verification) -> Iterator[None]:
+    """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop."""
+    checker = _Checker(store, report)
+    state = yield from checker.log()
+    yield from checker.packs(state)
+    yield from checker.versions(state)
+
+
 class _Checker:
-    def __init__(self, store: PackedStore, report: Verification, go_on: Callable[[], None]) -> None:
+    """Its checks yield now and then."""
+
+    def __init__(self, store: PackedStore, report: Verification) -> None:
         self._store = store
         self._report = report
-        self._go_on = go_on
 
     def _try(self, where: str, check: Callable[[], Result]) -> Result | None:
         try:
@@ -88,12 +93,12 @@ class _Checker:
             self._report.problems.append(Problem(error.kind, error.message, where))
         return None
 
-    def log(self) -> State:
+    def log(self) -> Generator[None, None, State]:
         """Rebuild the state from the entries alone, and compare it with what readers see."""
         seen = self._store.log.refresh()
         rebuilt: State | None = None
         for before, entry, state in self._store.log.history():
-            self._go_on()
+            yield
             self._report.entries += 1
             self._try(log_name(entry.number), partial(before.check, entry))
             if entry.fold is not None and entry.fold.number == before.number:  # the first entry to name it
@@ -123,7 +128,7 @@ class _Checker:
         self._check_size(fold.name, fold.start + fold.nbytes)
         self._store.log.check_fold(fold)
 
-    def packs(self, state: State) -> None:
+    def packs(self, state: State) -> Iterator[None]:
         """Check the index of every live pack, and every blob in it."""
         for pack in state.packs():
             self._report.packs += 1
@@ -133,10 +138,10 @@ class _Checker:
                 continue
             blobs = [StoredBlob(pack.name, row) for row in index.rows]
             for at in range(0, len(blobs), BLOBS_AT_ONCE):
+                yield
                 self._blobs(blobs[at : at + BLOBS_AT_ONCE])
 
     def _blobs(self, blobs: list[StoredBlob]) -> None:
-        self._go_on()
         self._report.blobs += len(blobs)
         self._report.read_nbytes += sum(blob.row.encoded_nbytes for blob in blobs)
 
@@ -158,10 +163,10 @@ class _Checker:
         else:
             self._store.packs.payload(chain[-1])
 
-    def versions(self, state: State) -> None:
+    def versions(self, state: State) -> Iterator[None]:
         """Check that every version can be read: its metadata, its pages, and a live copy for each cell."""
         for added in state.versions():
-            self._go_on()
+            yield
             self._report.versions += 1
             self._try(f"{added.model}@v{added.number}", partial(self._version, state, added))
 

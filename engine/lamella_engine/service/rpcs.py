@@ -1,6 +1,7 @@
 """What each rpc of the wire does: messages in, nouns to the engine, messages out."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lamella_engine.format.audit import Read
 from lamella_engine.format.manifest import parse_structure_page
 from lamella_engine.format.version import decode_description, encode_description, version_id
 from lamella_engine.jobs import LocalJobs
-from lamella_engine.maintenance import Verification, verify
+from lamella_engine.maintenance import Verification, verifying
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId, check_name, check_ref_name
 from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
@@ -50,6 +51,9 @@ _LOCATED_AT_ONCE = 1024
 
 # Names of tensors in one message.
 _NAMES_AT_ONCE, _NAMES_NBYTES = 10_000, 512 << 10
+
+# How often a job says how far it has come.
+_PROGRESS_S = 1.0
 
 # How often a follower looks for versions that another server published; those of this one wake it.
 _WATCH_S = 1.0
@@ -346,8 +350,15 @@ class Rpcs:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
         with self._readers.taken(call.principal.name):
-            found = verify(PackedStore(store.objects, self._executor), deep=request.deep, go_on=call.check)
-        yield _verified(found)
+            report = Verification(request.deep)
+            told = time.monotonic()
+            # A store of its own: what is read must come from where it is stored.
+            for _ in verifying(PackedStore(store.objects, self._executor), report):
+                call.check()
+                if time.monotonic() - told >= _PROGRESS_S:
+                    yield _verified(report, done=False)
+                    told = time.monotonic()
+        yield _verified(report, done=True)
 
     # -- access -------------------------------------------------------------------------------------------------------
 
@@ -420,13 +431,15 @@ def _token(grant: Grant) -> pb.Token:
     )
 
 
-def _verified(found: Verification) -> pb.VerifyUpdate:
+def _verified(found: Verification, *, done: bool) -> pb.VerifyUpdate:
+    """Return how far a verification has come; problems are told at its end."""
+    problems = found.problems if done else ()
     return pb.VerifyUpdate(
         entries=found.entries,
         versions=found.versions,
         packs=found.packs,
         blobs=found.blobs,
         read_nbytes=found.read_nbytes,
-        problems=[pb.Problem(kind=one.kind, message=one.message, where=one.where) for one in found.problems],
-        done=True,
+        problems=[pb.Problem(kind=one.kind, message=one.message, where=one.where) for one in problems],
+        done=done,
     )
