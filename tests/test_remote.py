@@ -692,6 +692,15 @@ def test_a_cache_keeps_to_its_bound_and_what_was_used_last(tmp_path):
     assert cache.get(chunk_id(chunks[1])) is None
 
 
+def test_a_process_that_adds_little_does_not_count_what_is_there(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(ChunkCache, "_evict", counted.append)
+    for number in range(20):
+        data = bytes([number]) * 10_000
+        ChunkCache(tmp_path / "chunks", 1 << 50, "host:7443").add(chunk_id(data), data)
+    assert counted == []
+
+
 def test_a_cache_is_for_its_user_alone(repo, tmp_path):
     repo.push(TENSORS, "bert@main")
     assert cached_files(tmp_path)

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import logging
 import os
+import random
 import secrets
 import threading
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ DEFAULT_NBYTES = 4 << 30
 SMALLEST_NBYTES = 4096
 """Shorter chunks are not kept: a file of their own takes as much room, and as long to open as they take to travel."""
 
-# What is there is counted again when so much of the bound has been added since: other processes add too. Each can pass
-# it by that much.
+# What is there is counted when so much of the bound has been added since: other processes add too, and each can pass
+# it by that much. To count takes as long as there are files, so a process begins somewhere in between: of many short
+# ones, each of which adds a little, one in so many counts.
 _RECOUNT = 16
 
 # What is evicted at a time, so that it is seldom done.
@@ -56,8 +58,8 @@ class ChunkCache:
         self._part = hashlib.sha256(service.encode()).hexdigest()[:16]
         self._limit_nbytes = limit_nbytes
         self._lock = threading.Lock()
-        self._added_nbytes: int | None = None
-        """Since the last count; None before the first."""
+        self._added_nbytes = random.randrange(limit_nbytes // _RECOUNT + 1)
+        """Since what is there was counted, by this process or, as it is taken, another."""
 
     @classmethod
     def of(cls, service: str, environment: Mapping[str, str] = os.environ) -> "ChunkCache":
@@ -130,9 +132,8 @@ class ChunkCache:
     def _count(self, nbytes: int) -> None:
         """Note what was added; if it may be too much by now, remove what was not used for longest."""
         with self._lock:
-            if self._added_nbytes is not None:
-                self._added_nbytes += nbytes
-            if self._added_nbytes is None or self._added_nbytes > self._limit_nbytes // _RECOUNT:
+            self._added_nbytes += nbytes
+            if self._added_nbytes > self._limit_nbytes // _RECOUNT:
                 self._added_nbytes = 0
                 self._evict()
 
