@@ -201,7 +201,7 @@ class RemotePush:
                 outcome = self._outcome()
                 if outcome is not None:
                     return self._checked(outcome, version_id(data))
-                if error.kind == "session_lost":
+                if error.kind == "session_lost" or _is_refusal(error):
                     raise
         raise self._unknown()
 
@@ -258,6 +258,11 @@ def _losing() -> Iterator[None]:
             kind="session_lost",
             transient=True,
         ) from error
+
+
+def _is_refusal(error: LamellaError) -> bool:
+    """Whether the service itself said that it failed, and would again."""
+    return isinstance(error, StorageError) and not error.transient and error.kind != "service_failed"
 
 
 def _batches(cells: Iterable[Planned]) -> Iterator[list[Planned]]:
