@@ -55,6 +55,10 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server]
 if os.environ.get("LAMELLA_CARRIER") == "remote":
     import remote
 
+    # Each step of a state machine is a call or more over TLS; the machine itself is tried at length without a wire.
+    settings.register_profile("carried", max_examples=10, deadline=None, print_blob=True)
+    settings.load_profile("carried")
+
     @pytest.fixture(scope="session")
     def _service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.Service]:
         with remote.secure_service(tmp_path_factory.mktemp("service")) as service:

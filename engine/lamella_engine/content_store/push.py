@@ -151,6 +151,10 @@ class PackedPush:
         """Take the pack that is being filled for full: its memory is wanted for something else."""
         self._writer.seal()
 
+    def finish(self) -> None:
+        """Return when all packs are written, as :meth:`commit` does first."""
+        self._writer.finish()
+
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))
 
@@ -183,7 +187,7 @@ class PackedPush:
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
-        self._writer.finish()
+        self.finish()
         self._store.packs.learn(self._writer.written.values())
         data = encode_description(description)
         located = locate(description, self._pack_of, self._store.packs, self._store.reader)

@@ -1,7 +1,7 @@
 """A push to a service: planned in batches that overlap, written in one stream that can be taken up again."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
@@ -63,6 +63,8 @@ class RemotePush:
         Chunks that are here: of those that are pushed, the bases of the next ones.
     model, branch, parent, push_id
         As for ``ContentStore.begin``.
+    keep
+        Told of the version that is recorded: nothing that fails after that may look like a failure of the push.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class RemotePush:
         branch: str,
         parent: VersionId | None,
         push_id: PushId,
+        keep: Callable[[Recorded], Recorded],
     ) -> None:
         self._channel = channel
         self._repository = repository
         self._cache = cache
+        self._keep = keep
         self.model = model
         self.branch = branch
         self.id = push_id
@@ -198,7 +202,7 @@ class RemotePush:
                 outcome = self._outcome()
                 if outcome is not None:
                     return self._checked(outcome, version_id(data))
-                if error.kind == "session_lost":
+                if error.kind == "session_lost" or _is_refusal(error):
                     raise
         raise self._unknown()
 
@@ -207,7 +211,7 @@ class RemotePush:
         recorded = decode_version(reply)
         if recorded.id not in (id, *(parent.id for parent in self.parents)):
             raise CorruptionError("the service recorded another version than it was given", kind="another_version")
-        return recorded
+        return self._keep(recorded)
 
     def _outcome(self) -> pb.Version | None:
         try:
@@ -255,6 +259,11 @@ def _losing() -> Iterator[None]:
             kind="session_lost",
             transient=True,
         ) from error
+
+
+def _is_refusal(error: LamellaError) -> bool:
+    """Whether the service itself said that it failed, and would again."""
+    return isinstance(error, StorageError) and not error.transient and error.kind != "service_failed"
 
 
 def _nbytes(planned: Planned) -> int:

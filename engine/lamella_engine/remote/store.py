@@ -249,7 +249,14 @@ class RemoteStore:
         check_name(model, what="model")
         check_ref_name(branch)
         return RemotePush(
-            self.channel, self.repository, self.cache, model=model, branch=branch, parent=parent, push_id=push_id
+            self.channel,
+            self.repository,
+            self.cache,
+            model=model,
+            branch=branch,
+            parent=parent,
+            push_id=push_id,
+            keep=self._keep,
         )
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:

@@ -19,6 +19,7 @@ from lamella_engine.errors import (
     LamellaError,
     LimitError,
     NotFoundError,
+    OutcomeUnknownError,
     PermissionDeniedError,
     StorageError,
 )
@@ -200,7 +201,7 @@ class Session:
             self._store_batch()
             return self._taken
 
-    def _store_batch(self) -> None:
+    def _store_batch(self, *, last: bool = False) -> None:
         batch: dict[ChunkId, tuple[Blob, int]] = {}
         for item in self._batch:  # what came twice is not decoded twice, however little it takes to say it again
             batch.setdefault(item[0].chunk, item)
@@ -208,7 +209,9 @@ class Session:
         end = self._received - self._parser.waiting_nbytes
         try:
             self.push.write(list(self._store.executor.map(self._against_base, batch.values())))
-            if self._crowded():
+            if last:
+                self.push.finish()
+            elif self._crowded():
                 self.push.seal()
         except LamellaError as error:
             self._rewind()
@@ -242,12 +245,18 @@ class Session:
         """Record the version; a repeated call returns it again."""
         with self._our_turn():
             if self.recorded is None:
-                self._store_batch()
+                self._store_batch(last=True)
                 before, self._may_be_recorded = self._may_be_recorded, True
                 try:
                     self.recorded = self.push.commit(description)
                 except (ConflictError, InvalidInputError):  # of others nobody knows what they left, then or before
                     self._may_be_recorded = before
+                    raise
+                except StorageError as error:
+                    if before:  # this commit failed, and the one before it may still land
+                        raise OutcomeUnknownError(error.message, push_id=self.push.id) from error
+                    self._may_be_recorded = False
+                    self.over = not error.transient  # one that was sent before, and comes late, finds nothing to commit
                     raise
             return self.recorded
 
