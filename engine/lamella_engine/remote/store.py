@@ -256,7 +256,7 @@ class RemoteStore:
             branch=branch,
             parent=parent,
             push_id=push_id,
-            keep=self._keep,
+            keep=lambda recorded: self._keep(recorded)[0],
         )
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:
