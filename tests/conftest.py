@@ -5,6 +5,7 @@ Of each server one runs in a process of pytest, from the first test that asks fo
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("LAMELLA_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have each test remember heads of its own: places are used again, ports too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(_TESTS)}"))
+
+
+_TESTS = count()
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +50,27 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s3.Server]
             monkeypatch.setenv(name, value)
 
     return use_server
+
+
+if os.environ.get("LAMELLA_CARRIER") == "remote":
+    import remote
+
+    # Each step of a state machine is a call or more over TLS; the machine itself is tried at length without a wire.
+    settings.register_profile("carried", max_examples=10, deadline=None, print_blob=True)
+    settings.load_profile("carried")
+
+    @pytest.fixture(scope="session")
+    def _service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.Service]:
+        with remote.secure_service(tmp_path_factory.mktemp("service")) as service:
+            yield service
+
+    @pytest.fixture(autouse=True)
+    def _carrier(request: pytest.FixtureRequest, _service: remote.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        _service.be_known(monkeypatch)
+        monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")  # tests count what is read, and do harm to what is stored
+        remote.put_a_wire_between(request.module, _service.server, monkeypatch)
+
+    def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+        carried = [item for item in items if remote.is_carried(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in carried])
+        items[:] = carried

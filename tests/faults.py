@@ -115,7 +115,7 @@ class FaultyObjects:
         self.fault = fault
         self.writes = 0
         """Writes seen so far, the failed one too."""
-        self._crashed = False
+        self.crashed = False
         self._lock = Lock()
 
     def get(self, name: str) -> bytes:
@@ -166,7 +166,7 @@ class FaultyObjects:
         self.inner.close()
 
     def _check_alive(self) -> None:
-        if self._crashed:
+        if self.crashed:
             raise SimulatedCrash
 
     def _is_next_to_fail(self) -> bool:
@@ -176,7 +176,7 @@ class FaultyObjects:
             self.writes += 1
             chosen = self.writes - 1 == self.fail_at
             # From here on other threads are as dead as this one.
-            self._crashed = chosen and self.fault not in (Fault.ERROR_BEFORE, Fault.APPLIED_BUT_ERROR)
+            self.crashed = chosen and self.fault not in (Fault.ERROR_BEFORE, Fault.APPLIED_BUT_ERROR)
             return chosen
 
     def _fail(self) -> None:

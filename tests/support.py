@@ -1,38 +1,52 @@
 """Repositories for tests: on any objects, opened again at will, and with entries and packs written by hand."""
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
 from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.together import Waiting
 from lamella_engine.executor import Executor, InlineExecutor
 from lamella_engine.format.digests import Context, blob_digest, digest
 from lamella_engine.format.entry import Entry, PackAdded, encode_entry
 from lamella_engine.format.names import PackName, log_name
 from lamella_engine.format.pack import BlobRow, encode_footer, encode_pack_index
+from lamella_engine.jobs import OBJECT_DIRECTORIES
 from lamella_engine.model import ChunkId
 from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import OBJECT_DIRECTORIES, Repository
+from lamella_engine.repository import Repository, on_objects
+
+PATIENCE_S = 60
+"""How long a test waits for what must come: only a test that fails ever does."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def new_repository(
-    objects: Objects | None = None, executor: Executor | None = None, *, max_depth: int = DEFAULT_MAX_DEPTH
+    objects: Objects | None = None,
+    executor: Executor | None = None,
+    *,
+    max_depth: int = DEFAULT_MAX_DEPTH,
+    index_path: Path | None = None,
 ) -> Repository:
     """Make a repository on ``objects``; without an executor everything runs in this thread, in one order."""
     executor = executor or InlineExecutor()
-    return Repository(PackedStore.create(objects or MemoryObjects(), executor, max_depth=max_depth), executor)
+    objects = objects or MemoryObjects()
+    return on_objects(PackedStore.create(objects, executor, max_depth=max_depth, index_path=index_path))
 
 
-def open_again(objects: Objects, executor: Executor | None = None) -> Repository:
-    """Open the repository on ``objects`` as another process would, knowing nothing."""
+def open_again(objects: Objects, executor: Executor | None = None, *, index_path: Path | None = None) -> Repository:
+    """Open the repository on ``objects`` as another process would, knowing nothing but a chunk index."""
     executor = executor or InlineExecutor()
-    return Repository(PackedStore(objects, executor), executor)
+    return on_objects(PackedStore(objects, executor, index_path=index_path))
 
 
 def store_of(repo: Repository) -> PackedStore:
@@ -79,6 +93,28 @@ def append_entry(objects: Objects, **fields: Any) -> None:
     state = Log(objects).refresh()
     entry = Entry(state.genesis.repository, state.number + 1, state.digest, state.fold, **fields)
     objects.put_if_absent(log_name(entry.number), [encode_entry(entry)])
+
+
+class Arrivals:
+    """Counts the calls that have come to be answered together with others, as commits are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+        wait = Waiting.wait
+
+        def wait_visibly(waiting: Waiting[Any, Any]) -> None:
+            with self._changed:
+                self._count += 1
+                self._changed.notify_all()
+            wait(waiting)
+
+        monkeypatch.setattr(Waiting, "wait", wait_visibly)
+
+    def until(self, count: int) -> None:
+        """Wait until so many have come, from the beginning."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._count >= count, PATIENCE_S)
 
 
 class Copy(NamedTuple):

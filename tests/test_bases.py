@@ -10,8 +10,8 @@ from support import Copy, append_entry, bits, copies_in, copy_of, names_of, new_
 from support import write_pack as write
 
 from lamella_engine import codecs
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.bases import LONGEST_CHAIN
-from lamella_engine.content_store.log import new_push_id
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError, StorageError
 from lamella_engine.format.digests import chunk_id

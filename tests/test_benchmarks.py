@@ -13,7 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lamella
-from benchmarks import chains, codec, coders, corpora, distance, gpt, memory, minilm, partial, peers, push_checkout
+from benchmarks import (
+    chains,
+    codec,
+    coders,
+    corpora,
+    distance,
+    gpt,
+    memory,
+    minilm,
+    partial,
+    peers,
+    push_checkout,
+    service,
+)
 from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
 from lamella_engine.chunking import grid
@@ -195,6 +208,20 @@ def test_what_a_gpt_expects_of_the_next_byte_adds_up_to_one():
     before = total(known)  # which is part of what follows only if no guess sees what comes after it
     guesses = [before - total(torch.cat([known, torch.tensor([[byte]])], dim=1)) for byte in range(256)]
     assert np.exp(guesses).sum() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_service_is_compared_and_everybody_is_answered(
+    family: tuple[Checkpoint, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("XDG_CACHE_HOME", "LAMELLA_CA", "LAMELLA_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that what the benchmark sets is taken back
+    seconds = service.compare(family, rounds=1, folder=tmp_path)
+    assert {"push, embedded", "push, grpc", "checkout, grpc + TLS", "whole files over HTTP"} <= seconds.keys()
+    assert {len(found) for found in service.small_calls(3, tmp_path).values()} == {3}
+    found = service.crowd(3, tmp_path)
+    assert (len(found.seconds), found.failures) == (3, [])
+    step = service.follow(2 << 20, tmp_path)
+    assert 0 < step.received_nbytes < step.decoded_nbytes / 10
 
 
 def test_the_same_seed_trains_the_same_and_only_what_is_wanted(pairs: dict[str, Pair], base: Path, tmp_path: Path):

@@ -20,6 +20,7 @@ from lamella.cli import run, text
 from lamella.cli.app import app
 from lamella.cli.schema import ERROR, keys, schema, schema_of
 from lamella_engine.errors import BUG_EXIT_CODE
+from lamella_engine.signing import load_key
 
 VERBS = [command.callback.__name__ for command in app.registered_commands]
 
@@ -438,6 +439,15 @@ def test_verify_exits_with_6_and_names_each_problem(tmp_path, files, call):
 
 def test_the_version_is_that_of_the_distribution(answer, says):
     assert says("version") == says("--version") == f"lamella {answer('version')['version']}\n"
+
+
+def test_keygen_makes_a_key_that_signs_and_never_writes_over_anything(answer, says, fails, tmp_path):
+    document = answer("keygen", tmp_path / "one")
+    assert document["path"] == str(tmp_path / "one")
+    assert load_key(tmp_path / "one").public.hex() == document["public_key"]
+    said = says("keygen", tmp_path / "two")
+    assert load_key(tmp_path / "two").public.hex() in said
+    assert fails(4, "keygen", tmp_path / "one")["kind"] == "file_exists"
 
 
 # -- help and schema ---------------------------------------------------------------------------------------------------

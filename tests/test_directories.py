@@ -19,6 +19,7 @@ from support import bits, names_of, new_repository, noise, open_again, store_of
 import lamella
 from lamella_engine import pushing
 from lamella_engine.checkpoints import directories
+from lamella_engine.content_store import locating
 from lamella_engine.errors import InvalidInputError, LamellaError, LimitError
 from lamella_engine.executor import ThreadExecutor
 from lamella_engine.objects.memory import MemoryObjects
@@ -291,9 +292,26 @@ def described(change):
     def description(**fields):
         return real(**{**fields, "attachments": change(fields["attachments"])})
 
-    with patch.object(pushing, "Description", description):
+    # A writer would refuse most of it; what is to be seen is whether readers do.
+    unchecked = patch.object(locating, "as_long_as", lambda nbytes, blob: blob)
+    with patch.object(pushing, "Description", description), unchecked:
         repo.push(TENSORS, "m@main", files={"a": noise(9, 3_000_000).tobytes()})
     return open_again(objects)
+
+
+def test_a_version_that_lists_a_chunk_as_longer_than_it_is_is_not_recorded():
+    repo = new_repository()
+    real = pushing.Description
+
+    def description(**fields):
+        (item,) = fields["attachments"]
+        ((chunk, nbytes),) = item.chunks
+        return real(**{**fields, "attachments": (replace(item, chunks=((chunk, nbytes + 1),)),)})
+
+    with patch.object(pushing, "Description", description), pytest.raises(lamella.CorruptionError) as caught:
+        repo.push(TENSORS, "m@main", files={"a": b"short"})
+    assert caught.value.kind == "bad_length"
+    assert repo.models() == []
 
 
 @pytest.mark.parametrize("by", [3, -3])

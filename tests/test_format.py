@@ -324,6 +324,18 @@ ENTRY = Entry(
 )
 
 
+FULL_ENTRY = replace(
+    ENTRY,
+    pushes=(PUSH, PushId("02" * 16)),
+    by=("somebody", "another"),
+    movers=(0, 1),
+    signers=(b"\x31" * 32, b"\x32" * 32),
+    signature=entries.Signature(b"\x31" * 32, b"\x33" * 64),
+    audit={names.audit_name("ab" * 8, 7): b"\x34" * 32},
+)
+"""With every field that stands only where it is needed."""
+
+
 def read_entry(data: bytes, previous: bytes | None = ENTRY.previous) -> Entry:
     return entries.decode_entry(data, number=17, repository=REPOSITORY, previous=previous)
 
@@ -336,8 +348,11 @@ ENTRY_JSON = json.loads(entries.encode_entry(ENTRY).split(b"\n")[0])
 GENESIS_JSON = json.loads(entries.encode_genesis(GENESIS).split(b"\n")[0])
 
 
-def entry_with(at: tuple[Any, ...], to: Any) -> bytes:
-    return sealed(canonical.dumps(changed(ENTRY_JSON, at, to)))
+FULL_ENTRY_JSON = json.loads(entries.encode_entry(FULL_ENTRY).split(b"\n")[0])
+
+
+def entry_with(at: tuple[Any, ...], to: Any, value: Any = ENTRY_JSON) -> bytes:
+    return sealed(canonical.dumps(changed(value, at, to)))
 
 
 def genesis_with(at: str, to: Any) -> bytes:
@@ -366,6 +381,8 @@ def test_an_entry_with_any_other_byte_is_corruption(data):
 def test_entries_come_back():
     assert read_entry(entries.encode_entry(ENTRY)) == ENTRY
     assert read_entry(entries.encode_entry(ENTRY), previous=None) == ENTRY
+    assert read_entry(entries.encode_entry(FULL_ENTRY)) == FULL_ENTRY
+    assert FULL_ENTRY_JSON.keys() - ENTRY_JSON.keys() == entries._WHERE_NEEDED.keys()
     plain = Entry(REPOSITORY, 17, ENTRY.previous, None)
     assert read_entry(entries.encode_entry(plain)) == plain
     assert entries.decode_genesis(entries.encode_genesis(GENESIS)) == GENESIS
@@ -414,6 +431,44 @@ def test_a_malformed_entry_is_corruption(at, to, kind):
 
 
 @pytest.mark.parametrize(
+    ("at", "to", "kind"),
+    [
+        (("audit",), {}, "bad_entry"),
+        (("audit",), {"audit/x": "34" * 32}, "bad_object_name"),
+        (("audit",), {names.audit_name("ab" * 8, 7): "34"}, "bad_entry"),
+        (("by",), [], "bad_entry"),
+        (("by",), ["somebody"], "bad_entry"),
+        (("by",), ["somebody", "somebody"], "bad_entry"),
+        (("by", 0), 1, "bad_field"),
+        (("movers",), [0], "bad_entry"),
+        (("movers",), [0, 2], "bad_entry"),
+        (("movers",), [0, -1], "bad_field"),
+        (("signature", "key"), "31", "bad_entry"),
+        (("signature", "value"), "33" * 32, "bad_entry"),
+        (("signature",), None, "bad_field"),
+        (("signers",), [], "bad_entry"),
+        (("signers",), ["32" * 32, "31" * 32], "bad_entry"),
+        (("signers",), ["31" * 32] * 2, "bad_entry"),
+        (("signers",), ["31"], "bad_entry"),
+        (("signers",), [f"{n:064x}" for n in range(65)], "bad_entry"),
+    ],
+)
+def test_a_field_that_stands_where_it_is_needed_is_checked_like_the_others(at, to, kind):
+    refuses(CorruptionError, kind, lambda: read_entry(entry_with(at, to, FULL_ENTRY_JSON)))
+
+
+def test_who_asked_and_who_moved_stand_together():
+    for field in ("by", "movers"):
+        value = {key: part for key, part in FULL_ENTRY_JSON.items() if key != field}
+        refuses(CorruptionError, "bad_entry", lambda value=value: read_entry(sealed(canonical.dumps(value))))
+
+
+def test_what_is_signed_is_the_line_without_its_signature():
+    value = {key: part for key, part in FULL_ENTRY_JSON.items() if key != "signature"}
+    assert entries.to_sign(FULL_ENTRY) == digest(Context.TO_SIGN, canonical.dumps(value))
+
+
+@pytest.mark.parametrize(
     ("at", "to"),
     [
         (("format",), 1),
@@ -450,7 +505,7 @@ def test_a_genesis_of_a_newer_format_is_unsupported(at, to):
     refuses(UnsupportedFormatError, "unsupported_format", lambda: entries.decode_genesis(genesis_with(at, to)))
 
 
-@given(data=damage(ENTRY_JSON).map(sealed))
+@given(data=(damage(ENTRY_JSON) | damage(FULL_ENTRY_JSON)).map(sealed))
 def test_an_entry_with_anything_in_any_place_reads_or_is_refused(data):
     reads_or_refuses(lambda: read_entry(data))
 

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
-from support import bits, names_of, store_of
+from support import bits, names_of, new_repository, open_again, store_of
 
 from lamella_engine.chunk_index import INDEX_PATH
-from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
 from lamella_engine.executor import InlineExecutor, ThreadExecutor
 from lamella_engine.objects.local import LocalObjects
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.repository import Repository
 
 MODELS = ("m", "m-2", "n/x")
 REFS = ("main", "side", "a/b", "release")
@@ -57,10 +55,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         self.numbers: dict[str, list[Expected]] = {}
         self.refs: dict[tuple[str, str], tuple[str, Expected]] = {}
         self.objects = self.make()
-        executor = InlineExecutor()
-        self.repo = Repository(
-            PackedStore.create(self.objects, executor, max_depth=3, index_path=self.index()), executor
-        )
+        self.repo = new_repository(self.objects, max_depth=3, index_path=self.index())
 
     def make(self):
         return MemoryObjects()
@@ -190,7 +185,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         if not keep_index and self.index() is not None:
             shutil.rmtree(self.index().parent)
         executor = ThreadExecutor(threads=2) if threads else InlineExecutor()
-        self.repo = Repository(PackedStore(self.objects, executor, index_path=self.index()), executor)
+        self.repo = open_again(self.objects, executor, index_path=self.index())
 
     @rule(version=versions, verify=st.sampled_from(["blob", "chunk"]), by_number=st.booleans())
     def checkout(self, version, verify, by_number):

@@ -7,7 +7,7 @@ import pytest
 from faults import CountingObjects
 from support import bits, copy_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store.log import FOLD_EVERY
+from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.objects.memory import MemoryObjects
 
 FEW, MANY = 10, 10_000

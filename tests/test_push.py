@@ -13,7 +13,7 @@ from strategies import tensors as drawn_tensors
 from support import bits, copies_in, names_of, new_repository, noise, open_again, store_of
 
 from lamella_engine import codecs
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.dtypes import DTYPES
 from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from lamella_engine.executor import ThreadExecutor

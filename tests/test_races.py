@@ -12,7 +12,8 @@ import s3
 from support import bits, names_of, new_repository, noise, open_again, store_of
 
 import lamella
-from lamella_engine.content_store.log import COMMIT_TRIES, FOLD_EVERY
+from lamella_engine.content_store.committing import COMMIT_TRIES
+from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.content_store.seam import RefUpdate
 from lamella_engine.errors import AlreadyExistsError, ConflictError, LamellaError, RefNotFoundError
 from lamella_engine.objects.memory import MemoryObjects
@@ -43,13 +44,13 @@ def push_in_a_process(url, targets, seed, barriers, results):
     from lamella_engine.content_store.packed import PackedStore
     from lamella_engine.executor import InlineExecutor
     from lamella_engine.objects import open_objects
-    from lamella_engine.repository import Repository
+    from lamella_engine.repository import on_objects
 
     for number, (target, barrier) in enumerate(zip(targets, barriers, strict=True)):
         objects = open_objects(url)
         executor = InlineExecutor()
         store = PackedStore(HeldAtCommit(objects, barrier), executor, index_path=index_path(objects, url))
-        repo = Repository(store, executor)
+        repo = on_objects(store)
         try:
             version = repo.push({"w": noise(100 * seed + number, 300)}, target, message=f"{seed}")
             results.put((number, "pushed", version.number))

@@ -7,7 +7,7 @@ import pytest
 from support import new_repository, noise, store_of
 
 from lamella_engine.codecs import Encoding, encode
-from lamella_engine.content_store.log import new_push_id
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.seam import COMPANION_REACH, Blob, Planned
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.format.digests import chunk_id

@@ -26,9 +26,10 @@ from lamella_engine.errors import (
     UnsupportedFormatError,
     VersionNotFoundError,
 )
+from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import Progress, RefInfo
-from lamella_engine.repository import Diff, Repository, Stats, init
+from lamella_engine.repository import Repository, init
 from lamella_engine.repository import open_repository as open
 from lamella_engine.transaction import Transaction
 from lamella_engine.versions import LazySlice, LazyTensor, Version

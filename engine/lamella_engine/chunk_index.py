@@ -41,7 +41,7 @@ def index_path(objects: Objects, place: str) -> Path | None:
     """
     if isinstance(objects, LocalObjects):
         return objects.root / INDEX_PATH
-    cache = _cache()
+    cache = user_cache()
     if not objects.store_name or cache is None:
         return None
     # Of two names for one place, each gets an index: both are derived.
@@ -49,7 +49,7 @@ def index_path(objects: Objects, place: str) -> Path | None:
     return cache / "lamella" / "index" / key / INDEX_PATH.name
 
 
-def _cache() -> Path | None:
+def user_cache() -> Path | None:
     """Return the directory that the XDG Base Directory Specification gives to caches, if this user has one."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():

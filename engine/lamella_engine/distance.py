@@ -1,9 +1,9 @@
 """Distances between versions: exact, in float64, over the chunks that differ."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from types import MappingProxyType
 
@@ -66,20 +66,32 @@ def measure(reader: Reader, a: VersionId, b: VersionId, selection: Selection) ->
     TensorNotFoundError
         A pattern of the selection matches nothing.
     """
-    specs = _common(reader, a, b, selection)
-    different = _sums(reader, a, b, specs, equal=False)
+    specs = common(reader, a, b, selection)
+    different = [(spec.name, prod(spec.shape), found) for spec, found in sums(reader, a, b, specs, equal=False)]
 
-    def completer(spec: TensorSpec) -> Callable[[], Moments]:
-        return lambda: different[spec.name] + _sums(reader, a, b, [spec], equal=True)[spec.name]
+    def complete(names: Collection[str]) -> Moments:
+        wanted = [spec for spec in specs if spec.name in names]
+        ours = (found for name, _, found in different if name in names)
+        return sum((found for _, found in sums(reader, a, b, wanted, equal=True)), sum(ours, Moments()))
 
-    parts = {spec.name: _distance(different[spec.name], prod(spec.shape), {}, completer(spec)) for spec in specs}
-    whole = sum(different.values(), Moments())
-    return _distance(
-        whole,
-        sum(part.count for part in parts.values()),
-        parts,
-        lambda: sum(_sums(reader, a, b, specs, equal=True).values(), whole),
-    )
+    return assembled(different, complete)
+
+
+def assembled(
+    different: Sequence[tuple[str, int, Moments]], complete: Callable[[Collection[str]], Moments]
+) -> Distance:
+    """Return the distance of two versions.
+
+    Parameters
+    ----------
+    different
+        Of each tensor its name, the number of its elements, and the moments of its chunks that differ.
+    complete
+        Given names of tensors, returns the moments of all their chunks.
+    """
+    parts = {name: _distance(found, count, {}, partial(complete, {name})) for name, count, found in different}
+    whole = sum((found for _, _, found in different), Moments())
+    return _distance(whole, sum(count for _, count, _ in different), parts, partial(complete, parts.keys()))
 
 
 def _distance(
@@ -96,8 +108,8 @@ def _distance(
     )
 
 
-def _common(reader: Reader, a: VersionId, b: VersionId, selection: Selection) -> list[TensorSpec]:
-    """Return the selected tensors of both versions, which must be the same ones."""
+def common(reader: Reader, a: VersionId, b: VersionId, selection: Selection) -> list[TensorSpec]:
+    """Return the selected tensors of both versions, which must be the same ones; raises what :func:`measure` does."""
     left = {spec.name: spec for spec in selection.tensors(reader.store.manifest(a))}
     right = {spec.name: spec for spec in selection.tensors(reader.store.manifest(b))}
     odd = sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
@@ -117,20 +129,23 @@ def _common(reader: Reader, a: VersionId, b: VersionId, selection: Selection) ->
     return list(left.values())
 
 
-def _sums(
-    reader: Reader, a: VersionId, b: VersionId, specs: Iterable[TensorSpec], *, equal: bool
-) -> dict[str, Moments]:
-    """Return, for each tensor, the moments of those cells that are equal, or of those that differ, in both versions."""
-    sums = {spec.name: Moments() for spec in specs}
-    dtypes = {spec.name: spec.dtype for spec in specs}
+def sums(
+    reader: Reader, a: VersionId, b: VersionId, specs: Sequence[TensorSpec], *, equal: bool
+) -> Iterator[tuple[TensorSpec, Moments]]:
+    """Yield each tensor with the moments of those cells that are equal, or of those that differ, in both versions."""
+    left, right = reader.store.manifest(a), reader.store.manifest(b)
 
     def cells() -> Iterator[tuple[Cell, Dtype]]:
-        left, right = reader.store.manifest(a), reader.store.manifest(b)
-        for name in sums:
-            for one, other in zip(left.rows(name), right.rows(name), strict=True):
+        for spec in specs:
+            for one, other in zip(left.rows(spec.name), right.rows(spec.name), strict=True):
                 if (one.content == other.content) == equal:
-                    yield one.cell, dtypes[name]
+                    yield one.cell, spec.dtype
 
-    for cell, found in reader.measure_pairs(a, b, cells()):
-        sums[cell.tensor or ""] += found
-    return sums
+    measured = reader.measure_pairs(a, b, cells())
+    item = next(measured, None)
+    for spec in specs:
+        total = Moments()
+        while item is not None and item[0].tensor == spec.name:
+            total += item[1]
+            item = next(measured, None)
+        yield spec, total

@@ -138,7 +138,7 @@ class _Filling:
         run = memory.run(region)
         if chain and chain[0].base is None:
             out = _staging.left.data[: region.nbytes] if run is None else run
-            decode_chain(chain, out, check=self._reader.check)
+            decode_chain(chain, out, check=self._reader.checks)
             if run is None:
                 memory.write(region, out)
         elif chain or self._reader.check:

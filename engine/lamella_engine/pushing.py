@@ -17,9 +17,9 @@ from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.companions import companions
-from lamella_engine.content_store.log import now, principal
+from lamella_engine.content_store.acting import now, principal
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Push, Recorded
-from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError
+from lamella_engine.errors import ConflictError, CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor, map_batched
 from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import (
@@ -133,9 +133,18 @@ def push_checkpoint(
 
     Raises InvalidInputError if the checkpoint changes meanwhile, and whatever ``push`` raises.
     """
-    pushing = _Pushing(push, checkpoint, executor, files, progress)
+    created = now()  # once: a push that is begun anew makes the same version, also if it was recorded before
+    while True:
+        try:
+            return _push_once(push, _Pushing(push, checkpoint, executor, files, progress), notes, created)
+        except LamellaError as error:
+            if not push.restart(error):
+                raise
+
+
+def _push_once(push: Push, pushing: "_Pushing", notes: Notes, created: str) -> Recorded:
     try:
-        description = pushing.run(notes)
+        description = pushing.run(notes, created)
     except BaseException as error:
         push.abandon()
         if isinstance(error, InvalidInputError) and error.kind == "wrong_blob":
@@ -171,7 +180,7 @@ class _Pushing:
         self._done_nbytes = 0
         self._stored_nbytes = 0
 
-    def run(self, notes: Notes) -> Description:
+    def run(self, notes: Notes, created: str) -> Description:
         """Store everything but the version; return what it is to be recorded as."""
         structure = self._checkpoint.structure
         cut = list(structure_pages(structure))
@@ -211,7 +220,7 @@ class _Pushing:
             parents=tuple(parent.id for parent in self._push.parents),
             message=notes.message,
             author=principal(),
-            created=now(),
+            created=created,
             metrics=notes.metrics,
             recipe=notes.recipe,
             sketches=lanes,
@@ -314,7 +323,8 @@ class _Pushing:
             for chunk in chunks:
                 asked.append(chunk)
                 companion = chunk.place.companion
-                yield Planned(chunk.place.cell, chunk.id, None if companion is None else companion.cell)
+                beside = None if companion is None else companion.cell
+                yield Planned(chunk.place.cell, chunk.id, beside, len(chunk.data))
 
         def missing() -> Iterator[tuple[_Chunk, Missing]]:
             for answer in self._push.plan(cells()):
@@ -342,6 +352,7 @@ class _Pushing:
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
+        self._push.keep(chunk.id, chunk.data)
         memory: bytearray | None = None
         guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:
@@ -364,7 +375,7 @@ class _Pushing:
         self._release(chunk.memory)
         self._release(memory)
         again = partial(place.read, None)
-        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again)
+        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
 
 
 def _page(data: bytes, memory: bytearray | None) -> Buffer:

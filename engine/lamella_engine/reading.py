@@ -108,7 +108,7 @@ class Reader:
     executor
         What decodes them.
     check
-        Whether to compute every chunk's id again.
+        Whether to compute every chunk's id again, whatever the store vouches for.
     watch
         Is told of everything that is read, in the caller's thread, before it is decoded.
     """
@@ -117,6 +117,11 @@ class Reader:
     executor: Executor
     check: bool = False
     watch: Callable[[Reading], None] | None = None
+
+    @property
+    def checks(self) -> bool:
+        """Whether the ids of chunks that are decoded are computed again: as asked, or as the store vouches for none."""
+        return self.check or not self.store.vouches
 
     def read(self, version: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """Yield what ``ContentStore.read`` does."""
@@ -138,7 +143,7 @@ class Reader:
                 yield cell
 
         def decode(reading: Reading) -> None:
-            decode_chain(reading.chain, places.pop(reading.cell), check=self.check)
+            decode_chain(reading.chain, places.pop(reading.cell), check=self.checks)
 
         for _ in self._decoded(decode, self.read(version, cells())):
             pass
@@ -157,7 +162,7 @@ class Reader:
             except IndexError:
                 memory = np.empty(MAX_CELL_NBYTES, np.uint8)
             out = memory.data[:nbytes]
-            decode_chain(reading.chain, out, check=self.check)
+            decode_chain(reading.chain, out, check=self.checks)
             return reading.cell, out, memory
 
         for cell, out, memory in self._decoded(decode, self.read(version, cells)):
@@ -183,7 +188,7 @@ class Reader:
 
         def measure(item: tuple[tuple[Cell, Dtype], Reading, Reading]) -> tuple[Cell, Moments]:
             (cell, dtype), first, second = item
-            found = measure_chains(first.chain, second.chain, dtype, check=self.check)
+            found = measure_chains(first.chain, second.chain, dtype, check=self.checks)
             return cell, found if older == a else found.swapped
 
         first = self.read(older, (cell for cell, _ in ours))

@@ -1,72 +1,37 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lamella_engine import maintenance
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.chunk_index import index_path
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
-from lamella_engine.content_store.seam import Push, RefUpdate
+from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
-from lamella_engine.distance import Distance, measure
+from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.format import canonical
+from lamella_engine.heads import Head, Pin
+from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
 from lamella_engine.objects import open_objects
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
 
-OBJECT_DIRECTORIES = ("fold", "log", "meta", "packs", "sessions")
-"""Every object of a repository lies in one of these."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """How large a repository is."""
-
-    __module__ = "lamella"
-
-    models: int
-    versions: int
-    packs: int
-    decoded_nbytes: int
-    """Bytes of the tensors of all versions, as if each were kept by itself."""
-    stored_nbytes: int
-    """Bytes of every object: blobs, indexes, manifests, log, folds. Derived indexes are left out."""
-
-    @property
-    def ratio(self) -> float:
-        """Decoded bytes for each stored one."""
-        return self.decoded_nbytes / self.stored_nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Diff:
-    """Which tensors of version b differ from version a, by name."""
-
-    __module__ = "lamella"
-
-    added: tuple[str, ...]
-    """In b only."""
-    removed: tuple[str, ...]
-    """In a only."""
-    reshaped: tuple[str, ...]
-    """Of another shape or dtype."""
-    changed: tuple[str, ...]
-    """Of equal shape and dtype, with other bytes."""
-    same: tuple[str, ...]
+if TYPE_CHECKING:
+    from lamella_engine.service.audit import Account
 
 
 class Repository:
@@ -77,9 +42,10 @@ class Repository:
 
     __module__ = "lamella"
 
-    def __init__(self, store: PackedStore, executor: Executor) -> None:
+    def __init__(self, store: ContentStore, executor: Executor, jobs: Jobs) -> None:
         self._store = store
         self._executor = executor
+        self._jobs = jobs
         self._reader = Reader(store, executor)
 
     def __enter__(self) -> "Repository":
@@ -255,7 +221,7 @@ class Repository:
             Whether files that are there, and differ, may be replaced.
         verify
             ``"blob"`` checks the digest of everything that is read; ``"chunk"`` also computes the id of what it
-            decodes to.
+            decodes to, which is always done with what a service sends.
         progress
             Is called, in this thread, with how far the checkout is.
 
@@ -316,40 +282,46 @@ class Repository:
 
     def log(self, revision: str) -> Iterator[Version]:
         """Yield a version and its ancestors along first parents, newest first."""
-        id: VersionId | None = self._store.resolve(revision)
-        while id is not None:
-            version = self._version(id)
-            yield version
-            parents = self._store.version(id).parents
-            id = self._store.resolve(f"{parents[0].model}@v{parents[0].number}") if parents else None
+        for recorded in self._store.ancestors(self._store.resolve(revision)):
+            yield Version(recorded, self._reader)
+
+    def watch(self, name: str, *, after: str | None = None) -> Iterator[Version]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        Parameters
+        ----------
+        name
+            ``"model@ref"``.
+        after
+            A revision that the caller has: the first one is yielded only if it is another.
+
+        Never ends by itself: stop asking, or break. Whoever takes longer over one than the ref stays there may be given
+        only the newest of the next. With ``checkout(..., into=tensors, have=...)`` a process follows another's training
+        at the cost of what changes. Raises RefNotFoundError.
+
+        >>> import lamella, numpy as np
+        >>> repo = lamella.init("memory://watch")
+        >>> first = repo.push({"w": np.zeros(3)}, "demo@main")
+        >>> next(repo.watch("demo@main")) == first
+        True
+        """
+        model, ref = parse_target(name)
+        at = None if after is None else self._store.version(self._store.resolve(after))
+        if at is not None and at.model != model:
+            raise _another_model(after, at.model, model)
+        for recorded in self._store.watch(model, ref, 0 if at is None else at.number):
+            yield Version(recorded, self._reader)
 
     def diff(self, a: str, b: str) -> Diff:
         """Say which tensors differ between two versions; reads no weights."""
-        left, right = (self._store.manifest(self._store.resolve(revision)) for revision in (a, b))
-        ours = {spec.name: spec for spec in left.specs()}
-        theirs = {spec.name: spec for spec in right.specs()}
-        both = sorted(ours.keys() & theirs.keys())
-        alike = [name for name in both if ours[name] == theirs[name]]
-        equal = {
-            name
-            for name in alike
-            if all(one.content == other.content for one, other in zip(left.rows(name), right.rows(name), strict=True))
-        }
-        return Diff(
-            added=tuple(sorted(theirs.keys() - ours.keys())),
-            removed=tuple(sorted(ours.keys() - theirs.keys())),
-            reshaped=tuple(name for name in both if ours[name] != theirs[name]),
-            changed=tuple(name for name in alike if name not in equal),
-            same=tuple(name for name in alike if name in equal),
-        )
+        return self._jobs.diff(self._store.resolve(a), self._store.resolve(b))
 
     def distance(self, a: str, b: str, *, include: Patterns = None) -> Distance:
         """Measure two versions against each other, exactly and in float64; chunks that are equal are not read.
 
         Raises InvalidInputError if a selected tensor is in one version only, or has another dtype or shape there.
         """
-        first, second = self._store.resolve(a), self._store.resolve(b)
-        return measure(self._reader, first, second, select(include))
+        return self._jobs.distance(self._store.resolve(a), self._store.resolve(b), select(include))
 
     # -- refs ----------------------------------------------------------------------------------------------------------
 
@@ -382,34 +354,40 @@ class Repository:
         model, ref = parse_target(name)
         at = self._store.version(self._store.resolve(revision))
         if at.model != model:
-            raise InvalidInputError(
-                f"{revision} is a version of {at.model}, not of {model}: name one of {model}",
-                kind="another_model",
-            )
+            raise _another_model(revision, at.model, model)
         self._store.update_refs([RefUpdate(model, ref, kind, at.number)])
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
         """Return how large the repository is. Lists every object."""
-        state = self._store.log.refresh()
-        decoded = [version.decoded_nbytes for version in state.versions()]
-        infos = (info for name in OBJECT_DIRECTORIES for info in self._store.objects.list(f"{name}/"))
-        return Stats(
-            models=len(state.models()),
-            versions=len(decoded),
-            packs=sum(1 for _ in state.packs()),
-            decoded_nbytes=sum(decoded),
-            stored_nbytes=sum(info.nbytes for info in infos),
-        )
+        return self._jobs.stats()
 
     def verify(self, deep: bool = False) -> Verification:
         """Check everything that is stored; see :class:`lamella.Verification` for what was found. Changes nothing.
 
         ``deep`` also decodes every blob and computes its chunk id again.
         """
-        # A store of its own: what is read must come from where it is stored, not from what this process remembers.
-        return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
+        return self._jobs.verify(deep=deep)
+
+    def audit(self) -> "Account":
+        """List who did what, and check that it holds together: what the log says, and the reads that a service noted.
+
+        Raises InvalidInputError for a repository behind a service: an account is read where it lies.
+        """
+        from lamella_engine.service.audit import account
+
+        if not isinstance(self._store, PackedStore):
+            raise InvalidInputError(
+                "an account is read where the repository lies: open its directory or bucket", kind="remote_audit"
+            )
+        return account(self._store)
+
+
+def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{revision} is a version of {actual}, not of {wanted}: name one of {wanted}", kind="another_model"
+    )
 
 
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
@@ -441,6 +419,11 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return dict(stored)
 
 
+def on_objects(store: PackedStore) -> Repository:
+    """Return the repository that a store holds, with jobs done in this process."""
+    return Repository(store, store.executor, LocalJobs(store, store.executor))
+
+
 def init(
     url: "str | PathLike[str]",
     *,
@@ -453,7 +436,8 @@ def init(
     ----------
     url
         A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
-        object store; or ``memory://name`` for one that lives as long as the process.
+        object store; ``grpc://host:port/name`` for one of a service; or ``memory://name`` for one that lives as long as
+        the process.
     max_depth
         Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
         take fewer bytes, and more time to check out.
@@ -471,12 +455,15 @@ def init(
     """
     check_max_depth(max_depth)
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes, new_max_depth=max_depth)
     objects = open_objects(place, create=True)
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     try:
-        return Repository(
-            PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth), executor
-        )
+        store = PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth)
+        if objects.store_name:
+            Pin(place, objects.store_name).replace(_head(store))
+        return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
             f"{url} is a repository already: use it as it is, or choose another place",
@@ -486,18 +473,54 @@ def init(
 
 
 def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
-    """Open a repository; see :func:`init` for its parameters. Raises RepositoryNotFoundError if there is none."""
+    """Open a repository; see :func:`init` for its parameters.
+
+    Raises RepositoryNotFoundError if there is none, and CorruptionError (``rollback``, ``fork``) if one in a bucket or
+    of a service is not what this user has seen of it before.
+    """
     place = _place_of(url)
+    if _is_remote(place):
+        return _remote(place, memory_nbytes)
     try:
         objects = open_objects(place)
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        return Repository(PackedStore(objects, executor, index_path=index_path(objects, place)), executor)
+        # Who can write to a directory can write to what is remembered of it too.
+        pin = Pin(place, objects.store_name) if objects.store_name else None
+        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
+        store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
+        if pin is not None:
+            pin.advance(_head(store), store.log.digest_at)
+        return on_objects(store)
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _head(store: PackedStore) -> Head:
+    state = store.log.state
+    return Head(state.genesis.repository, state.number, state.digest, state.signers)
+
+
+def _is_remote(place: str) -> bool:
+    return place.partition("://")[0] in SCHEMES
+
+
+def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:
+    """Return a repository of a service."""
+    try:
+        from lamella_engine.remote.opening import connect  # on use: grpc takes 0.2 s to import, and may be absent
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "google"):
+            raise
+        raise InvalidInputError(
+            "a repository of a service needs gRPC: pip install 'lamella[service]'", kind="missing_extra"
+        ) from None
+    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
+    store, jobs = connect(place, executor, new_max_depth=new_max_depth)
+    return Repository(store, executor, jobs)
 
 
 def _place_of(url: "str | PathLike[str]") -> str:

@@ -28,7 +28,7 @@ if str(TESTS) not in sys.path:
 from support import append_entry, bits, copies_in, names_of, new_repository, store_of, write_pack  # noqa: E402
 
 from lamella_engine import pushing  # noqa: E402
-from lamella_engine.content_store import log  # noqa: E402
+from lamella_engine.content_store import acting, committing, log  # noqa: E402
 from lamella_engine.model import PushId  # noqa: E402
 from lamella_engine.objects.memory import MemoryObjects  # noqa: E402
 
@@ -47,12 +47,14 @@ def no_chance(seed: str) -> Iterator[None]:
         return hashlib.sha256(f"{seed} {next(draws)}".encode()).hexdigest()[: 2 * nbytes]
 
     with ExitStack() as stack:
-        for module in (log, pushing):
+        for module in (committing, log, pushing):
             stack.enter_context(patch.object(module, "now", now))
+        for module in (committing, pushing):
             stack.enter_context(patch.object(module, "principal", lambda: "golden"))
-        stack.enter_context(patch.object(log, "secrets", SimpleNamespace(token_hex=token_hex)))
+        for drawing in (acting, log):
+            stack.enter_context(patch.object(drawing, "secrets", SimpleNamespace(token_hex=token_hex)))
         clock = SimpleNamespace(time_ns=lambda: int(START.timestamp()) * 10**9 + next(seconds) * 10**6)
-        stack.enter_context(patch.object(log, "time", clock))
+        stack.enter_context(patch.object(acting, "time", clock))
         yield
 
 

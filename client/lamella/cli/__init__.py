@@ -14,12 +14,12 @@ Errors are one line, ``lamella: <message>``. A traceback is shown only where ``L
 
 Read upwards:
 
-    app                                    the verbs put together
-    transfer  history  refs  upkeep        the verbs: from arguments to a document
-    documents  schema                      nouns as JSON, and what is promised of it
-    parameters  completion                 what verbs share; what a shell may ask
-    terminal                               bytes to stdout and stderr
-    text  graph                            documents as lines for people; a history as a picture
+    app                                         the verbs put together
+    transfer  history  refs  upkeep  service    the verbs: from arguments to a document
+    documents  schema                           nouns as JSON, and what is promised of it
+    parameters  completion                      what verbs share; what a shell may ask
+    terminal                                    bytes to stdout and stderr
+    text  graph                                 documents as lines for people; a history as a picture
 """
 
 import io
@@ -66,6 +66,7 @@ _TIDYING_UP_S = 10.0
 def main() -> int:
     """Run this process's command line; the script's entry point. Returns the exit code."""
     _listen()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC has to say is no line of ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without the character is no reason to fail
             stream.reconfigure(errors="backslashreplace")

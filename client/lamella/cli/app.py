@@ -11,8 +11,9 @@ from lamella.cli import terminal
 from lamella.cli.history import diff, distance, log, show
 from lamella.cli.refs import alias, branch, tag
 from lamella.cli.schema import keys
+from lamella.cli.service import serve, token
 from lamella.cli.transfer import checkout, init, push
-from lamella.cli.upkeep import completion, schema, stats, verify, version
+from lamella.cli.upkeep import audit, completion, keygen, schema, stats, verify, version
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +35,10 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (alias, "lamella alias bert@production bert@v3"),
     (stats, "lamella -C weights stats"),
     (verify, "lamella verify --deep"),
+    (audit, "lamella -C weights audit"),
+    (serve, "lamella serve --root weights --listen 127.0.0.1:7443 --insecure-loopback"),
+    (token, "lamella token create --root weights --principal ada --role writer --ref 'bert@dev-*' --ttl 30d"),
+    (keygen, "lamella keygen ada.pem"),
     (schema, "lamella schema push"),
     (completion, "lamella completion bash >> ~/.bashrc"),
     (version, "lamella version"),

@@ -56,3 +56,9 @@ def of_distance(found: lamella.Distance, *, cosine: bool) -> dict[str, Any]:
 def of_ref(ref: lamella.RefInfo) -> dict[str, Any]:
     """Return a ref and where it stands."""
     return {"model": ref.model, "name": ref.name, "kind": ref.kind, "number": ref.number}
+
+
+def of_grant(grant: Any) -> dict[str, Any]:
+    """Return what a token stands for; as the service keeps it, or as it travels."""
+    found: dict[str, Any] = {key: getattr(grant, key) for key in ("id", "principal", "role", "expires", "revoked")}
+    return found | {"repositories": list(grant.repositories), "refs": list(grant.refs)}

@@ -73,16 +73,16 @@ def diff(
         # By id: a branch may move meanwhile.
         left, right = repo.version(a), repo.version(b)
         found = repo.diff(left.id, right.id)
-    changes = {name: change for change in _CHANGES for name in getattr(found, change)}
-    tensors = [
-        {
-            "name": name,
-            "change": changes[name],
-            "a": of_tensor(left[name]) if name in left else None,
-            "b": of_tensor(right[name]) if name in right else None,
-        }
-        for name in sorted(changes)
-    ]
+        changes = {name: change for change in _CHANGES for name in getattr(found, change)}
+        tensors = [
+            {
+                "name": name,
+                "change": changes[name],
+                "a": of_tensor(left[name]) if name in left else None,
+                "b": of_tensor(right[name]) if name in right else None,
+            }
+            for name in sorted(changes)
+        ]
     answer({"a": a, "b": b, "tensors": tensors}, partial(text.diff, by=by, most=most), as_json=as_json)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 Document: TypeAlias = Mapping[str, Any]
@@ -235,6 +236,60 @@ def verify(found: Document) -> Iterator[str]:
     depth = "read and decoded" if found["deep"] else "read"
     verdict = "no problems" if found["ok"] else count(len(found["problems"]), "problem")
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
+
+
+def audit(found: Document) -> Iterator[str]:
+    """Yield what was done, entry by entry, then what was read, then what is wrong."""
+    for act in found["acts"]:
+        signed = f", signed {act['signer'][:12]}" if act["signer"] else ""
+        who, did = act["principal"] or "(nobody)", "; ".join(act["did"])
+        yield f"{act['time']}  {who}: {did}  [entry {act['number']}{signed}]"
+    for read in found["reads"]:
+        yield f"{read['time']}  {read['principal']} from {read['peer']}: {read['rpc']} {read['what']}"
+    yield from (f"{problem['where']}: {problem['message']} [{problem['kind']}]" for problem in found["problems"])
+    verdict = count(len(found["problems"]), "problem") if found["problems"] else "no problems"
+    loose = f", of which nothing vouches for {found['unvouched']} yet" if found["unvouched"] else ""
+    acts, notes = count(len(found["acts"]), "act"), count(len(found["reads"]), "note")
+    yield f"{verdict} in {acts} and {notes} of a service{loose}"
+
+
+def keygen(made: Document) -> Iterator[str]:
+    """Yield where the key is, and its public half."""
+    yield f"wrote {made['path']}: keep it to yourself"
+    yield f"public key {made['public_key']}"
+
+
+def serve(found: Document) -> Iterator[str]:
+    """Yield where a service answers, on one line."""
+    told = "" if found["metrics"] is None else f", metrics at http://{found['metrics']}/metrics"
+    yield f"serving {found['root']} at {found['address']}{told}"
+
+
+def token(found: Document) -> Iterator[str]:
+    """Yield what was done to tokens; a new one alone on its line, for others to read."""
+    match found:
+        case {"secret": None, "token": made}:
+            yield f"granted {made['id']} to {made['principal']}"
+        case {"secret": str(secret)}:
+            yield secret
+        case {"revoked": id}:
+            yield f"revoked {id}"
+        case {"tokens": tokens}:
+            heads = [("ID", "PRINCIPAL", "ROLE", "REPOSITORIES", "REFS", "ENDS")]
+            yield from table([*heads, *(_token_row(one) for one in tokens)])
+
+
+def _token_row(token: Document) -> tuple[str, ...]:
+    ends = "never" if not token["expires"] else datetime.fromtimestamp(token["expires"], UTC).strftime("%Y-%m-%d %H:%M")
+    ends = "revoked" if token["revoked"] else ends
+    return (
+        token["id"],
+        token["principal"],
+        token["role"],
+        " ".join(token["repositories"]),
+        " ".join(token["refs"]),
+        ends,
+    )
 
 
 def _falling(value: float) -> float:

@@ -1,6 +1,8 @@
-"""The repository as a whole, and the command line itself: stats, verify, schema, completion, version."""
+"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, schema, completion, version."""
 
+from dataclasses import asdict
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,6 +13,7 @@ from lamella.cli import schema as schemas
 from lamella.cli import terminal, text
 from lamella.cli.documents import answer
 from lamella.cli.parameters import AsJson, open_repository
+from lamella_engine.signing import generate_key
 
 
 def stats(context: typer.Context, as_json: AsJson = False) -> None:
@@ -34,6 +37,30 @@ def verify(
     answer({key: getattr(found, key) for key in keys} | {"problems": problems}, text.verify, as_json=as_json)
     if not found.ok:
         raise typer.Exit(lamella.CorruptionError.exit_code)
+
+
+def audit(context: typer.Context, as_json: AsJson = False) -> None:
+    """Say who did what, and check that nothing of it was changed; exits with 6 if something was."""
+    with open_repository(context) as repo:
+        found = repo.audit()
+    document = {
+        "acts": [asdict(act) | {"did": list(act.did)} for act in found.acts],
+        "reads": [asdict(read) for read in found.reads],
+        "unvouched": found.unvouched,
+        "problems": [asdict(problem) for problem in found.problems],
+    }
+    answer(document, text.audit, as_json=as_json)
+    if found.problems:
+        raise typer.Exit(lamella.CorruptionError.exit_code)
+
+
+def keygen(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; nothing may be there yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a key that signs what is recorded (Ed25519; PEM, for its owner's eyes alone). Prints its public half."""
+    document = {"path": str(file), "public_key": generate_key(file).hex()}
+    answer(document, text.keygen, as_json=as_json)
 
 
 def schema(

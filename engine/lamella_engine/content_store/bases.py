@@ -5,7 +5,6 @@ parent saves little, in the version that is nearest by their sketches.
 """
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from lamella_engine.model import Buffer, Cell, ChunkId
 from lamella_engine.sketches import Sketch
 
 logger = logging.getLogger("lamella")
-
-BASES_KEPT = 16
-"""Decoded bases kept: each is wanted twice, by the encoder and by the check of what it made. At most 64 MiB."""
 
 GOOD_FIT = 0.5
 """A parent that saves this share of what tensors take alone, or more, is taken without looking for a nearer version."""
@@ -85,8 +81,6 @@ class Bases:
         self._planned: OrderedDict[Cell, StoredBlob | ChunkId] = OrderedDict()
         """The cells planned last, which may be companions."""
         self._live: dict[str, bool] = {}
-        self._decoded: OrderedDict[StoredBlob, Buffer] = OrderedDict()
-        self._decoded_lock = threading.Lock()
 
     def consider(self, sketch: Sketch) -> None:
         """Choose versions for tensors, as :meth:`~lamella_engine.content_store.seam.Push.consider` does."""
@@ -153,15 +147,7 @@ class Bases:
 
     def decoded(self, base: StoredBlob) -> Buffer:
         """Return the chunk of a copy. Safe for several threads."""
-        with self._decoded_lock:
-            data = self._decoded.get(base)
-        if data is None:
-            data = self._reader.decoded(base, base.row.decoded_nbytes)
-            with self._decoded_lock:
-                self._decoded[base] = data
-                if len(self._decoded) > BASES_KEPT:
-                    self._decoded.popitem(last=False)
-        return data
+        return self._reader.base(base)
 
     def find_live(self, chunk: ChunkId) -> StoredBlob | None:
         """Return a live copy of a chunk in any version, if the index knows of one."""

@@ -65,6 +65,8 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None 
         base = target
     if check:
         check_chunk(chain[-1].chunk, out)
+    if chain[-1].keep is not None:
+        chain[-1].keep(out)
 
 
 def measure_chains(first: Sequence[Blob], second: Sequence[Blob], dtype: Dtype, *, check: bool = False) -> Moments:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
-from lamella_engine.content_store.reader import PackedReader
+from lamella_engine.content_store.reader import PackedReader, as_long_as
+from lamella_engine.errors import CorruptionError, InvalidInputError
 from lamella_engine.format.version import Description, PackRef
 from lamella_engine.model import ChunkId
 
@@ -38,32 +38,50 @@ def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: P
 
     Raises
     ------
+    InvalidInputError
+        The description is not that of the chunks which it names.
     CorruptionError
-        The manifest is not what the description says, or a pack is damaged.
+        A pack is damaged.
     """
+    try:
+        return _locate(description, pack_of, packs, reader)
+    except CorruptionError as error:
+        # Every chunk of the manifest was held against its id when it was given. If it is not damaged where it is
+        # stored, which an error of that names, it is what the description says that is wrong.
+        if error.kind not in ("bad_manifest", "bad_length", "bad_json", "bad_digest") or "object" in error.context:
+            raise
+        message = f"the description of the version does not fit what was pushed: {error.message}"
+        raise InvalidInputError(message, kind="wrong_description") from error
+
+
+def _locate(description: Description, pack_of: Callable[[ChunkId], str], packs: Packs, reader: PackedReader) -> Located:
     numbers: dict[str, int] = {}
-    closure: set[tuple[ChunkId, str]] = set()
+    closure: dict[tuple[ChunkId, str], int] = {}
 
     def number_of(pack: str) -> int:
         return numbers.setdefault(pack, len(numbers))
 
-    def place(chunk: ChunkId) -> int:
+    def place(chunk: ChunkId, nbytes: int) -> int:
         pack = pack_of(chunk)
-        closure.add((chunk, pack))
+        closure[chunk, pack] = nbytes
         return number_of(pack)
 
     def load(at: int) -> bytes:
         chunk, nbytes = description.manifest_chunks[at]
         return bytes(reader.decoded(packs.find(chunk, [pack_of(chunk)]), nbytes))
 
-    manifest_runs = _runs(place(chunk) for chunk, _ in description.manifest_chunks)
+    manifest_runs = _runs(place(chunk, nbytes) for chunk, nbytes in description.manifest_chunks)
     manifest = Manifest(description, load)
     manifest.check()
-    cell_runs = _runs(None if row.chunk is None else place(row.chunk) for row in manifest.all_rows())
-    for chunk, pack in sorted(closure, key=itemgetter(1)):  # pack by pack, so that each index is parsed once
-        for link in reader.chain(packs.find(chunk, [pack])):
+    cell_runs = _runs(None if row.chunk is None else place(row.chunk, row.nbytes) for row in manifest.all_rows())
+    for (chunk, pack), nbytes in sorted(closure.items(), key=_pack):  # pack by pack: each index is parsed once
+        for link in reader.chain(as_long_as(nbytes, packs.find(chunk, [pack]))):
             number_of(link.pack)
     return Located(tuple(packs.ref(name) for name in numbers), manifest_runs, cell_runs)
+
+
+def _pack(item: tuple[tuple[ChunkId, str], int]) -> str:
+    return item[0][1]
 
 
 def _runs(numbers: Iterable[int | None]) -> Runs:

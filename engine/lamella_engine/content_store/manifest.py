@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import accumulate, islice
 
 from lamella_engine.errors import CorruptionError, TensorNotFoundError
+from lamella_engine.format.digests import Context, Digester, chunk_id
 from lamella_engine.format.manifest import INLINE_NBYTES, cell_rows, parse_structure_page, structure_id
 from lamella_engine.format.version import Description
 from lamella_engine.model import Cell, ChunkId, TensorSpec
@@ -111,10 +112,19 @@ class Manifest:
             yield self._row(number, Cell(name, index), first + index, grid.cell_nbytes(index))
 
     def all_rows(self) -> Iterator[Row]:
-        """Yield the row of every cell in order."""
+        """Yield the row of every cell in order.
+
+        At the end raises CorruptionError if their chunks are not those that the parameters id is the digest of.
+        """
+        parameters = Digester(Context.PARAMETERS)
+        parameters.update(bytes.fromhex(self.description.structure_id))
         for page in range(len(self._first_names)):
             for spec in self._page(page).specs:
-                yield from self.rows(spec.name)
+                for row in self.rows(spec.name):
+                    parameters.update(chunk_id(row.content) if row.chunk is None else row.chunk)
+                    yield row
+        if parameters.digest().hex() != self.description.parameters_id:
+            raise CorruptionError("the cells are not those that the parameters id is the digest of", kind="bad_digest")
 
     def check(self) -> None:
         """Read every page; raise CorruptionError unless they are what the description says, counts and ids included."""

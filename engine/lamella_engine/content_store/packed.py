@@ -1,13 +1,17 @@
 """The content store on objects: packs, metadata objects and the log."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from lamella_engine.chunk_index import ChunkIndex
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Change, Log, new_push_id
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs
 from lamella_engine.content_store.push import PackedPush, PushContext
@@ -25,9 +29,10 @@ from lamella_engine.errors import (
 )
 from lamella_engine.executor import Executor
 from lamella_engine.format.entry import RefChange, VersionAdded
-from lamella_engine.model import Cell, PushId, RefInfo, VersionId, check_name, check_ref_name
+from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, VersionId, check_name, check_ref_name
 from lamella_engine.objects import Objects
 from lamella_engine.objects.probe import probe
+from lamella_engine.signing import Signer
 
 logger = logging.getLogger("lamella")
 
@@ -35,6 +40,9 @@ logger = logging.getLogger("lamella")
 # those that other processes wrote are read for the sake of deduplication. One costs about a millisecond; what lies
 # further back and is unknown is only stored again.
 INDEX_CATCH_UP = 64
+
+WATCH_S = 1.0
+"""How often whoever follows a ref looks at the log: a listing of it."""
 
 
 class PackedStore:
@@ -48,12 +56,24 @@ class PackedStore:
         Runs what is done for each chunk.
     index_path
         File of the chunk index; None keeps it in memory.
+    signer, trusted
+        See :class:`~lamella_engine.content_store.log.Log`.
     """
 
-    def __init__(self, objects: Objects, executor: Executor, *, index_path: Path | None = None) -> None:
+    vouches = True
+
+    def __init__(
+        self,
+        objects: Objects,
+        executor: Executor,
+        *,
+        index_path: Path | None = None,
+        signer: Signer | None = None,
+        trusted: Iterable[bytes] = (),
+    ) -> None:
         self.objects = objects
         self.executor = executor
-        self.log = Log(objects)
+        self.log = Log(objects, signer=signer, trusted=trusted)
         self.packs = Packs(objects, self._pack_nbytes)
         self.reader = PackedReader(objects, self.log, self.packs, executor)
         self._index = ChunkIndex(index_path)
@@ -61,7 +81,13 @@ class PackedStore:
 
     @classmethod
     def create(
-        cls, objects: Objects, executor: Executor, *, index_path: Path | None = None, max_depth: int = DEFAULT_MAX_DEPTH
+        cls,
+        objects: Objects,
+        executor: Executor,
+        *,
+        index_path: Path | None = None,
+        max_depth: int = DEFAULT_MAX_DEPTH,
+        signer: Signer | None = None,
     ) -> "PackedStore":
         """Make a repository.
 
@@ -69,7 +95,7 @@ class PackedStore:
         """
         probe(objects)
         Log.create(objects, max_depth=max_depth)
-        store = cls(objects, executor, index_path=index_path)
+        store = cls(objects, executor, index_path=index_path, signer=signer)
         store._probed = True
         return store
 
@@ -101,7 +127,7 @@ class PackedStore:
                 )
             row = state.version(parents[0].model, parents[0].number)
             if row is None or row.id != parents[0].id:
-                raise CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
+                raise _lost_parent(id)
             id = self.reader.remember(row)
         return id
 
@@ -118,12 +144,7 @@ class PackedStore:
         if revision.ref is not None:
             ref = state.ref(model, revision.ref)
             if ref is None:
-                raise RefNotFoundError(
-                    _no_model(state, model)
-                    or f"there is no {model}@{revision.ref}: log {model} shows its refs; a number is {model}@v1",
-                    model=model,
-                    ref=revision.ref,
-                )
+                raise _no_ref(state, model, revision.ref)
             number = ref.number
         assert number is not None
         added = state.version(model, number)
@@ -163,6 +184,18 @@ class PackedStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return self.reader.open(id).recorded
 
+    def ancestors(self, id: VersionId) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+        recorded = self.reader.open(id).recorded
+        yield recorded
+        while recorded.parents:
+            parent = recorded.parents[0]
+            row = self.log.state.version(parent.model, parent.number)
+            if row is None or row.id != parent.id:
+                raise _lost_parent(recorded.id)
+            recorded = self.reader.open_added(row).recorded
+            yield recorded
+
     def manifest(self, id: VersionId) -> Manifest:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return self.reader.open(id).manifest
@@ -175,9 +208,36 @@ class PackedStore:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         return [RefInfo(model, name, ref.kind, ref.number) for name, ref in self.log.refresh().refs(model)]
 
-    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
-        return self.reader.read(id, cells, have)
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`. Looks at the log every second."""
+        check_name(model, what="model")
+        check_ref_name(ref)
+        while True:
+            state = self.log.refresh()
+            at = state.ref(model, ref)
+            if at is None:
+                raise _no_ref(state, model, ref)
+            added = state.version(model, at.number)
+            if added is not None and at.number != after:
+                after = at.number
+                yield self.reader.open_added(added).recorded
+            else:
+                time.sleep(WATCH_S)
+
+    def read(
+        self,
+        id: VersionId,
+        cells: Iterable[Cell],
+        have: VersionId | None = None,
+        *,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> Iterator[Reading]:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+
+        ``held`` names, for some cells, a chunk that the caller holds, in addition to those of ``have``. It is looked at
+        when a cell is.
+        """
+        return self.reader.read(id, cells, have, held)
 
     def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -185,8 +245,16 @@ class PackedStore:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> PackedPush:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+    def begin(
+        self,
+        model: str,
+        branch: str,
+        *,
+        parent: VersionId | None,
+        push_id: PushId,
+        writer_id: PushId | None = None,
+    ) -> PackedPush:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`; ``writer_id`` is explained at PackedPush."""
         check_name(model, what="model")
         check_ref_name(branch)
         self._probe_once()
@@ -213,7 +281,23 @@ class PackedStore:
             opened = self.reader.open(parent)
         self._catch_up(state, opened)
         context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
-        return PackedPush(context, model=model, branch=branch, push_id=push_id, state=state, head=head, parent=opened)
+        return PackedPush(
+            context,
+            model=model,
+            branch=branch,
+            push_id=push_id,
+            writer_id=writer_id or push_id,
+            state=state,
+            head=head,
+            parent=opened,
+        )
+
+    def pushed(self, push_id: PushId) -> Recorded | None:
+        """Return the version that a push recorded; None if it has not, or found its branch's head to be equal."""
+        number = self.log.refresh().committed_at(push_id)
+        added = () if number is None else self.log.entry(number).versions
+        found = (self.reader.open_added(version).recorded for version in added)
+        return next((version for version in found if version.description.push == push_id), None)
 
     def _probe_once(self) -> None:
         if not self._probed:
@@ -247,6 +331,15 @@ class PackedStore:
             return Change(refs=changes) if changes else None
 
         self.log.commit(new_push_id(), make)
+
+
+def _lost_parent(id: VersionId) -> CorruptionError:
+    return CorruptionError(f"the parent of version {id[:12]} is not in the log", kind="missing_version")
+
+
+def _no_ref(state: State, model: str, ref: str) -> RefNotFoundError:
+    said = _no_model(state, model) or f"there is no {model}@{ref}: log {model} shows its refs; a number is {model}@v1"
+    return RefNotFoundError(said, model=model, ref=ref)
 
 
 def _no_model(state: State, model: str) -> str:

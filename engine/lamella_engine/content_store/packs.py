@@ -220,9 +220,9 @@ def _neighbours(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 def as_blob(stored: StoredBlob, payload: Buffer) -> Blob:
-    """Return a stored blob as it travels."""
+    """Return a stored blob as it travels; ``payload`` has been compared with its row."""
     row = stored.row
-    return Blob(row.chunk, row.encoding, row.width, row.decoded_nbytes, payload, row.base)
+    return Blob(row.chunk, row.encoding, row.width, row.decoded_nbytes, payload, row.base, digest=row.digest)
 
 
 class PackWriter:
@@ -286,6 +286,15 @@ class PackWriter:
         self._latest[blob.chunk] = len(self.written), row
         if len(self._latest) > COMPANION_REACH:
             self._latest.popitem(last=False)
+
+    @property
+    def filled_nbytes(self) -> int:
+        """Bytes held of the pack that is being filled."""
+        return self._nbytes
+
+    def seal(self) -> None:
+        """Take the pack that is being filled for full. Raises what writing the one before raised."""
+        self._close_pack()
 
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""

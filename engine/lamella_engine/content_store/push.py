@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.bases import Bases, serves_all
+from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.intake import Intake
 from lamella_engine.content_store.locating import locate
-from lamella_engine.content_store.log import Change, Log
+from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
 from lamella_engine.content_store.state import Ref, State
-from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError, LamellaError
+from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
@@ -54,6 +55,9 @@ class PackedPush:
         The store.
     model, branch
         Where to.
+    writer_id
+        In the names of what is written. Not the push's own id where that may be under way in several places: what one
+        of them gives up must not be what another commits.
     state
         The newest state when the push began: chunks are planned against what is live in it.
     head
@@ -69,14 +73,16 @@ class PackedPush:
         model: str,
         branch: str,
         push_id: PushId,
+        writer_id: PushId,
         state: State,
         head: Ref | None,
         parent: OpenVersion | None,
     ) -> None:
         self._store = context
         self.model = model
-        self._branch = branch
+        self.branch = branch
         self.id = push_id
+        self._writer_id = writer_id
         self._head = head
         recorded = None if parent is None else parent.recorded
         self.parents: tuple[Parent, ...] = ()
@@ -90,7 +96,7 @@ class PackedPush:
             packs=context.packs,
             index=context.index,
         )
-        self._writer = PackWriter(context.objects, context.executor, push_id, self._note_pack)
+        self._writer = PackWriter(context.objects, context.executor, writer_id, self._note_pack)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._intake = Intake(self._bases, context.executor)
@@ -106,7 +112,7 @@ class PackedPush:
 
     def plan(self, cells: Iterable[Planned]) -> Iterator[Missing | None]:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        for cell, chunk, beside in cells:
+        for cell, chunk, beside, _ in cells:
             self._beat_if_due()
             if chunk in self._packs:
                 yield None
@@ -128,10 +134,26 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         return self._intake.base(missing.chunk)
 
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`. Here everything is near."""
+
     def write(self, blobs: Iterable[Blob]) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         for blob, base in self._intake.checked(blobs, self._packs):
             self._writer.add(blob, base=base)
+
+    @property
+    def filled_nbytes(self) -> int:
+        """Bytes held of the pack that is being filled."""
+        return self._writer.filled_nbytes
+
+    def seal(self) -> None:
+        """Take the pack that is being filled for full: its memory is wanted for something else."""
+        self._writer.seal()
+
+    def finish(self) -> None:
+        """Return when all packs are written, as :meth:`commit` does first."""
+        self._writer.finish()
 
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))
@@ -139,9 +161,13 @@ class PackedPush:
     def _beat_if_due(self) -> None:
         if time.monotonic() < self._next_beat:
             return
-        self._store.objects.put_if_absent(session_name(self.id, self._beats), [b""])
+        self._store.objects.put_if_absent(session_name(self._writer_id, self._beats), [b""])
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
+
+    def restart(self, error: LamellaError) -> bool:
+        """See :class:`~lamella_engine.content_store.seam.Push`. What this push knows lives as long as itself."""
+        return False
 
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
@@ -161,7 +187,7 @@ class PackedPush:
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
-        self._writer.finish()
+        self.finish()
         self._store.packs.learn(self._writer.written.values())
         data = encode_description(description)
         located = locate(description, self._pack_of, self._store.packs, self._store.reader)
@@ -170,7 +196,7 @@ class PackedPush:
 
         def make(state: State) -> Change | None:
             equal.clear()
-            head = state.ref(self.model, self._branch)
+            head = state.ref(self.model, self.branch)
             self._check_head(state, head)
             if head is not None and (same := self._same_as_head(state, head, description)) is not None:
                 equal.append(same)
@@ -185,25 +211,27 @@ class PackedPush:
                     manifest_runs=located.manifest_runs,
                     cell_runs=located.cell_runs,
                 )
-                added.append(self._write_metadata(data, locator, description))
+                added.append(self._metadata(data, locator, description))
+            version, metadata = added[-1]
             return Change(
-                refs=(RefChange(self.model, self._branch, "branch", head.number if head else None, number),),
-                versions=(added[-1][0],),
+                refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
+                versions=(version,),
                 packs=tuple(
                     PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in self._writer.written.values()
                 ),
+                objects=((version.metadata, metadata),),
             )
 
-        state = self._store.log.commit(self.id, make)
+        writer = None if self._writer_id == self.id else self._writer_id
+        state = self._store.log.commit(self.id, make, writer=writer)
         if equal:
             return self._store.reader.open_added(equal[0]).recorded
-        if not added:  # an earlier call with this push id has committed it already
-            return self._store.reader.open(version_id(data)).recorded
-        self._tell_index()
         for version, metadata in added:
             if state.version(version.model, version.number) == version:
+                self._tell_index()
                 return self._store.reader.adopt(version, metadata).recorded
-        raise CorruptionError("a commit went through, but its version is not in the log", kind="broken_log")
+        # Another call with this push id has committed it.
+        return self._store.reader.open(version_id(data)).recorded
 
     def _tell_index(self) -> None:
         """Tell the chunk index of this push's packs. It is derived, so nothing that happens here can fail the push."""
@@ -216,12 +244,12 @@ class PackedPush:
     def _check_head(self, state: State, head: Ref | None) -> None:
         if head is not None and head.kind != "branch":
             raise AlreadyExistsError(
-                f"{self.model}@{self._branch} is a {head.kind}: push to a branch", kind="not_a_branch"
+                f"{self.model}@{self.branch} is a {head.kind}: push to a branch", kind="not_a_branch"
             )
         if head != self._head:
             expected, actual = (self._name(state, ref) for ref in (self._head, head))
             raise ConflictError(
-                f"{self.model}@{self._branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
+                f"{self.model}@{self.branch} moved while this push ran: it is at {actual or 'nothing'}, not at "
                 f"{expected or 'nothing'}; look at it, then push again",
                 expected=expected,
                 actual=actual,
@@ -254,11 +282,10 @@ class PackedPush:
                     object=pack.name,
                 )
 
-    def _write_metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
+    def _metadata(self, line: bytes, locator: Locator, description: Description) -> tuple[VersionAdded, bytes]:
         data = encode_metadata(line, locator)
-        name = metadata_name(version_id(line), self.id, self._attempt)
+        name = metadata_name(version_id(line), self._writer_id, self._attempt)
         self._attempt += 1
-        self._store.objects.put_if_absent(name, [data])
         added = VersionAdded(
             self.model, locator.number, name, len(data), digest(Context.METADATA, data), description.decoded_nbytes
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TypeVar
 
 from lamella_engine import sketches
@@ -23,7 +24,7 @@ from lamella_engine.format.digests import Context, chunk_id, digest
 from lamella_engine.format.entry import VersionAdded
 from lamella_engine.format.names import metadata_version
 from lamella_engine.format.version import MAX_METADATA_NBYTES, Locator, decode_metadata
-from lamella_engine.model import Cell, ChunkId, TensorSpec, VersionId
+from lamella_engine.model import Buffer, Cell, ChunkId, TensorSpec, VersionId
 from lamella_engine.objects import Objects
 from lamella_engine.sketches import Sketch
 
@@ -33,6 +34,10 @@ Result = TypeVar("Result")
 
 VERSIONS_KEPT = 16
 """Opened versions kept with their parsed pages."""
+
+BASES_KEPT = 16
+"""Decoded bases kept, for all pushes of a process into one repository: each is wanted twice, by the encoder and by the
+check of what it made. At most 64 MiB."""
 
 SKETCHES_KEPT = 64
 """Sketches of versions kept in memory, each a few hundred bytes for a tensor, 2 MiB at most for each width of lanes."""
@@ -94,6 +99,7 @@ class PackedReader:
         self._lock = threading.Lock()
         self._open: OrderedDict[VersionId, OpenVersion] = OrderedDict()
         self._places: dict[VersionId, tuple[str, int]] = {}
+        self._bases: OrderedDict[StoredBlob, Buffer] = OrderedDict()
         self._sketches: OrderedDict[VersionId, Sketch] = OrderedDict()
         self._structure_kept: tuple[str, list[TensorSpec]] = "", []
 
@@ -264,20 +270,39 @@ class PackedReader:
         decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
         return out
 
-    def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
-        """See ``ContentStore.read``."""
+    def base(self, blob: StoredBlob) -> Buffer:
+        """Return the chunk of a copy that several blobs are made against, or one of them more than once."""
+        with self._lock:
+            data = self._bases.get(blob)
+        if data is None:
+            data = self.decoded(blob, blob.row.decoded_nbytes)
+            with self._lock:
+                self._bases[blob] = data
+                if len(self._bases) > BASES_KEPT:
+                    self._bases.popitem(last=False)
+        return data
+
+    def read(
+        self,
+        id: VersionId,
+        cells: Iterable[Cell],
+        have: VersionId | None = None,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> Iterator[Reading]:
+        """See ``PackedStore.read``."""
         version = self.open(id)
-        held = None if have is None else self.open(have)
+        whole = None if have is None else self.open(have)
+        locate = partial(self._locate, version, whole=whole, held=held)
         window: list[_Located] = []
         nbytes = 0
         for cell in cells:
-            located = self._following_packs(partial(self._locate, version, cell, held))
+            located = self._following_packs(partial(locate, cell))
             window.append(located)
             nbytes += sum(link.row.encoded_nbytes for link in located.chain)
             if nbytes >= WINDOW_NBYTES or len(window) >= WINDOW_CELLS:
-                yield from self._readings(version, window, held)
+                yield from self._readings(locate, window)
                 window, nbytes = [], 0
-        yield from self._readings(version, window, held)
+        yield from self._readings(locate, window)
 
     def locate(self, id: VersionId, cells: Iterable[Cell]) -> Iterator[tuple[Cell, tuple[Stored, ...]]]:
         """See ``ContentStore.locate``."""
@@ -287,14 +312,12 @@ class PackedReader:
             rows = (link.row for link in chain)
             yield cell, tuple(Stored(row.chunk, row.decoded_nbytes, row.encoded_nbytes) for row in rows)
 
-    def _readings(
-        self, version: OpenVersion, window: Sequence[_Located], held: OpenVersion | None
-    ) -> Iterator[Reading]:
+    def _readings(self, locate: Callable[[Cell], _Located], window: Sequence[_Located]) -> Iterator[Reading]:
         located = iter([window])
 
         def fetch() -> list[Reading]:
             # The second time round, when a pack was missing, every cell is located again.
-            cells = next(located, None) or [self._locate(version, item.cell, held) for item in window]
+            cells = next(located, None) or [locate(item.cell) for item in window]
             payloads = self._packs.payloads((link for item in cells for link in item.chain), self._executor)
             return [item.reading(payloads) for item in cells]
 
@@ -310,36 +333,55 @@ class PackedReader:
             self._log.refresh()
         return read()
 
-    def _locate(self, version: OpenVersion, cell: Cell, held: OpenVersion | None = None) -> _Located:
+    def _locate(
+        self,
+        version: OpenVersion,
+        cell: Cell,
+        whole: OpenVersion | None = None,
+        held: Mapping[Cell, ChunkId] = MappingProxyType({}),
+    ) -> _Located:
         if cell.tensor is None:
+            if not 0 <= cell.number < len(version.recorded.description.manifest_chunks):
+                raise _no_cell(cell)
             return _Located(cell, None, self.chain(self.copy_of_manifest(version, cell.number)))
-        row = version.manifest.row(cell.tensor, cell.number)
-        have = None if held is None else _content_of(held.manifest, version.manifest.spec(cell.tensor), cell.number)
-        if have == row.content:
+        try:
+            row = version.manifest.row(cell.tensor, cell.number)
+        except IndexError:
+            raise _no_cell(cell) from None
+        have: set[bytes | None] = {held.get(cell)}
+        if whole is not None:
+            have.add(_content_of(whole.manifest, version.manifest.spec(cell.tensor), cell.number))
+        if row.content in have:
             return _Located(cell, None, ())
         if row.chunk is None:
             return _Located(cell, row.content, ())
         chain = self.chain(self.copy_of_row(version, row))
-        following = max((at for at, link in enumerate(chain, 1) if link.row.chunk == have), default=0)
+        following = max((at for at, link in enumerate(chain, 1) if link.row.chunk in have), default=0)
         return _Located(cell, None, chain[following:])
 
     def copy_of_row(self, version: OpenVersion, row: Row) -> StoredBlob:
         """Return the copy that a row of the cell table means; raises CorruptionError if it is of another length."""
         assert row.chunk is not None
-        return _as_long_as(row.nbytes, self.copy(row.chunk, version.pack_of_cell(row.position)))
+        return as_long_as(row.nbytes, self.copy(row.chunk, version.pack_of_cell(row.position)))
 
     def copy_of_manifest(self, version: OpenVersion, place: int) -> StoredBlob:
         """Return the copy of a manifest chunk; raises CorruptionError if it is of another length than is listed."""
         chunk, nbytes = version.recorded.description.manifest_chunks[place]
-        return _as_long_as(nbytes, self.copy(chunk, version.pack_of_manifest(place)))
+        return as_long_as(nbytes, self.copy(chunk, version.pack_of_manifest(place)))
 
 
-def _as_long_as(nbytes: int, blob: StoredBlob) -> StoredBlob:
+def as_long_as(nbytes: int, blob: StoredBlob) -> StoredBlob:
+    """Return a copy if its chunk is as long as the place where it stands; raises CorruptionError."""
     if blob.row.decoded_nbytes != nbytes:
         raise CorruptionError(
             f"a chunk of {blob.row.decoded_nbytes} bytes stands where {nbytes} belong", kind="bad_length"
         )
     return blob
+
+
+def _no_cell(cell: Cell) -> InvalidInputError:
+    what = "the manifest" if cell.tensor is None else repr(cell.tensor)
+    return InvalidInputError(f"{what} has no cell {cell.number}: ask for one that there is", kind="no_cell")
 
 
 def _content_of(manifest: Manifest, spec: TensorSpec, number: int) -> bytes | None:

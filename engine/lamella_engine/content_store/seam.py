@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lamella_engine.content_store.manifest import Manifest
+from lamella_engine.errors import LamellaError
 from lamella_engine.format.version import Description
 from lamella_engine.model import Buffer, Cell, ChunkId, PushId, RefInfo, RefKind, VersionId
 from lamella_engine.sketches import Sketch
@@ -31,6 +32,12 @@ class Blob:
     """The chunk that must be decoded first, for a delta."""
     read: Callable[[], Buffer] | None = field(default=None, compare=False)
     """Reads the chunk again, for a store that is given a payload which does not decode to it; None if nothing can."""
+    floating: bool = field(default=False, compare=False)
+    """Whether lanes are floats, for a store that encodes the chunk once more."""
+    digest: bytes | None = field(default=None, compare=False)
+    """Of the payload (``format.digests.blob_digest``), where it has been checked."""
+    keep: Callable[[Buffer], None] | None = field(default=None, compare=False)
+    """Is shown the chunk by whoever decodes it, for a store that keeps some near."""
 
 
 class Reading(NamedTuple):
@@ -57,6 +64,8 @@ class Planned(NamedTuple):
     chunk: ChunkId
     companion: Cell | None = None
     """Another cell of it, within ``COMPANION_REACH`` before this one, whose chunk this one may be made against too."""
+    nbytes: int = 0
+    """Bytes that the caller holds until it has the answer."""
 
 
 class Missing(NamedTuple):
@@ -103,6 +112,13 @@ class RefUpdate:
 class ContentStore(Protocol):
     """A repository's content. Safe for several threads."""
 
+    vouches: bool
+    """Whether a payload that is read has been held against a digest which leads up to the log. If not, it may be
+    anything, and whoever decodes it has to compute the chunk's id."""
+
+    def close(self) -> None:
+        """Release what is held. Idempotent."""
+
     def resolve(self, revision: str) -> VersionId:
         """Return the version that a revision names; see ``content_store.revisions`` for the ways to name one.
 
@@ -112,6 +128,9 @@ class ContentStore(Protocol):
     def version(self, id: VersionId) -> Recorded:
         """Return what the repository records of a version; raises VersionNotFoundError."""
 
+    def ancestors(self, id: VersionId) -> Iterator[Recorded]:
+        """Yield a version and those before it along first parents, newest first; raises VersionNotFoundError."""
+
     def manifest(self, id: VersionId) -> Manifest:
         """Return a version's manifest, whose pages are read as they are needed."""
 
@@ -120,6 +139,13 @@ class ContentStore(Protocol):
 
     def refs(self, model: str) -> list[RefInfo]:
         """Return the refs of a model by name."""
+
+    def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
+        """Yield the version at which a branch or alias stands, and each to which it moves, as it moves.
+
+        The first one only if its number is not ``after``. Ends when it is closed. Whoever is slower than the ref may be
+        given only the newest. Raises RefNotFoundError, also later if the ref is deleted.
+        """
 
     def read(self, id: VersionId, cells: Iterable[Cell], have: VersionId | None = None) -> Iterator[Reading]:
         """Yield what it takes to have each of ``cells``, in their order. Digests of payloads have been checked.
@@ -152,7 +178,7 @@ class ContentStore(Protocol):
 
 
 class Push(Protocol):
-    """One push in flight, driven by one thread; :meth:`base` alone may be called from several."""
+    """One push in flight, driven by one thread; :meth:`base` and :meth:`keep` alone may be called from several."""
 
     id: PushId
     model: str
@@ -172,8 +198,14 @@ class Push(Protocol):
         May call a chunk missing that is stored (it costs bytes); never calls one present that is not live.
         """
 
-    def base(self, missing: Missing) -> Buffer:
-        """Return the decoded bytes that a delta for ``missing`` is made against; only if it names one."""
+    def base(self, missing: Missing) -> Buffer | None:
+        """Return the decoded bytes that a delta for ``missing`` is made against, which must name one.
+
+        None if they cannot be had here: a blob that is made without them is made once more where they can.
+        """
+
+    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+        """Be shown a missing chunk by whoever encodes it, for a store that keeps some near. Raises nothing."""
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.
@@ -181,6 +213,12 @@ class Push(Protocol):
         One that does not decode to its chunk is stored as the chunk itself, with a warning, if that can be read again
         and is what it was: then whoever encoded it has erred. Raises InvalidInputError (``wrong_blob``) if not. What a
         failed call wrote is harmless.
+        """
+
+    def restart(self, error: LamellaError) -> bool:
+        """Begin anew after an error, with the same id and parents, if that makes sense; say whether it did.
+
+        If so, everything has to be planned and written again. Raises ConflictError if the branch has moved.
         """
 
     def abandon(self) -> None:

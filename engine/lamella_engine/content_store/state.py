@@ -64,6 +64,8 @@ class State:
     root: folds.FoldRoot | None = None
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """For each table, the rows set since the fold; None where one was deleted."""
+    signers: tuple[bytes, ...] = ()
+    """Public keys, one of which must sign the next entry; empty if it need not be signed."""
 
     def ref(self, model: str, name: str) -> Ref | None:
         """Return where a ref stands, or None if there is none."""
@@ -226,7 +228,7 @@ class State:
             put("fenced", push, entry.number)
         for push in entry.pushes:
             put("pushes", push, entry.number)
-        return replace(self, number=entry.number, digest=digest, changes=changes)
+        return replace(self, number=entry.number, digest=digest, changes=changes, signers=entry.signers or self.signers)
 
 
 def _key(item: tuple[str, Any]) -> str:

@@ -23,6 +23,8 @@ class Context(Enum):
     VERSION = "lamella 2026-11-21 version"
     METADATA = "lamella 2026-11-21 metadata object"
     ENTRY = "lamella 2026-11-21 log entry"
+    TO_SIGN = "lamella 2026-11-21 log entry to sign"
+    AUDIT = "lamella 2026-11-21 audit segment"
     PACK_INDEX = "lamella 2026-11-21 pack index"
     BLOB = "lamella 2026-11-21 blob"
     FOLD = "lamella 2026-11-21 fold block"

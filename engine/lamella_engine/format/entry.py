@@ -5,15 +5,15 @@ entry before it; its own is there because nothing else vouches for the newest on
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from lamella_engine.chunking import MAX_CELL_ELEMENTS, MAX_CELL_NBYTES
 from lamella_engine.errors import CorruptionError, LimitError, UnsupportedFormatError
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import DIGEST_NBYTES, Context, digest
-from lamella_engine.format.fold import MAX_BLOCK_NBYTES
-from lamella_engine.format.names import check_named, fold_number, metadata_version, parse_pack_name
+from lamella_engine.format.fold import MAX_BLOCK_NBYTES, decode_signers
+from lamella_engine.format.names import audit_number, check_named, fold_number, metadata_version, parse_pack_name
 from lamella_engine.format.pack import MAX_DEPTH
 from lamella_engine.model import PushId, RefKind, VersionId
 
@@ -100,6 +100,16 @@ class FoldRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Signature:
+    """Who vouches for an entry."""
+
+    key: bytes
+    """The public key, 32 bytes."""
+    value: bytes
+    """64 bytes: the Ed25519 signature of :func:`to_sign`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Entry n > 0. Everything that must agree stands in one entry."""
 
@@ -121,8 +131,18 @@ class Entry:
     pushes: tuple[PushId, ...] = ()
     """Pushes that this entry commits."""
     principal: str = ""
+    """Who acted, as far as the writer knew."""
+    by: tuple[str, ...] = ()
+    """Who asked for each of ``pushes``, if not all are ``principal``."""
+    movers: tuple[int, ...] = ()
+    """With ``by``, for each of ``refs`` the place in ``pushes`` of the one that moved it."""
     time: str = ""
     """UTC, ISO 8601; information only."""
+    signers: tuple[bytes, ...] = ()
+    """If any: public keys, one of which must sign every entry after this one."""
+    signature: Signature | None = None
+    audit: Mapping[str, bytes] = field(default_factory=dict)
+    """Name and digest of the newest audit segments that the writer knew."""
 
 
 _GENESIS = {
@@ -154,6 +174,15 @@ _ENTRY = {
     "time": str,
     "versions": [(str, int, str, int, str, int)],
 }
+
+_WHERE_NEEDED: dict[str, Any] = {
+    "audit": {str: str},
+    "by": [str],
+    "movers": [int],
+    "signature": {"key": str, "value": str},
+    "signers": [str],
+}
+"""Fields that stand only in entries which they tell something of."""
 
 
 def entry_digest(data: bytes) -> bytes:
@@ -198,31 +227,47 @@ def encode_entry(entry: Entry) -> bytes:
 
     Raises LimitError if they would be more than any reader accepts: such an entry would end the log for everybody.
     """
-    data = _sealed(
-        {
-            "condemned": entry.condemned,
-            "fenced": entry.fenced,
-            "fold": None if entry.fold is None else encode_fold_ref(entry.fold),
-            "format": ENTRY_FORMAT,
-            "n": entry.number,
-            "packs": [[pack.name, pack.nbytes, pack.verifier] for pack in entry.packs],
-            "previous": entry.previous.hex(),
-            "principal": entry.principal,
-            "pushes": entry.pushes,
-            "refs": [[ref.model, ref.name, ref.kind, ref.old, ref.new] for ref in entry.refs],
-            "replaced": {old: list(new) for old, new in entry.replaced.items()},
-            "repository": entry.repository,
-            "time": entry.time,
-            "versions": [
-                [v.model, v.number, v.metadata, v.nbytes, v.digest.hex(), v.decoded_nbytes] for v in entry.versions
-            ],
-        }
-    )
+    data = _sealed(_plain(entry))
     if len(data) > MAX_ENTRY_NBYTES:
         raise LimitError(
             f"this commit is {len(data)} bytes long, and {MAX_ENTRY_NBYTES} are the limit: split it", kind="entry_limit"
         )
     return data
+
+
+def to_sign(entry: Entry) -> bytes:
+    """Return what the signature of an entry signs: the 32-byte digest of its line without the signature."""
+    return digest(Context.TO_SIGN, canonical.dumps(_plain(replace(entry, signature=None))))
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "condemned": entry.condemned,
+        "fenced": entry.fenced,
+        "fold": None if entry.fold is None else encode_fold_ref(entry.fold),
+        "format": ENTRY_FORMAT,
+        "n": entry.number,
+        "packs": [[pack.name, pack.nbytes, pack.verifier] for pack in entry.packs],
+        "previous": entry.previous.hex(),
+        "principal": entry.principal,
+        "pushes": entry.pushes,
+        "refs": [[ref.model, ref.name, ref.kind, ref.old, ref.new] for ref in entry.refs],
+        "replaced": {old: list(new) for old, new in entry.replaced.items()},
+        "repository": entry.repository,
+        "time": entry.time,
+        "versions": [
+            [v.model, v.number, v.metadata, v.nbytes, v.digest.hex(), v.decoded_nbytes] for v in entry.versions
+        ],
+    }
+    if entry.by:
+        value |= {"by": entry.by, "movers": entry.movers}
+    if entry.signers:
+        value["signers"] = [key.hex() for key in entry.signers]
+    if entry.audit:
+        value["audit"] = {name: found.hex() for name, found in entry.audit.items()}
+    if entry.signature is not None:
+        value["signature"] = {"key": entry.signature.key.hex(), "value": entry.signature.value.hex()}
+    return value
 
 
 def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes | None) -> Entry:
@@ -232,7 +277,7 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
     """
     what = f"entry {number}"
     value = _parse(data, what)
-    canonical.conform(value, _ENTRY, what=what)
+    canonical.conform(value, _ENTRY | {name: _WHERE_NEEDED[name] for name in _WHERE_NEEDED.keys() & value}, what=what)
     if value["n"] != number or value["repository"] != repository:
         raise CorruptionError(f"{what} belongs elsewhere", kind="bad_entry")
     follows = _hex(value["previous"], 32, what)
@@ -268,6 +313,26 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         parse_pack_name(name)
     for push in (*value["pushes"], *value["fenced"]):
         _hex(push, 16, what)
+    by, movers = tuple(value.get("by", ())), tuple(value.get("movers", ()))
+    if ("by" in value) != ("movers" in value) or (
+        "by" in value
+        and (
+            len(by) != len(value["pushes"])
+            or set(by) <= {value["principal"]}
+            or len(movers) != len(refs)
+            or any(at >= len(by) for at in movers)
+        )
+    ):
+        raise CorruptionError(f"{what} does not say who asked for each of its changes", kind="bad_entry")
+    audit = {name: _hex(text, 32, what) for name, text in value.get("audit", {}).items()}
+    for name in audit:
+        audit_number(name)
+    if "audit" in value and not audit:
+        raise CorruptionError(f"{what} vouches for no audit segment, but says that it does", kind="bad_entry")
+    signature = None
+    if "signature" in value:
+        parts = value["signature"]
+        signature = Signature(_hex(parts["key"], 32, what), _hex(parts["value"], 64, what))
     return Entry(
         repository=repository,
         number=number,
@@ -281,7 +346,12 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         fenced=tuple(map(PushId, value["fenced"])),
         pushes=tuple(map(PushId, value["pushes"])),
         principal=value["principal"],
+        by=by,
+        movers=movers,
         time=value["time"],
+        signers=decode_signers(value["signers"], what=what, kind="bad_entry") if "signers" in value else (),
+        signature=signature,
+        audit=audit,
     )
 
 

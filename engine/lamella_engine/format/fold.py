@@ -7,7 +7,7 @@ a key up reads one block for each level, and what a new fold writes grows with w
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -26,6 +26,7 @@ FOLD_FORMAT = 0
 BLOCK_NBYTES = 2 << 10
 MAX_BLOCK_NBYTES = 256 << 10
 MAX_HEIGHT = 16
+MAX_SIGNERS = 64
 
 _PACK_KEY = re.compile("packs/[0-9a-f]{32}-[0-9]{1,9}-[0-9a-f]{64}")
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -73,6 +74,8 @@ class FoldRoot:
     """Digest of entry ``number``."""
     tables: Mapping[str, BlockRef | None]
     """The top block of each table; None for an empty one."""
+    signers: tuple[bytes, ...] = ()
+    """Public keys, one of which must sign every entry after this one; empty if none need be signed."""
 
 
 Rows = list[tuple[str, Any]]
@@ -245,7 +248,9 @@ class FoldWriter:
         self._nbytes += len(block)
         return ref
 
-    def finish(self, *, repository: str, number: int, entry: bytes) -> tuple[str, list[bytes], int, bytes]:
+    def finish(
+        self, *, repository: str, number: int, entry: bytes, signers: Sequence[bytes] = ()
+    ) -> tuple[str, list[bytes], int, bytes]:
         """Return the fold's name, the parts of its object, where its root starts, and the root's digest."""
         root = canonical.dumps(
             {
@@ -258,6 +263,7 @@ class FoldWriter:
                     for table in TABLES
                 },
             }
+            | ({"signers": [key.hex() for key in signers]} if signers else {})
         )
         root_digest = digest(Context.FOLD, root)
         return fold_name(number, root_digest), [*self._blocks, root], self._nbytes, root_digest
@@ -282,6 +288,9 @@ def _present(rows: Iterable[tuple[str, Any]]) -> Rows:
 
 _ROOT = {"entry": str, "format": int, "n": int, "repository": str, "tables": dict.fromkeys(TABLES, object)}
 
+_WHERE_NEEDED: dict[str, Any] = {"signers": [str]}
+"""Fields that stand only in roots which they tell something of."""
+
 
 def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> FoldRoot:
     """Parse the root of the fold called ``name`` whose digest is ``expected``; raises CorruptionError."""
@@ -289,9 +298,11 @@ def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> F
     if digest(Context.FOLD, data) != expected or fold_name(fold_number(name), expected) != name:
         raise CorruptionError(f"{what} is not the one the log names", kind="bad_digest", object=name)
     value = canonical.loads(data, what=what)
-    if isinstance(value, dict) and value.get("format") != FOLD_FORMAT:
+    if not isinstance(value, dict):
+        raise CorruptionError(f"{what} is no root", kind="bad_field", object=name)
+    if value.get("format") != FOLD_FORMAT:
         raise UnsupportedFormatError(f"{what} has format {value.get('format')!r}: upgrade lamella")
-    canonical.conform(value, _ROOT, what=what)
+    canonical.conform(value, _ROOT | {name: _WHERE_NEEDED[name] for name in _WHERE_NEEDED.keys() & value}, what=what)
     if value["n"] != fold_number(name) or value["repository"] != repository:
         raise CorruptionError(f"{what} belongs elsewhere", kind="bad_fold", object=name)
     if _DIGEST.fullmatch(value["entry"]) is None:
@@ -303,7 +314,16 @@ def parse_root(data: bytes, *, name: str, expected: bytes, repository: str) -> F
             continue
         canonical.conform(top, (str, int, int, str, int), what=what)
         tables[table] = _child(top[:4], top[4], table, name)
-    return FoldRoot(repository, value["n"], bytes.fromhex(value["entry"]), tables)
+    signers = decode_signers(value["signers"], what=what, kind="bad_fold") if "signers" in value else ()
+    return FoldRoot(repository, value["n"], bytes.fromhex(value["entry"]), tables, signers)
+
+
+def decode_signers(value: Sequence[str], *, what: str, kind: str) -> tuple[bytes, ...]:
+    """Parse the public keys that may sign entries; raises CorruptionError of this kind."""
+    ordered = all(a < b for a, b in pairwise(value))
+    if not (0 < len(value) <= MAX_SIGNERS and ordered and all(map(_DIGEST.fullmatch, value))):
+        raise CorruptionError(f"{what} lists signers that cannot be", kind=kind)
+    return tuple(map(bytes.fromhex, value))
 
 
 def _child(value: Any, height: int, table: str, parent: str) -> BlockRef:

@@ -37,6 +37,17 @@ def session_name(push: PushId, beat: int) -> str:
     return f"sessions/{push}-{beat}"
 
 
+def audit_name(server: str, number: int) -> str:
+    """Return the name of audit segment ``number`` (from 0) of a server process, 16 hex digits."""
+    return f"audit/{server}-{number:09d}"
+
+
+def audit_number(name: str) -> tuple[str, int]:
+    """Return the server process and the number of an audit segment; raises CorruptionError."""
+    found = _match(r"audit/([0-9a-f]{16})-([0-9]{9})", name)
+    return found[1], int(found[2])
+
+
 def metadata_name(version: VersionId, push: PushId, attempt: int) -> str:
     """Return the name of a version's metadata object, written for try ``attempt`` of a push's commit."""
     return f"meta/{version}-{push}-{attempt}"
@@ -44,7 +55,15 @@ def metadata_name(version: VersionId, push: PushId, attempt: int) -> str:
 
 def metadata_version(name: str) -> VersionId:
     """Return the version that a metadata object describes."""
-    return VersionId(_match(r"meta/([0-9a-f]{64})-[0-9a-f]{32}-[0-9]{1,9}", name)[1])
+    return VersionId(_match(_METADATA, name)[1])
+
+
+def metadata_push(name: str) -> PushId:
+    """Return the push that wrote a metadata object."""
+    return PushId(_match(_METADATA, name)[2])
+
+
+_METADATA = r"meta/([0-9a-f]{64})-([0-9a-f]{32})-[0-9]{1,9}"
 
 
 @dataclass(frozen=True, slots=True)

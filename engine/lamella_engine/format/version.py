@@ -220,6 +220,14 @@ def encode_metadata(description: bytes, locator: Locator) -> bytes:
     return data
 
 
+def decode_description(line: bytes, *, expected: VersionId) -> Description:
+    """Parse and check the description of version ``expected``; raises CorruptionError."""
+    what = f"the metadata of version {expected[:12]}"
+    if version_id(line) != expected:
+        raise CorruptionError(f"{what} describes another version", kind="bad_digest")
+    return _description(canonical.loads(line, what=what), what)
+
+
 def decode_metadata(data: bytes, *, expected: VersionId) -> tuple[Description, Locator]:
     """Parse and check the metadata object of version ``expected``.
 
@@ -229,9 +237,7 @@ def decode_metadata(data: bytes, *, expected: VersionId) -> tuple[Description, L
     lines = data.split(b"\n", 3)
     if len(lines) != 3 or lines[2]:
         raise CorruptionError(f"{what} is not two lines", kind="bad_metadata")
-    if version_id(lines[0]) != expected:
-        raise CorruptionError(f"{what} describes another version", kind="bad_digest")
-    description = _description(canonical.loads(lines[0], what=what), what)
+    description = decode_description(lines[0], expected=expected)
     return description, _locator(canonical.loads(lines[1], what=what), description, what)
 
 

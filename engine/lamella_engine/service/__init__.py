@@ -1,0 +1,1 @@
+"""The server: what each rpc does, for whom, and the process that answers."""

@@ -1,0 +1,357 @@
+"""Pushes under way: what a server remembers between the calls of one, so that each can be repeated."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from lamella_engine import codecs
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.push import PackedPush
+from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
+from lamella_engine.errors import (
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    LamellaError,
+    LimitError,
+    NotFoundError,
+    OutcomeUnknownError,
+    PermissionDeniedError,
+    StorageError,
+)
+from lamella_engine.format.version import Description
+from lamella_engine.model import Cell, ChunkId, PushId, VersionId
+from lamella_engine.sketches import Sketch
+from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
+
+IDLE_S = 600.0
+"""A session that nobody calls for so long is given up."""
+
+MAX_SESSIONS = 512
+"""Sessions at a time; each takes little until it writes. One principal may have a quarter of them."""
+
+RECORDED_KEPT = 64
+"""Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
+
+# What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
+_BATCH_NBYTES = 4 << 20
+
+FILLED_NBYTES = 256 << 20
+"""What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
+
+MAX_PLANNED = 1 << 21
+"""Cells of one push: 8 TB of weights. A server remembers some hundred bytes of each until the push ends."""
+
+# Batches of a plan whose answers are kept, in case a reply was lost.
+_ANSWERS_KEPT = 64
+
+_SOME_CELL = Cell(None, 0)
+
+# How long a batch of a plan waits for those before it, which travel at the same time.
+_ORDER_PATIENCE_S = 30.0
+
+
+class Session:
+    """One push. Safe for several threads: its calls take turns.
+
+    Parameters
+    ----------
+    store
+        The repository.
+    push
+        What is pushed there.
+    owner
+        Name of the principal whose push it is.
+    crowded
+        Tells whether all pushes together hold too much.
+    """
+
+    def __init__(self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool]) -> None:
+        self.push = push
+        self.owner = owner
+        self.used = time.monotonic()
+        self.recorded: Recorded | None = None
+        """The version, once it is committed."""
+        self.over = False
+        """Whether it was given up, or what is stored of it is not known any more: then all has to come again."""
+        self._may_be_recorded = False
+        self._crowded = crowded
+        self._store = store
+        self._turn = threading.Condition(threading.RLock())
+        self._planned = 0
+        self._answers: OrderedDict[int, tuple[int, list[Missing | None]]] = OrderedDict()
+        """For each batch by its first cell: a hash of it, and what was said. Whoever finds another batch of that hash
+        is told what is wrong for their own push, no more."""
+        self._untried: dict[ChunkId, Missing] = {}
+        """What was offered a base, and has not been stored."""
+        self._parser = RecordParser()
+        self._received = self._taken = 0
+        self._batch: list[tuple[Blob, int]] = []
+        self._stream: object = None
+        """The newest of them."""
+
+    @contextmanager
+    def _our_turn(self) -> Iterator[None]:
+        with self._turn:
+            self._check_it_runs()
+            self.used = time.monotonic()
+            yield
+
+    def _check_it_runs(self) -> None:
+        if self.over:  # since this call found it
+            raise _no_session(self.push.id)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Take records in this block, from the position that it is given on.
+
+        What came and was not taken is forgotten when it ends: held for each push that stopped half-way, it would fill
+        the memory. But not if the client has begun another stream meanwhile, which goes on from there.
+        """
+        stream = object()
+        with self._our_turn():
+            self._rewind()
+            self._stream = stream
+            taken = self._taken
+        try:
+            yield taken
+        finally:
+            with self._turn:
+                if self._stream is stream:
+                    self._rewind()
+
+    def rewind(self) -> int:
+        """Forget what came of a stream but was not taken; return the position from which on it has to come again."""
+        with self._our_turn():
+            self._rewind()
+            return self._taken
+
+    def _rewind(self) -> None:
+        self._parser = RecordParser()
+        self._batch.clear()
+        self._received = self._taken
+
+    def consider(self, sketch: Sketch) -> None:
+        """Let bases be chosen by a sketch of what is pushed, as long as nothing has been planned."""
+        with self._our_turn():
+            if not self._planned:  # else a repeated call
+                self.push.consider(sketch)
+
+    def plan(self, first: int, cells: Sequence[Planned]) -> list[Missing | None]:
+        """Return what the store says of ``cells``, the first of which has number ``first`` in this push."""
+        with self._our_turn():
+            asked = hash(tuple(cells))
+            known = self._answers.get(first)
+            if known is not None and known[0] == asked:
+                return known[1]
+            self._turn.wait_for(lambda: self.over or self._planned >= first, _ORDER_PATIENCE_S)
+            self._check_it_runs()
+            if self.recorded is not None:
+                raise InvalidInputError("this push has been recorded: begin another", kind="push_over")
+            if self._planned != first:
+                raise InvalidInputError(
+                    f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
+                )
+            if first + len(cells) > MAX_PLANNED:
+                raise LimitError(f"a push has at most {MAX_PLANNED} cells here: push less at a time", kind="push_limit")
+            try:
+                # Names of tensors, which may be long and name nothing, are not kept: nobody asks for them again.
+                answers = [found and found._replace(cell=_SOME_CELL) for found in self.push.plan(cells)]
+            except LamellaError:  # nobody knows how many of these cells the push takes for planned
+                self.over = True
+                raise
+            self._untried.update((found.chunk, found) for found in answers if found is not None and found.base)
+            self._planned += len(cells)
+            self._answers[first] = asked, answers
+            if len(self._answers) > _ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+            self._turn.notify_all()
+            return answers
+
+    def receive(self, position: int, data: memoryview) -> int | None:
+        """Take bytes of records; return up to where they have been stored, if that has changed."""
+        with self._our_turn():
+            before = self._taken
+            if position > self._received:
+                raise InvalidInputError(f"bytes {self._received} to {position} of this push never came", kind="gap")
+            data = data[self._received - position :]
+            self._parser.feed(data)
+            self._received += data.nbytes
+            while (record := self._record()) is not None:
+                self._batch.append(record)
+                if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
+                    self._store_batch()
+            return None if self._taken == before else self._taken
+
+    def _record(self) -> tuple[Blob, int] | None:
+        try:
+            return self._parser.record()
+        except CorruptionError as error:  # nothing that is stored is damaged
+            if error.kind == "changed_on_its_way":
+                raise StorageError(error.message, kind=error.kind, transient=True) from None
+            raise InvalidInputError(error.message, kind=error.kind) from None
+
+    def flush(self) -> int:
+        """Store all that has come whole; return up to where."""
+        with self._our_turn():
+            self._store_batch()
+            return self._taken
+
+    def _store_batch(self, *, last: bool = False) -> None:
+        batch: dict[ChunkId, tuple[Blob, int]] = {}
+        for item in self._batch:  # what came twice is not decoded twice, however little it takes to say it again
+            batch.setdefault(item[0].chunk, item)
+        self._batch.clear()
+        end = self._received - self._parser.waiting_nbytes
+        try:
+            self.push.write(list(self._store.executor.map(self._against_base, batch.values())))
+            if last:
+                self.push.finish()
+            elif self._crowded():
+                self.push.seal()
+        except LamellaError as error:
+            self._rewind()
+            self.over = isinstance(error, StorageError)  # nobody knows which blobs are stored
+            raise
+        for chunk in batch:
+            self._untried.pop(chunk, None)
+        self._taken = end
+
+    def _against_base(self, item: tuple[Blob, int]) -> Blob:
+        """Return a blob that was sent in full as a delta, if its sender could not make one and it is smaller."""
+        blob, flags = item
+        missing = self._untried.get(blob.chunk)
+        if blob.base is not None or flags & TRIED_BASE or missing is None:
+            return blob
+        chunk = bytearray(blob.decoded_nbytes)
+        try:
+            decode_chain([blob], memoryview(chunk), check=True)
+            base = self.push.base(missing)
+        except CorruptionError:  # the store will say of the blob what is wrong with it; without a base it is as good
+            return blob
+        floating = bool(flags & FLOATING)
+        if not codecs.fits(len(base), len(chunk), floating=floating):
+            return blob
+        encoded = codecs.encode(chunk, width=blob.width, floating=floating, base=base)
+        if encoded.against is not codecs.Against.BASE or len(encoded.payload) >= len(blob.payload):
+            return blob
+        return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
+
+    def commit(self, description: Description) -> Recorded:
+        """Record the version; a repeated call returns it again."""
+        with self._our_turn():
+            if self.recorded is None:
+                self._store_batch(last=True)
+                before, self._may_be_recorded = self._may_be_recorded, True
+                try:
+                    self.recorded = self.push.commit(description)
+                except (ConflictError, InvalidInputError):  # of others nobody knows what they left, then or before
+                    self._may_be_recorded = before
+                    raise
+                except StorageError as error:
+                    if before:  # this commit failed, and the one before it may still land
+                        raise OutcomeUnknownError(error.message, push_id=self.push.id) from error
+                    self._may_be_recorded = False
+                    self.over = not error.transient  # one that was sent before, and comes late, finds nothing to commit
+                    raise
+            return self.recorded
+
+    def abandon(self) -> None:
+        """Give up, unless it has been committed, or may have been; calls that wait for their turn find it gone."""
+        with self._turn:
+            if not self._may_be_recorded:
+                self.over = True
+                self._turn.notify_all()
+                self.push.abandon()
+
+
+class Sessions:
+    """The pushes of one server process. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[tuple[PackedStore, PushId], Session] = {}
+        self._lock = threading.Lock()
+
+    def begin(
+        self,
+        store: PackedStore,
+        owner: str,
+        push_id: PushId,
+        *,
+        model: str,
+        branch: str,
+        parent: VersionId | None,
+        again: bool,
+    ) -> tuple[Session, int]:
+        """Start a push or find it started; return it, and the position from which on records have to come.
+
+        Raises what ``ContentStore.begin`` does, and LimitError for one too many.
+        """
+        self.sweep()
+        with self._lock:
+            session = self._sessions.get((store, push_id))
+            if session is None:
+                self._check_room(owner)
+        if session is not None:
+            self._check_owner(session, owner)
+            if (session.push.model, session.push.branch) != (model, branch):
+                raise InvalidInputError(f"push {push_id} goes to another branch", kind="push_reused")
+            if not (again or session.over):
+                return session, session.rewind()
+            self.end(store, push_id)
+            session.abandon()
+        # What this session writes has names of its own: the same push may be under way at another server.
+        push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
+        with self._lock:
+            return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
+
+    def _check_room(self, owner: str) -> None:
+        recorded = [key for key, session in self._sessions.items() if session.recorded is not None]
+        for key in recorded[:-RECORDED_KEPT]:
+            del self._sessions[key]
+        owners = [session.owner for session in self._sessions.values() if session.recorded is None]
+        if len(owners) >= MAX_SESSIONS or owners.count(owner) >= MAX_SESSIONS // 4:
+            raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
+
+    def _crowded(self) -> bool:
+        with self._lock:
+            return sum(session.push.filled_nbytes for session in self._sessions.values()) > FILLED_NBYTES
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._sessions)
+
+    def get(self, store: PackedStore, owner: str, push_id: PushId) -> Session:
+        """Return a push that was begun; raises NotFoundError (``no_session``)."""
+        with self._lock:
+            session = self._sessions.get((store, push_id))
+        if session is None or session.over:
+            raise _no_session(push_id)
+        self._check_owner(session, owner)
+        return session
+
+    def end(self, store: PackedStore, push_id: PushId) -> None:
+        """Forget a push."""
+        with self._lock:
+            self._sessions.pop((store, push_id), None)
+
+    def sweep(self, idle_s: float = IDLE_S) -> None:
+        """Give up what nobody has called for ``idle_s`` seconds."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [key for key, session in self._sessions.items() if now - session.used >= idle_s]
+            given_up = [self._sessions.pop(key) for key in idle]
+        for session in given_up:
+            session.abandon()
+
+    def _check_owner(self, session: Session, owner: str) -> None:
+        if session.owner != owner:
+            raise PermissionDeniedError("this push is somebody else's", kind="not_allowed")
+
+
+def _no_session(push_id: PushId) -> NotFoundError:
+    return NotFoundError(f"push {push_id} is not known here: begin it again", kind="no_session", push_id=push_id)
