@@ -204,7 +204,7 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
         _stores[repo] = store
-        finalize(repo, _left.append, name)
+        finalize(remote, _left.append, name)  # versions hold it, and may outlive the repository
         return repo
 
     def new_repository(

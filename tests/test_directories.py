@@ -308,9 +308,9 @@ def test_a_version_that_lists_a_chunk_as_longer_than_it_is_is_not_recorded():
         ((chunk, nbytes),) = item.chunks
         return real(**{**fields, "attachments": (replace(item, chunks=((chunk, nbytes + 1),)),)})
 
-    with patch.object(pushing, "Description", description), pytest.raises(lamella.CorruptionError) as caught:
+    with patch.object(pushing, "Description", description), pytest.raises(InvalidInputError) as caught:
         repo.push(TENSORS, "m@main", files={"a": b"short"})
-    assert caught.value.kind == "bad_length"
+    assert caught.value.kind == "wrong_description"
     assert repo.models() == []
 
 

@@ -25,7 +25,7 @@ from support import bits, noise
 import lamella
 from lamella_engine import maintenance
 from lamella_engine.content_store.acting import new_push_id
-from lamella_engine.content_store.packs import StoredBlob
+from lamella_engine.content_store.state import State
 from lamella_engine.errors import ConflictError, LamellaError
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.version import AttachmentPages, decode_description, encode_description, version_id
@@ -305,12 +305,12 @@ def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.M
     begun, ended = threading.Event(), threading.Event()
     outlived = []
 
-    def endless(self: maintenance._Checker, blobs: list[StoredBlob]) -> None:
+    def endless(self: maintenance._Checker, state: State) -> Iterator[None]:
         begun.set()
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            self._go_on()
-        outlived.append(blobs)
+            yield
+        outlived.append(state)
 
     observed: list[Answered] = []
 
@@ -322,7 +322,7 @@ def test_a_verification_ends_with_its_call(tmp_path: Path, monkeypatch: pytest.M
     with serving(tmp_path, observe=observe) as server, WireClient(server.address) as client:
         with lamella.init(f"grpc://{server.address}/r") as repo:
             repo.push(BASE, "m@main")
-        monkeypatch.setattr(maintenance._Checker, "_blobs", endless)
+        monkeypatch.setattr(maintenance._Checker, "packs", endless)
         stream = client.channel.unary_stream(METHODS["Jobs.Verify"].path)
         call = stream(pb.VerifyRequest(repository="r").SerializeToString(), timeout=60)
         assert begun.wait(60)
