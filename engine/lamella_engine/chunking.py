@@ -3,9 +3,10 @@
 Because ranks, files and callers' own chunks have no say, the same tensor has the same chunk ids wherever it comes from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 # Longest cell in elements and in bytes. 1 Mi elements is where a delta stops gaining from more context (256 Ki costs
@@ -98,6 +99,25 @@ class Grid:
     def regions(self) -> Iterator[Region]:
         """Yield the place of every cell in order; their byte runs follow one another without a hole."""
         return (self.region(index) for index in range(self.cell_count))
+
+    def cells_in(self, box: Sequence[tuple[int, int]]) -> Iterator[int]:
+        """Yield the indexes, ascending, of the cells that hold any element of a box.
+
+        ``box`` has (first, stop) for each axis, within the shape.
+        """
+        if not self.cell_count or any(first >= stop for first, stop in box):
+            return
+        if not self.shape:
+            yield 0
+            return
+        per_row = -(-self.shape[self.axis] // self.length)
+        first, stop = box[self.axis]
+        columns = range(first // self.length, (stop - 1) // self.length + 1)
+        for leading in product(*(range(*span) for span in box[: self.axis])):
+            row = 0
+            for at, length in zip(leading, self.shape, strict=False):
+                row = row * length + at
+            yield from range(row * per_row + columns.start, row * per_row + columns.stop)
 
     def cells_between(self, start: int, stop: int) -> range:
         """Return the indexes of the cells that hold any of the tensor's bytes ``start`` to ``stop`` (half-open)."""

@@ -6,7 +6,8 @@ is a guess, from names, shapes and a few elements: a wrong one costs time, never
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 
 import numpy as np
 
@@ -36,6 +37,11 @@ _CASTS = {
 Read = Callable[[TensorSpec, Region], Buffer]
 
 
+def moments(structure: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """Find those companions that names alone tell: Adam's second moments, of the first ones."""
+    return _paired(structure, _moments({spec.name: spec for spec in structure}))
+
+
 def companions(structure: Sequence[TensorSpec], read: Read) -> dict[str, TensorSpec]:
     """Find companions.
 
@@ -53,15 +59,55 @@ def companions(structure: Sequence[TensorSpec], read: Read) -> dict[str, TensorS
         Name of a tensor -> its companion, which has none itself and the same cells.
     """
     specs = {spec.name: spec for spec in structure}
+    return _paired(structure, (*_moments(specs), *_casts(structure, read)))
+
+
+def _paired(structure: Sequence[TensorSpec], pairs: Iterable[tuple[str, TensorSpec]]) -> dict[str, TensorSpec]:
+    """Return those of ``pairs``, followers and companions, that can all be."""
+    specs = {spec.name: spec for spec in structure}
     found: dict[str, TensorSpec] = {}
     followers: defaultdict[str, int] = defaultdict(int)
-    for follower, companion in (*_moments(specs), *_casts(structure, read)):
+    for follower, companion in pairs:
         if follower in found or companion.name in found or followers[follower] or follower == companion.name:
             continue
         if followers[companion.name] < MOST_FOLLOWERS and _same_cells(specs[follower], companion):
             found[follower] = companion
             followers[companion.name] += 1
     return found
+
+
+def in_order(
+    structure: Sequence[TensorSpec],
+    companion_of: Mapping[str, TensorSpec],
+    numbers: Callable[[TensorSpec], Iterable[int]],
+) -> Iterator[tuple[TensorSpec, int, bool]]:
+    """Yield cells in the order in which they are stored: by tensor, but what has a companion right behind its cells.
+
+    Parameters
+    ----------
+    structure
+        The tensors, by name.
+    companion_of
+        What :func:`companions` found.
+    numbers
+        The cells of a tensor that are wanted, ascending.
+
+    Yields
+    ------
+    tensor, number of its cell, and whether the last cell that did not follow another one is its companion
+    """
+    followers: defaultdict[str, list[TensorSpec]] = defaultdict(list)
+    for spec in structure:
+        if spec.name in companion_of:
+            followers[companion_of[spec.name].name].append(spec)
+    for spec in structure:
+        if spec.name in companion_of:
+            continue
+        family = (spec, *followers[spec.name])
+        last = -1
+        for number, place in merge(*([(number, at) for number in numbers(each)] for at, each in enumerate(family))):
+            last = last if place else number
+            yield family[place], number, bool(place) and last == number
 
 
 def _moments(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:

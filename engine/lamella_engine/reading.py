@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import product, tee
+from itertools import tee
 from math import prod
 from typing import TypeAlias, TypeVar
 
@@ -231,16 +231,7 @@ class Reader:
             return data
         out = np.frombuffer(data, np.uint8).reshape((*shape, itemsize))
         grid = spec.grid
-        if not spec.shape:
-            numbers: Iterable[int] = [0]
-        else:
-            per_row = -(-spec.shape[grid.axis] // grid.length)
-            cut = ranges[grid.axis]
-            columns = range(cut[0] // grid.length, cut[-1] // grid.length + 1)
-            numbers = (
-                int(np.ravel_multi_index(leading, spec.shape[: grid.axis]) if leading else 0) * per_row + column
-                for *leading, column in product(*ranges[: grid.axis], columns)
-            )
+        numbers = grid.cells_in([(wanted.start, wanted.stop) for wanted in ranges])
         cells = (Cell(spec.name, number) for number in numbers)
         for cell, cell_bytes in self.stream(version, cells):
             place = grid.region(cell.number).slices

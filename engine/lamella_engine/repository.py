@@ -1,6 +1,6 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,11 +21,13 @@ from lamella_engine.format import canonical
 from lamella_engine.heads import Head, Pin
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
-from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
+from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, TensorSpec, VersionId
 from lamella_engine.objects import open_objects
+from lamella_engine.parts import Assignment, Exchange, Part, SharedPush, store_part
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.remote.place import SCHEMES
+from lamella_engine.sharding import Box
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
@@ -161,6 +163,65 @@ class Repository:
         notes = _notes(message, metrics, recipe)
         base = None if parent is None else self._store.resolve(parent)
         return Transaction(self._reader, self._executor, notes, lambda: self._begin(model, branch, base))
+
+    def shared_push(
+        self,
+        target: str,
+        structure: Sequence[TensorSpec],
+        holdings: Mapping[str, Sequence[tuple[Box, int]]],
+        workers: int,
+        *,
+        parent: str | None = None,
+    ) -> SharedPush:
+        """Begin a push of tensors that lie with several workers; ``lamella.torch.LamellaWriter`` is made of it.
+
+        Parameters
+        ----------
+        target, parent
+            As :meth:`push` takes them.
+        structure, holdings, workers
+            The tensors, where their boxes lie, and how many workers there are: see
+            :func:`lamella_engine.sharding.share_out`.
+
+        Raises
+        ------
+        InvalidInputError
+            Boxes do not make their tensor (``bad_shards``).
+        ConflictError
+            The branch is not where it was expected.
+        """
+        model, branch = parse_target(target)
+        return SharedPush(
+            self._store,
+            self._executor,
+            model=model,
+            branch=branch,
+            parent=None if parent is None else self._store.resolve(parent),
+            structure=structure,
+            holdings=holdings,
+            workers=workers,
+        )
+
+    def store_part(
+        self, assignment: Assignment, held: Callable[[], Iterable[tuple[str, Box, object]]], exchange: Exchange
+    ) -> Part:
+        """Store what one worker of a shared push has; see :func:`lamella_engine.parts.store_part`."""
+        return store_part(self._store, self._executor, assignment, held, exchange)
+
+    def record(
+        self,
+        shared: SharedPush,
+        parts: Sequence[Part],
+        *,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        recipe: Any = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Version:
+        """End a shared push: record what its workers have stored as a version, and raise as :meth:`push` does."""
+        attached = _attachments(files)
+        check_files(attached, has_tensors=True)
+        return Version(shared.commit(parts, _notes(message, metrics, recipe), files=attached), self._reader)
 
     def _begin(self, model: str, branch: str, parent: VersionId | None) -> Push:
         return self._store.begin(model, branch, parent=parent, push_id=new_push_id())

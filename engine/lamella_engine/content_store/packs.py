@@ -261,7 +261,7 @@ class PackWriter:
     def add(self, blob: Blob, *, base: StoredBlob | ChunkId | None) -> None:
         """Append a blob whose base, for a delta, is a copy in an earlier pack, or one of the blobs added last."""
         if self._nbytes >= PACK_NBYTES or len(self._rows) == PACK_BLOBS or len(self._base_packs) == MAX_BASE_PACKS:
-            self._close_pack()
+            self.close_pack()
         if isinstance(base, bytes):
             number, row = self._latest[base]
             base = StoredBlob("" if number == len(self.written) else list(self.written)[number], row)
@@ -292,17 +292,16 @@ class PackWriter:
         """Bytes held of the pack that is being filled."""
         return self._nbytes
 
-    def seal(self) -> None:
-        """Take the pack that is being filled for full. Raises what writing the one before raised."""
-        self._close_pack()
-
     def finish(self) -> None:
         """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
-        self._close_pack()
+        self.close_pack()
         self.wait()
 
-    def _close_pack(self) -> None:
-        """Start writing the pack that is being filled, if it holds anything. Waits for the one before."""
+    def close_pack(self) -> None:
+        """Start writing the pack that is being filled, if it holds anything. Waits for the one before.
+
+        Raises what writing that one raised.
+        """
         if not self._rows:
             return
         index = encode_pack_index(self._rows)

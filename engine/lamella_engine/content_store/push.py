@@ -16,12 +16,12 @@ from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
 from lamella_engine.content_store.state import Ref, State
-from lamella_engine.errors import AlreadyExistsError, ConflictError, InvalidInputError, LamellaError
+from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.executor import Executor
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
 from lamella_engine.format.entry import VERIFIED_BY_STORE, PackAdded, RefChange, VersionAdded
-from lamella_engine.format.names import metadata_name, session_name
+from lamella_engine.format.names import metadata_name, parse_pack_name, session_name
 from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
 from lamella_engine.model import Buffer, ChunkId, PushId, VersionId
 from lamella_engine.objects import Objects
@@ -100,6 +100,10 @@ class PackedPush:
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._intake = Intake(self._bases, context.executor)
+        self._joined: dict[str, PackRef] = {}
+        """The packs that parts have written, by name."""
+        self._handed_over = False
+        """Whether what is written belongs to another push."""
         self._next_beat = time.monotonic() + HEARTBEAT_S
         self._beats = 0
         self._attempt = 0
@@ -147,9 +151,9 @@ class PackedPush:
         """Bytes held of the pack that is being filled."""
         return self._writer.filled_nbytes
 
-    def seal(self) -> None:
+    def close_pack(self) -> None:
         """Take the pack that is being filled for full: its memory is wanted for something else."""
-        self._writer.seal()
+        self._writer.close_pack()
 
     def finish(self) -> None:
         """Return when all packs are written, as :meth:`commit` does first."""
@@ -165,30 +169,64 @@ class PackedPush:
         self._beats += 1
         self._next_beat = time.monotonic() + HEARTBEAT_S
 
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def part(self) -> bytes:
+        """See :class:`~lamella_engine.content_store.seam.Push`. Names packs: those written, and those found live."""
+        self._check_complete()
+        self.finish()
+        self._handed_over = True
+        written = self._written
+        return canonical.dumps(
+            {
+                "written": [[ref.name, ref.nbytes, ref.index_nbytes] for ref in written.values()],
+                "live": sorted({name for name in self._packs.values() if name not in written}),
+            }
+        )
+
+    def join(self, part: bytes) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        written, live = _parse_part(part)
+        self._store.packs.learn(written)
+        for ref in written:
+            self._joined[ref.name] = ref
+            self._packs.update(dict.fromkeys(self._store.packs.index(ref.name).chunks, ref.name))
+        self._store.log.refresh()  # the part may have found what was recorded since this push began
+        for name in live:
+            for chunk in self._store.packs.index(name).chunks:
+                self._packs.setdefault(chunk, name)
+
+    @property
+    def _written(self) -> dict[str, PackRef]:
+        """The packs of this push and its parts, by name."""
+        return self._joined | self._writer.written
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
     def restart(self, error: LamellaError) -> bool:
         """See :class:`~lamella_engine.content_store.seam.Push`. What this push knows lives as long as itself."""
         return False
 
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
+        if self._handed_over:
+            return
         with suppress(LamellaError):
             self._writer.wait()
         for name in self._writer.written:
             with suppress(LamellaError):
                 self._store.objects.delete(name)
 
-    # -- commit -------------------------------------------------------------------------------------------------------
-
     def commit(self, description: Description) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        if self._intake.outstanding:
-            raise InvalidInputError(f"{self._intake.outstanding} chunks were never written", kind="incomplete_push")
+        self._check_complete()
         if (description.model, description.push) != (self.model, self.id):
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
         self.finish()
-        self._store.packs.learn(self._writer.written.values())
+        written = self._written
+        self._store.packs.learn(written.values())
         data = encode_description(description)
         located = locate(description, self._pack_of, self._store.packs, self._store.reader)
         equal: list[VersionAdded] = []
@@ -216,9 +254,7 @@ class PackedPush:
             return Change(
                 refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
                 versions=(version,),
-                packs=tuple(
-                    PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in self._writer.written.values()
-                ),
+                packs=tuple(PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in written.values()),
                 objects=((version.metadata, metadata),),
             )
 
@@ -233,10 +269,14 @@ class PackedPush:
         # Another call with this push id has committed it.
         return self._store.reader.open(version_id(data)).recorded
 
+    def _check_complete(self) -> None:
+        if self._intake.outstanding:
+            raise InvalidInputError(f"{self._intake.outstanding} chunks were never written", kind="incomplete_push")
+
     def _tell_index(self) -> None:
         """Tell the chunk index of this push's packs. It is derived, so nothing that happens here can fail the push."""
         try:
-            for name in self._writer.written:
+            for name in self._written:
                 self._store.index.add(name, self._store.packs.index(name).chunks)
         except LamellaError as error:
             logger.warning("a pack is not known to the chunk index yet: %s", error)
@@ -274,8 +314,9 @@ class PackedPush:
         return row if same else None
 
     def _check_live(self, state: State, packs: Iterable[PackRef]) -> None:
+        written = self._written
         for pack in packs:
-            if pack.name not in self._writer.written and not serves_all(state, pack.name):
+            if pack.name not in written and not serves_all(state, pack.name):
                 raise ConflictError(
                     f"{pack.name}, which this version stands on, was condemned while the push ran: push again",
                     kind="pack_not_live",
@@ -298,6 +339,19 @@ class PackedPush:
                 f"the version names chunk {chunk.hex()[:12]}, which was never planned", kind="unplanned_chunk"
             )
         return pack
+
+
+def _parse_part(part: bytes) -> tuple[list[PackRef], list[str]]:
+    """Return the packs that a part has written, and the names of those that it found live; raises InvalidInputError."""
+    try:
+        fields = canonical.loads(part, what="a part of a push")
+        written = [PackRef(str(name), int(nbytes), int(index_nbytes)) for name, nbytes, index_nbytes in fields["written"]]
+        live = [str(name) for name in fields["live"]]
+        for name in (*live, *(ref.name for ref in written)):
+            parse_pack_name(name)
+    except (CorruptionError, LookupError, TypeError, ValueError) as error:
+        raise InvalidInputError("this is no part of a push to this repository", kind="bad_part") from error
+    return written, live
 
 
 def _chunk_of(base: StoredBlob | ChunkId | None) -> ChunkId | None:

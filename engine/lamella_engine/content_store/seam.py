@@ -215,6 +215,21 @@ class Push(Protocol):
         failed call wrote is harmless.
         """
 
+    def part(self) -> bytes:
+        """End as a part of another push to the same branch, and return what :meth:`join` of that one takes.
+
+        For checkpoints that several processes hold: each stores its cells by a push of its own, and one of them records
+        the version. What was written is that push's from now on: nothing but a collection of garbage removes it.
+        Repeating it is safe. Raises InvalidInputError if a chunk that was called missing was not written.
+        """
+
+    def join(self, part: bytes) -> None:
+        """Have everything that a part stored, or found live, count as planned and written here.
+
+        ``part`` is what :meth:`part` of a push to this store returned. Repeating it is safe. Raises InvalidInputError
+        (``bad_part``) for anything else.
+        """
+
     def restart(self, error: LamellaError) -> bool:
         """Begin anew after an error, with the same id and parents, if that makes sense; say whether it did.
 

@@ -28,7 +28,8 @@ UNARY_S, STREAM_S = 60.0, 7200.0
 """Deadlines of calls. A peer that is gone is found by keepalive, much sooner."""
 
 # Others: the server may do these for as long as it lets any call last; and nobody waits for what only tidies up.
-_DEADLINES_S = dict.fromkeys(("Pushes.Commit", "Repositories.Stats"), 600.0) | {"Pushes.Abandon": 5.0}
+_LONG = ("Pushes.Commit", "Pushes.Part", "Pushes.Join", "Repositories.Stats")
+_DEADLINES_S = dict.fromkeys(_LONG, 600.0) | {"Pushes.Abandon": 5.0}
 
 _OPTIONS = (
     *CHANNEL_OPTIONS,

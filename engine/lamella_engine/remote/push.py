@@ -206,6 +206,17 @@ class RemotePush:
                     raise
         raise self._unknown()
 
+    def part(self) -> bytes:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        with _losing():
+            part: bytes = self._channel.call("Pushes.Part", self._push()).part
+        return part
+
+    def join(self, part: bytes) -> None:
+        """See :class:`~lamella_engine.content_store.seam.Push`."""
+        with _losing():
+            self._channel.call("Pushes.Join", pb.JoinRequest(repository=self._repository, push=self.id, part=part))
+
     def _checked(self, reply: pb.Version, id: VersionId) -> Recorded:
         """Return what was recorded: this version, or, if that was equal, the one that it follows."""
         recorded = decode_version(reply)

@@ -327,6 +327,22 @@ class CommitRequest(_message.Message):
     description: bytes
     def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ..., description: _Optional[bytes] = ...) -> None: ...
 
+class PartReply(_message.Message):
+    __slots__ = ("part",)
+    PART_FIELD_NUMBER: _ClassVar[int]
+    part: bytes
+    def __init__(self, part: _Optional[bytes] = ...) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("repository", "push", "part")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    push: str
+    part: bytes
+    def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ..., part: _Optional[bytes] = ...) -> None: ...
+
 class OutcomeReply(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]

@@ -52,6 +52,8 @@ POLICY: Mapping[str, Verb] = MappingProxyType(
         "Pushes.Plan": Verb.PUSH,
         "Pushes.Write": Verb.PUSH,
         "Pushes.Commit": Verb.PUSH,
+        "Pushes.Part": Verb.PUSH,
+        "Pushes.Join": Verb.PUSH,
         "Pushes.Outcome": Verb.PUSH,
         "Pushes.Abandon": Verb.PUSH,
         "Jobs.Diff": Verb.READ,

@@ -212,7 +212,7 @@ class Session:
             if last:
                 self.push.finish()
             elif self._crowded():
-                self.push.seal()
+                self.push.close_pack()
         except LamellaError as error:
             self._rewind()
             self.over = isinstance(error, StorageError)  # nobody knows which blobs are stored
@@ -259,6 +259,17 @@ class Session:
                     self.over = not error.transient  # one that was sent before, and comes late, finds nothing to commit
                     raise
             return self.recorded
+
+    def part(self) -> bytes:
+        """End as a part of another push; a repeated call returns the same again."""
+        with self._our_turn():
+            self._store_batch(last=True)
+            return self.push.part()
+
+    def join(self, part: bytes) -> None:
+        """Take what a part has stored for planned and written."""
+        with self._our_turn():
+            self.push.join(part)
 
     def abandon(self) -> None:
         """Give up, unless it has been committed, or may have been; calls that wait for their turn find it gone."""

@@ -54,6 +54,9 @@ class Grant:
         return not self.revoked and (not self.expires or time.time() < self.expires)
 
 
+_SEAL_NBYTES = 32
+
+
 class Tokens:
     """The tokens of one service. Safe for several threads, and for several servers on one root."""
 
@@ -135,6 +138,21 @@ class Tokens:
         with suppress(AlreadyExistsError):
             self._objects.put_if_absent(f"access/revoked-{id}", [b""])
         self._forget(id)
+
+    def sealed(self, repository: str, data: bytes) -> bytes:
+        """Return bytes that a client is to keep and give back, at whichever server of this root."""
+        return self._seal(repository, data) + data
+
+    def unsealed(self, repository: str, sealed: bytes) -> bytes:
+        """Return the data of :meth:`sealed`; raises InvalidInputError if it was not made here, for this repository."""
+        seal, data = sealed[:_SEAL_NBYTES], sealed[_SEAL_NBYTES:]
+        if not hmac.compare_digest(seal, self._seal(repository, data)):
+            raise InvalidInputError("this is no part of a push to this repository", kind="bad_part")
+        return data
+
+    def _seal(self, repository: str, data: bytes) -> bytes:
+        # No token begins so: a seal is never the hash of one.
+        return blake3(f"part {repository}\0".encode() + data, key=self._key).digest(_SEAL_NBYTES)
 
     def _forget(self, id: str) -> None:
         with self._lock:
