@@ -1,28 +1,14 @@
 """A checkpoint that several workers hold becomes the version that one worker with all of it would have pushed."""
 
-import pickle
-import threading
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from faults import FaultyObjects
-from hypothesis import given
-from hypothesis import strategies as st
-from support import Array, bits, names_of, new_repository, open_again, store_of
-from workers import Held, Meeting, push_shared, shard, split, structure_of
+from support import Array, bits, names_of, new_repository, store_of
+from workers import push_shared, split
 
-import lamella
-from lamella_engine.chunking import MAX_CELL_NBYTES
-from lamella_engine.checkpoints.shards import Shards
-from lamella_engine.errors import ConflictError, InvalidInputError, StorageError
-from lamella_engine.model import Cell
-from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.repository import Repository
-from lamella_engine.sharding import ROUND_NBYTES, share_out
 
 RNG = np.random.default_rng(7)
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 from support import PATIENCE_S, Array
 
+from lamella_engine.boxes import Box
 from lamella_engine.dtypes import dtype_of_numpy
 from lamella_engine.model import Buffer, TensorSpec
 from lamella_engine.parts import Part
 from lamella_engine.repository import Repository
-from lamella_engine.sharding import Box
 from lamella_engine.versions import Version
 
 

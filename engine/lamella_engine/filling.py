@@ -4,37 +4,23 @@ Whatever can be wrong with a call is found before anything is read or written. A
 memory that does not hold the version it was said to hold.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from lamella_engine.boxes import Box, box_of, copied, intersection, local
 from lamella_engine.chunking import Region
 from lamella_engine.content_store.decoding import check_chunk, decode_chain
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.seam import Reading
-from lamella_engine.dtypes import Dtype, dtype_of_numpy
 from lamella_engine.errors import CorruptionError, InvalidInputError
 from lamella_engine.executor import map_batched
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.memories import ArrayMemory, Extent, Memory, memory_of
 from lamella_engine.model import Cell, TensorSpec, VersionId
 from lamella_engine.reading import CellPair, Reader, Selection
-from lamella_engine.torch_tensors import (
-    array_of,
-    check_storable,
-    count_change,
-    dtype_of_torch,
-    is_torch_tensor,
-    shape_of,
-    shares_memory,
-    write_part,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from lamella_engine.torch_tensors import count_change, is_torch_tensor
 
 # Whether two views share an element is hard in general; beyond so many steps they are taken to. Views of one fused
 # weight, which is what people have, take a handful.
@@ -85,18 +71,73 @@ def fill(
     """
     manifest = reader.store.manifest(version)
     specs = _match(list(selection.tensors(manifest)), into, selection)
-    memories = {spec.name: _memory(spec, into[spec.name]) for spec in specs}
+    memories = {spec.name: memory_of(spec, into[spec.name]) for spec in specs}
     _check_no_overlap(memories)
     untied = _untied(specs, memories, manifest, None if have is None else reader.store.manifest(have))
     _Filling(reader, version, have, memories).run(untied, into)
     return {spec.name: into[spec.name] for spec in specs}
 
 
+def fill_boxes(reader: Reader, version: VersionId, targets: Sequence[tuple[TensorSpec, Box, Any]]) -> None:
+    """Decode boxes of tensors into the caller's memory, reading each cell that they touch once.
+
+    Parameters
+    ----------
+    targets
+        A tensor of the version, a box of it, and writable memory of the box's shape and the tensor's dtype: a NumPy array
+        or torch tensor of any strides and device. A tensor whose dtype is opaque is filled whole.
+
+    Raises
+    ------
+    InvalidInputError
+        Memory is not as the box is (``structure_mismatch``), or what :func:`fill` refuses; nothing is changed then.
+    CorruptionError
+        Stored bytes are damaged. The content of the memory is undefined then.
+    """
+    wanted: dict[Cell, list[tuple[TensorSpec, Box, Memory]]] = {}
+    for spec, box, value in targets:
+        shape = tuple(stop - first for first, stop in box)
+        memory = memory_of(TensorSpec(spec.name, spec.dtype, shape), value)
+        place = ((0, spec.nbytes),) if spec.dtype.opaque else box
+        for number in spec.grid.cells_in(place):
+            wanted.setdefault(Cell(spec.name, number), []).append((spec, place, memory))
+
+    def fill_cell(reading: Reading) -> None:
+        takers = wanted.pop(reading.cell)
+        region = takers[0][0].grid.region(reading.cell.number)
+        whole = box_of(region)
+        within = [(memory, box, intersection(box, whole)) for _, box, memory in takers]
+        out: memoryview | None = None
+        if len(takers) == 1 and within[0][2] == whole:
+            memory, box, _ = within[0]
+            out = memory.run(Region(local(whole, box), 0, region.nbytes))
+        direct = out is not None
+        if out is None:
+            out = _staging.left.data[: region.nbytes]
+        decode_chain(reading.chain, out, check=reader.checks)
+        for memory, box, part in () if direct else within:
+            assert part is not None
+            memory.write(Region(local(part, box), 0, 0), copied(takers[0][0], whole, out, part))
+
+    cells = sorted(wanted)
+    try:
+        for _ in map_batched(reader.executor, fill_cell, reader.read(version, cells), nbytes=_decoded_nbytes):
+            pass
+    finally:
+        for _, _, value in targets:
+            if is_torch_tensor(value):
+                count_change(value)
+
+
+def _decoded_nbytes(reading: Reading) -> int:
+    return reading.chain[-1].decoded_nbytes
+
+
 class _Filling:
     """One fill, after all checks."""
 
     def __init__(
-        self, reader: Reader, version: VersionId, have: VersionId | None, memories: Mapping[str, "_Memory"]
+        self, reader: Reader, version: VersionId, have: VersionId | None, memories: Mapping[str, "Memory"]
     ) -> None:
         self._reader = reader
         self._version = version
@@ -144,7 +185,7 @@ class _Filling:
         elif chain or self._reader.check:
             self._move_cell(reading, region, memory, memory.read(region, _staging.right) if run is None else run)
 
-    def _move_cell(self, reading: Reading, region: Region, memory: "_Memory", held: memoryview) -> None:
+    def _move_cell(self, reading: Reading, region: Region, memory: "Memory", held: memoryview) -> None:
         """Move a cell from the version that it is said to hold; if it does not hold that, it stays as it is."""
         cell, chain = reading
         try:
@@ -195,159 +236,7 @@ def _mismatch(name: object, message: str) -> InvalidInputError:
     return InvalidInputError(message, kind="structure_mismatch", tensor=str(name))
 
 
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """Which memory a tensor is, by addresses."""
-
-    device: str
-    start: int
-    stop: int
-    """One past the last byte."""
-    layout: object
-    """Equal for two tensors of equal extent if and only if each element is the same in both."""
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrayMemory:
-    """Memory that an array can share, by the cells of its tensor's grid."""
-
-    array: Array
-    """Of the version's dtype in either byte order, or of integers as wide; uint8, 1-d, if that is opaque."""
-    extent: _Extent
-
-    def run(self, region: Region) -> memoryview | None:
-        """Return the memory of a cell if it is one run, in the order of the cell's bytes."""
-        part = self._part(region)
-        if not part.flags.c_contiguous or part.dtype.byteorder == ">":
-            return None
-        return part.reshape(-1).view(np.uint8).data
-
-    def read(self, region: Region, out: Array) -> memoryview:
-        """Copy a cell's bytes to the start of ``out``, uint8, and return them."""
-        part = self._part(region)
-        np.copyto(self._cell(part, out[: region.nbytes]), part)
-        return out.data[: region.nbytes]
-
-    def write(self, region: Region, data: memoryview) -> None:
-        """Set a cell to these bytes."""
-        part = self._part(region)
-        np.copyto(part, self._cell(part, np.frombuffer(data, np.uint8)))
-
-    def _part(self, region: Region) -> Array:
-        place: Any = (*region.slices, ...)  # with the ellipsis, a scalar is a view too
-        part: Array = self.array[place]
-        return part
-
-    @staticmethod
-    def _cell(part: Array, octets: Array) -> Array:
-        """View a cell's bytes as what they are; to copy between dtypes that differ in byte order computes nothing."""
-        return octets.view(part.dtype.newbyteorder("<")).reshape(part.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorMemory:
-    """Memory that no array can share: a tensor on another device, or lazily conjugated or negated."""
-
-    tensor: "torch.Tensor"
-    extent: _Extent
-
-    def run(self, region: Region) -> memoryview | None:
-        return None
-
-    def read(self, region: Region, out: Array) -> memoryview:
-        part = array_of(self.tensor, region.slices)
-        np.copyto(out[: region.nbytes].view(part.dtype).reshape(part.shape), part)
-        return out.data[: region.nbytes]
-
-    def write(self, region: Region, data: memoryview) -> None:
-        write_part(self.tensor, region.slices, data)
-
-
-_Memory: TypeAlias = _ArrayMemory | _TensorMemory
-
-
-def _memory(spec: TensorSpec, value: Any) -> _Memory:
-    """Return the memory of a tensor; raises InvalidInputError unless a tensor like ``spec`` can be written there."""
-    try:
-        if is_torch_tensor(value):
-            check_storable(value)
-            _check_like(spec, dtype_of_torch(value.dtype), shape_of(value))
-            return _memory_of_torch(spec, value)
-        if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-            opaque = spec.dtype.opaque and (value.dtype, value.shape) == (np.uint8, (spec.nbytes,))
-            _check_like(
-                spec, spec.dtype if opaque else dtype_of_numpy(value.dtype), spec.shape if opaque else value.shape
-            )
-            return _memory_of_array(value.view(np.ndarray))  # a matrix, say, would keep its own rules of shape
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            f"tensor {spec.name[:80]!r}: {error}", kind=error.kind, tensor=spec.name, **error.context
-        ) from None
-    raise InvalidInputError(
-        f"{spec.name[:80]!r} is a {type(value).__name__}: give torch tensors or NumPy arrays to be filled",
-        kind="not_a_tensor",
-        tensor=spec.name,
-    )
-
-
-def _check_like(spec: TensorSpec, dtype: Dtype, shape: tuple[int, ...]) -> None:
-    if (dtype, shape) != (spec.dtype, spec.shape):
-        raise InvalidInputError(
-            f"it is {spec.dtype.name} of shape {spec.shape} in the version and {dtype.name} of shape {shape} here: "
-            "convert it first, as module.to(dtype) does, or exclude it",
-            kind="structure_mismatch",
-        )
-
-
-def _memory_of_torch(spec: TensorSpec, tensor: "torch.Tensor") -> _Memory:
-    strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
-    layout = (tensor.dtype, tensor.shape, strides, tensor.is_conj(), tensor.is_neg())
-    extent = _extent(str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), strides, tensor.itemsize, layout)
-    if spec.dtype.opaque and not tensor.is_contiguous():
-        raise InvalidInputError("packed elements are filled in contiguous memory only: clone it", kind="not_contiguous")
-    if not shares_memory(tensor):
-        return _TensorMemory(tensor, extent)
-    axes = 1 if spec.dtype.opaque else tensor.dim()
-    array = array_of(tensor, (slice(None),) * axes)
-    if not array.flags.writeable:  # before torch 2.9, and with NumPy 2.0, what torch lends is to be read only
-        return _TensorMemory(tensor, extent)
-    return _ArrayMemory(_plain(array), extent)
-
-
-def _memory_of_array(array: Array) -> _Memory:
-    if not array.flags.writeable:
-        raise InvalidInputError("it is read-only: give a writable array", kind="read_only")
-    layout = (array.dtype, array.shape, array.strides)
-    extent = _extent("cpu", array.ctypes.data, array.shape, array.strides, array.itemsize, layout)
-    return _ArrayMemory(_plain(array), extent)
-
-
-def _plain(array: Array) -> Array:
-    """View elements of ml_dtypes as integers, which NumPy copies fast, without the GIL, and in either byte order."""
-    if np.dtype(array.dtype.type).isbuiltin == 1:
-        return array
-    return array.view(np.dtype(f"u{array.itemsize}").newbyteorder(array.dtype.byteorder))
-
-
-def _extent(
-    device: str, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, layout: object
-) -> _Extent:
-    """Return where a tensor lies; raises InvalidInputError if elements of it share memory, as in an expanded tensor."""
-    if 0 in shape:
-        return _Extent(device, 0, 0, layout)
-    covered = itemsize
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True)):
-        if length > 1:
-            if stride < covered:
-                raise InvalidInputError(
-                    "its elements share memory, as those of an expanded tensor do: clone it", kind="overlapping_memory"
-                )
-            covered += (length - 1) * stride
-    below = sum((length - 1) * stride for stride, length in zip(strides, shape, strict=True) if stride < 0)
-    return _Extent(device, address + below, address + below + covered, layout)
-
-
-def _check_no_overlap(memories: Mapping[str, _Memory]) -> None:
+def _check_no_overlap(memories: Mapping[str, Memory]) -> None:
     """Raise InvalidInputError if two tensors share some of their memory; sharing all of it is being tied."""
     placed = sorted(
         ((memory.extent.device, memory.extent.start, memory.extent.stop, name) for name, memory in memories.items())
@@ -371,9 +260,9 @@ def _check_no_overlap(memories: Mapping[str, _Memory]) -> None:
         open_names.append(name)
 
 
-def _share_elements(one: _Memory, other: _Memory) -> bool:
+def _share_elements(one: Memory, other: Memory) -> bool:
     """Whether two memories of overlapping extent have an element in common, as far as it can be told."""
-    if not (isinstance(one, _ArrayMemory) and isinstance(other, _ArrayMemory)):
+    if not (isinstance(one, ArrayMemory) and isinstance(other, ArrayMemory)):
         return True
     try:
         return np.shares_memory(one.array, other.array, max_work=OVERLAP_STEPS)  # type: ignore[arg-type]  # stubs know -1 and 0
@@ -382,10 +271,10 @@ def _share_elements(one: _Memory, other: _Memory) -> bool:
 
 
 def _untied(
-    specs: list[TensorSpec], memories: Mapping[str, _Memory], manifest: Manifest, held: Manifest | None
+    specs: list[TensorSpec], memories: Mapping[str, Memory], manifest: Manifest, held: Manifest | None
 ) -> list[TensorSpec]:
     """Return one tensor for each memory; raises InvalidInputError if names that share one differ in a version."""
-    firsts: dict[_Extent, TensorSpec] = {}
+    firsts: dict[Extent, TensorSpec] = {}
     for spec in specs:
         first = firsts.setdefault(memories[spec.name].extent, spec) if spec.nbytes else spec
         if first is spec:

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lamella_engine.checkpoints.shards import Shards, box_of, paste
+from lamella_engine.boxes import Box, box_of, paste
+from lamella_engine.checkpoints.shards import Shards
+from lamella_engine.chunking import Region
 from lamella_engine.companions import in_order, moments
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.seam import ContentStore, Planned, Push, Recorded
@@ -25,9 +27,8 @@ from lamella_engine.executor import Executor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.manifest import INLINE_NBYTES
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, TensorSpec, VersionId
-from lamella_engine.chunking import Region
 from lamella_engine.pushing import ManifestWriter, Notes, abandoning, recorded, row_of
-from lamella_engine.sharding import Box, Piece, Round, Share, share_out
+from lamella_engine.sharding import Piece, Round, Share, share_out
 from lamella_engine.sketches import Sketch, parse, runs, sketched, take
 from lamella_engine.storing import Chunk, Pipeline, Place, cell_place
 
@@ -276,7 +277,9 @@ def _stored(
 
     def places() -> Iterator[Place]:
         beside: Place | None = None
-        for spec, number, follows in in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ())):
+        for spec, number, follows in in_order(
+            structure, moments(structure), lambda spec: share.cells.get(spec.name, ())
+        ):
             cell = Cell(spec.name, number)
             box = box_of(spec.grid.region(number))
             read: Callable[[bytearray | None], Buffer] = partial(shards.read, spec, box)
@@ -355,10 +358,7 @@ class _Mail:
         self._shards = shards
         self._exchange = exchange
         self._brought = {
-            piece.cell
-            for one in self._share.rounds.values()
-            for pieces in one.receives.values()
-            for piece in pieces
+            piece.cell for one in self._share.rounds.values() for pieces in one.receives.values() for piece in pieces
         }
         self._changed = threading.Condition()
         self._cells: dict[Cell, tuple[int, Buffer]] = {}

@@ -5,6 +5,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.chunk_index import index_path
@@ -27,7 +28,6 @@ from lamella_engine.parts import Assignment, Exchange, Part, SharedPush, store_p
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.remote.place import SCHEMES
-from lamella_engine.sharding import Box
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version

@@ -9,16 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeAlias
 
 import numpy as np
 
+from lamella_engine.boxes import Box, box_nbytes, box_of, intersection
 from lamella_engine.companions import in_order, moments
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec
-
-Box: TypeAlias = tuple[tuple[int, int], ...]
-"""A part of a tensor: (first, stop) for each axis, in elements. All of an opaque tensor is one box."""
 
 ROUND_NBYTES = 32 << 20
 """What one worker sends, or is sent, in one round at most: enough that latency is small beside it, little beside the
@@ -143,10 +140,9 @@ def _lying(spec: TensorSpec, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> li
     found: list[list[tuple[Box, tuple[int, ...], int]]] = [[] for _ in range(grid.cell_count)]
     for box, workers in boxes:
         for number in grid.cells_in(box):
-            place = grid.region(number).slices
-            part = tuple((max(a, s.start), min(b, s.stop)) for (a, b), s in zip(box, place, strict=True))
-            nbytes = prod(stop - first for first, stop in part) * grid.itemsize
-            found[number].append((part, workers, nbytes))
+            part = intersection(box, box_of(grid.region(number)))
+            assert part is not None
+            found[number].append((part, workers, box_nbytes(spec, part)))
     return [_Lying(tuple(parts)) for parts in found]
 
 
@@ -166,7 +162,9 @@ def _check_whole(spec: TensorSpec, boxes: Sequence[Box]) -> None:
         raise InvalidInputError(
             f"{spec.name[:80]!r} has packed elements, which are pushed whole: replicate it", kind="bad_shards"
         )
-    if any(not 0 <= first < stop <= length for box in boxes for (first, stop), length in zip(box, spec.shape, strict=True)):
+    if any(
+        not 0 <= first < stop <= length for box in boxes for (first, stop), length in zip(box, spec.shape, strict=True)
+    ):
         raise refuse("lie outside of")
     if sum(prod(stop - first for first, stop in box) for box in boxes) != prod(spec.shape):
         raise refuse("do not add up to")

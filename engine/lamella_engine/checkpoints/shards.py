@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from lamella_engine.boxes import Box, box_nbytes, intersection, local, paste
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Buffer, TensorSpec
-from lamella_engine.sharding import Box
 
 
 class Shards:
@@ -64,8 +64,7 @@ class Shards:
         nbytes = box_nbytes(spec, box)
         for held, shard in self._boxes.get(spec.name, ()):
             if intersection(held, box) == box:
-                local = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, held, strict=True))
-                return self._memory.read(shard, Region(local, 0, nbytes), out)
+                return self._memory.read(shard, Region(local(box, held), 0, nbytes), out)
         target = np.empty(nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, nbytes)
         if self.fill(spec, box, target) != nbytes:
             raise InvalidInputError(f"the shards of {spec.name[:80]!r} are not here", kind="bad_shards")
@@ -81,33 +80,3 @@ class Shards:
     def check_unchanged(self) -> None:
         """Raise InvalidInputError (``source_changed``) if a tensor was seen to change since this was made."""
         self._memory.check_unchanged()
-
-
-def intersection(a: Box, b: Box) -> Box | None:
-    """Return what two boxes share; None if that is nothing."""
-    common = tuple((max(p, q), min(r, s)) for (p, r), (q, s) in zip(a, b, strict=True))
-    return common if all(first < stop for first, stop in common) else None
-
-
-def box_of(region: Region) -> Box:
-    """Return the box that a region is."""
-    return tuple((part.start, part.stop) for part in region.slices)
-
-
-def box_nbytes(spec: TensorSpec, box: Box) -> int:
-    """Return how many bytes a box of a tensor has."""
-    nbytes = spec.grid.itemsize
-    for first, stop in box:
-        nbytes *= stop - first
-    return nbytes
-
-
-def paste(
-    spec: TensorSpec, box: Box, out: "np.ndarray[tuple[int], np.dtype[np.uint8]]", part: Box, data: Buffer
-) -> int:
-    """Copy the bytes of a part of a box to where they belong in ``out``, the box's bytes; return how many they are."""
-    itemsize = spec.grid.itemsize
-    whole = out.reshape((*(stop - first for first, stop in box), itemsize))
-    source = np.frombuffer(data, np.uint8).reshape((*(stop - first for first, stop in part), itemsize))
-    whole[tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))] = source
-    return source.nbytes

@@ -345,7 +345,9 @@ def _parse_part(part: bytes) -> tuple[list[PackRef], list[str]]:
     """Return the packs that a part has written, and the names of those that it found live; raises InvalidInputError."""
     try:
         fields = canonical.loads(part, what="a part of a push")
-        written = [PackRef(str(name), int(nbytes), int(index_nbytes)) for name, nbytes, index_nbytes in fields["written"]]
+        written = [
+            PackRef(str(name), int(nbytes), int(index_nbytes)) for name, nbytes, index_nbytes in fields["written"]
+        ]
         live = [str(name) for name in fields["live"]]
         for name in (*live, *(ref.name for ref in written)):
             parse_pack_name(name)
