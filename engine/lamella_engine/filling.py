@@ -84,8 +84,8 @@ def fill_boxes(reader: Reader, version: VersionId, targets: Sequence[tuple[Tenso
     Parameters
     ----------
     targets
-        A tensor of the version, a box of it, and writable memory of the box's shape and the tensor's dtype: a NumPy array
-        or torch tensor of any strides and device. A tensor whose dtype is opaque is filled whole.
+        A tensor of the version, a box of it, and writable memory of the box's shape and the tensor's dtype: a NumPy
+        array or torch tensor of any strides and device. A tensor whose dtype is opaque is filled whole.
 
     Raises
     ------

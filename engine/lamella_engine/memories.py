@@ -1,4 +1,4 @@
-"""Memory that versions are written into: arrays and tensors of whatever strides, byte order and device, cell by cell."""
+"""Memory that versions are written into, cell by cell: arrays and tensors of any strides, byte order and device."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -82,14 +82,17 @@ class TensorMemory:
     extent: Extent
 
     def run(self, region: Region) -> memoryview | None:
+        """See :class:`ArrayMemory`. There is none."""
         return None
 
     def read(self, region: Region, out: Array) -> memoryview:
+        """See :class:`ArrayMemory`."""
         part = array_of(self.tensor, region.slices)
         np.copyto(out[: region.nbytes].view(part.dtype).reshape(part.shape), part)
         return out.data[: region.nbytes]
 
     def write(self, region: Region, data: memoryview) -> None:
+        """See :class:`ArrayMemory`."""
         write_part(self.tensor, region.slices, data)
 
 

@@ -4,8 +4,8 @@
     each worker   store_part(...)         samples and pieces of cells are exchanged, cells hashed, encoded and stored
     coordinator   SharedPush.commit(...)  the version
 
-What travels between them, assignments and parts, pickles, and is small: an id of 32 bytes for each cell. Workers are ranks
-of a process group or actors of a cluster; how they reach each other is an :class:`Exchange`.
+What travels between them, assignments and parts, pickles, and is small: an id of 32 bytes for each cell. Workers are
+ranks of a process group or actors of a cluster; how they reach each other is an :class:`Exchange`.
 """
 
 import threading
@@ -348,8 +348,8 @@ def _sketch(structure: Sequence[TensorSpec], everyones: Sequence[_Samples]) -> S
 class _Mail:
     """Takes part in the rounds of a push, in a thread of its own, and hands out the cells that they bring.
 
-    A context manager: whoever leaves it by an error still takes part in the rounds that are left, saying that it failed,
-    so that nobody waits for it.
+    A context manager: whoever leaves it by an error still takes part in the rounds that are left, saying that it
+    failed, so that nobody waits for it.
     """
 
     def __init__(self, assignment: Assignment, shards: Shards, exchange: Exchange) -> None:

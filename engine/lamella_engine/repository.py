@@ -18,6 +18,7 @@ from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
+from lamella_engine.filling import fill_boxes
 from lamella_engine.format import canonical
 from lamella_engine.heads import Head, Pin
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
@@ -335,6 +336,17 @@ class Repository:
         if into is not None:
             return checkout.to_memory(into, have=None if have is None else self._store.resolve(have))
         return checkout.to_tensors(framework)
+
+    def fill_boxes(self, revision: str, targets: Sequence[tuple[str, Box, Any]]) -> None:
+        """Fill memory with parts of tensors; ``lamella.torch.LamellaReader`` is made of it.
+
+        ``targets`` are names of tensors, a box of each ((first, stop) for each axis), and a writable NumPy array or
+        torch tensor of the box's shape. Only the cells that boxes touch are read. Raises TensorNotFoundError, and
+        InvalidInputError if memory is not as its box is.
+        """
+        id = self._store.resolve(revision)
+        manifest = self._store.manifest(id)
+        fill_boxes(self._reader, id, [(manifest.spec(name), box, memory) for name, box, memory in targets])
 
     def cost(self, revision: str, *, include: Patterns = None, exclude: Patterns = None) -> Cost:
         """Say what the selected tensors take to keep, and what a checkout of them would read; reads no weights."""

@@ -1,8 +1,8 @@
 """Sharding: who of several workers stores which cell of a checkpoint, and which pieces of cells go to whom first.
 
-The grid does not know of ranks, so a cell may lie in parts with several of them. It is stored by the worker that has most
-of it; the others send theirs, in rounds, so that no worker ever holds more than a bounded number of bytes that are not
-its own.
+The grid does not know of ranks, so a cell may lie in parts with several of them. It is stored by the worker that has
+most of it; the others send theirs, in rounds, so that no worker ever holds more than a bounded number of bytes that are
+not its own.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Round:
-    """What one worker sends and is sent at a time, by worker. Pieces of one pair travel in this order, as one message."""
+    """What one worker sends and is sent at a time, by worker. Pieces of a pair travel in this order, as one message."""
 
     sends: dict[int, list[Piece]] = field(default_factory=dict)
     receives: dict[int, list[Piece]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The pipeline of a push: cells are read and hashed (threads), planned (the store), encoded (threads), written (the store).
+"""The pipeline of a push: read and hash cells (threads), plan (the store), encode (threads), write (the store).
 
 A bounded number of cells is in it. They go through in the order in which they are given, so blobs lie in packs as they
 will be read.

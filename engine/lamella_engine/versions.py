@@ -291,6 +291,11 @@ class Version(Mapping[str, LazyTensor]):
         return open_group(self._reader, self.id, self._manifest.specs(), {"lamella": about})
 
     @property
+    def structure(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of every tensor, by name."""
+        return tuple(self._manifest.specs())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
         return self._recorded.description.decoded_nbytes

@@ -1,11 +1,4 @@
-"""Modules, optimizers and nested states: into a repository, and back into memory that is there.
-
-    import lamella, lamella.torch
-
-    lamella.torch.push(model, repo, "bert@main", message="step 2000")
-    lamella.torch.load(model, repo, "bert@main~1", have="bert@main")    # reads only what changed
-
-This module imports torch; ``import lamella`` does not.
+"""Modules, optimizers and nested states as versions, and versions back into them.
 
 A state that is more than tensors by name is kept as its tensors, each named by its path (``state.0.exp_avg``), and one
 file of JSON, :data:`STATE_FILE`, which holds the rest. A list there is a list, an object a dict; what JSON lacks is an
@@ -30,8 +23,6 @@ from lamella_engine.model import Progress
 from lamella_engine.reading import Patterns, Selection, select
 from lamella_engine.repository import Repository
 from lamella_engine.versions import Version
-
-__all__ = ["STATE_FILE", "IncompatibleKeys", "load", "push", "state"]
 
 STATE_FILE = "state.json"
 """The file, kept with a version, that holds what of a nested state is no tensor."""
@@ -85,7 +76,7 @@ def push(
         A value is none of these (``not_storable``), or two paths read alike (``ambiguous_name``): the message names it.
         And what :meth:`Repository.push <lamella.Repository.push>` raises.
     """
-    tensors, document = _flatten(
+    tensors, document = flatten(
         state.state_dict() if isinstance(state, torch.nn.Module | torch.optim.Optimizer) else state
     )
     if document is not None:
@@ -107,10 +98,10 @@ def state(repo: Repository, revision: str) -> Any:
     Raises CorruptionError (``bad_state``) if the state's file does not fit the version's tensors.
     """
     version = repo.version(revision)
-    root = _document(version)
-    arrays = [name for name in _names(root, "$array") if name in version]
+    root = document_of(version)
+    arrays = [name for name in names_in(root, "$array") if name in version]
     found = repo.checkout(version.id, framework="torch", exclude=[escape(name) for name in arrays])
-    return found if root is None else _rebuilt(root, found | {name: version[name].numpy() for name in arrays})
+    return found if root is None else rebuilt(root, found | {name: version[name].numpy() for name in arrays})
 
 
 def load(
@@ -267,7 +258,7 @@ class _ModuleFilling:
                     f"no tensor of the version or the module matches {pattern!r}: see show for the names",
                     pattern=pattern,
                 )
-        self._nodes = (_document(version) or {}) if self._extra else {}
+        self._nodes = (document_of(version) or {}) if self._extra else {}
 
     def compare(self) -> IncompatibleKeys:
         """Return the selected names that only one side has."""
@@ -305,10 +296,10 @@ class _ModuleFilling:
                     setattr(part, name, fresh[id(tensor)])
         for name, part in self._extra.items():
             node = self._nodes.get(name, {"$tensor": name})
-            found: dict[str, Any] = {leaf: self._version[leaf].torch() for leaf in _names(node, "$tensor")}
-            found |= {leaf: self._version[leaf].numpy() for leaf in _names(node, "$array")}
+            found: dict[str, Any] = {leaf: self._version[leaf].torch() for leaf in names_in(node, "$tensor")}
+            found |= {leaf: self._version[leaf].numpy() for leaf in names_in(node, "$array")}
             if found or name in self._nodes:
-                part.set_extra_state(_rebuilt(node, found))
+                part.set_extra_state(rebuilt(node, found))
         buffers = dict(self._module.named_buffers(remove_duplicate=False))
         left = [name for name in self._non_persistent if buffers[name].is_meta]
         if fresh and left:
@@ -351,7 +342,7 @@ def _materialized(tensor: torch.Tensor, device: "torch.device | str | None") -> 
 # -- nested states -----------------------------------------------------------------------------------------------------
 
 
-def _flatten(state: Any) -> tuple[dict[str, Any], bytes | None]:
+def flatten(state: Any) -> tuple[dict[str, Any], bytes | None]:
     """Return a state's tensors by name, and the file that holds the rest; None if that is nothing."""
     if not isinstance(state, Mapping | list | tuple):
         raise InvalidInputError(
@@ -363,7 +354,7 @@ def _flatten(state: Any) -> tuple[dict[str, Any], bytes | None]:
     ):
         return dict(state), None
     tensors: dict[str, Any] = {}
-    node = _node(state, (), tensors)
+    node = node_of(state, (), tensors)
     try:
         text = json.dumps({_MARK: _STATE_FORMAT, "state": node}, ensure_ascii=False, allow_nan=False)
         return tensors, text.encode()
@@ -371,13 +362,13 @@ def _flatten(state: Any) -> tuple[dict[str, Any], bytes | None]:
         raise InvalidInputError(f"the state holds what JSON cannot: {error}", kind="not_storable") from None
 
 
-def _node(value: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
+def node_of(value: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
     """Return what stands for a value in the file; enter tensors into ``tensors``."""
     if len(path) > _MAX_DEPTH:
         raise InvalidInputError(f"the state is nested deeper than {_MAX_DEPTH} levels: flatten it", kind="too_deep")
 
     def inner(items: Iterable[tuple[Any, Any]]) -> list[Any]:
-        return [_node(item, (*path, str(key)), tensors) for key, item in items]
+        return [node_of(item, (*path, str(key)), tensors) for key, item in items]
 
     match value:
         case torch.Tensor() | np.ndarray():
@@ -412,7 +403,7 @@ def _not_storable(path: tuple[str, ...], problem: str, remedy: str) -> InvalidIn
     return InvalidInputError(f"{name[:200]!r} of the state {problem}: {remedy}", kind="not_storable", path=name)
 
 
-def _document(version: Version) -> Any:
+def document_of(version: Version) -> Any:
     """Return what stands in a version's state file, or None if it has none that a push of a state wrote."""
     if STATE_FILE not in version.files:
         return None
@@ -425,7 +416,7 @@ def _document(version: Version) -> Any:
     return parsed["state"]
 
 
-def _names(node: Any, kind: str, depth: int = _MAX_NODE_DEPTH) -> Iterator[str]:
+def names_in(node: Any, kind: str, depth: int = _MAX_NODE_DEPTH) -> Iterator[str]:
     """Yield the names of the tensors, or of the arrays, that a node holds; raises CorruptionError if it is too deep."""
     if depth == 0:
         raise CorruptionError(f"{STATE_FILE} is nested deeper than any state", kind="bad_state")
@@ -433,10 +424,10 @@ def _names(node: Any, kind: str, depth: int = _MAX_NODE_DEPTH) -> Iterator[str]:
         yield str(node[kind])
     elif isinstance(node, dict | list):
         for item in node.values() if isinstance(node, dict) else node:
-            yield from _names(item, kind, depth - 1)
+            yield from names_in(item, kind, depth - 1)
 
 
-def _rebuilt(node: Any, found: Mapping[str, Any]) -> Any:
+def rebuilt(node: Any, found: Mapping[str, Any]) -> Any:
     """Return the value that a node stands for, given its tensors and arrays; raises CorruptionError."""
     try:
         return _value(node, found)
