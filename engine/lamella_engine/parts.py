@@ -41,8 +41,11 @@ ROUNDS_AHEAD = 2
 class Exchange(Protocol):
     """How the workers of a push reach each other. Calls are made in the same order by all, one at a time each."""
 
-    def gather(self, mine: Any) -> list[Any]:
-        """Return what every worker gave, by its number. Raises StorageError if one cannot be reached."""
+    def merge(self, mine: bytearray) -> Buffer:
+        """Return, byte by byte, the greatest of what all workers gave: each as many bytes, of any value.
+
+        Raises StorageError if one cannot be reached.
+        """
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
         """Send each worker its bytes, and return what each sent: so many bytes as ``receives`` says.
@@ -55,9 +58,9 @@ class Exchange(Protocol):
 class Alone:
     """The exchange of a push with one worker."""
 
-    def gather(self, mine: Any) -> list[Any]:
+    def merge(self, mine: bytearray) -> Buffer:
         """See :class:`Exchange`."""
-        return [mine]
+        return mine
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
         """See :class:`Exchange`. There is nobody."""
@@ -241,14 +244,13 @@ def store_part(
         samples = _samples(assignment.structure, shards)
         push = store.begin(assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id())
     except Exception:
-        exchange.gather(None)  # whoever fails still answers the others, who would wait
+        exchange.merge(_samples(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise
     with abandoning(push):
-        everyones = exchange.gather(samples)
-        lost = [worker for worker, its in enumerate(everyones) if its is None]
-        if lost:
-            raise worker_failed(lost[0])
-    sketch = _sketch(assignment.structure, everyones)
+        merged = exchange.merge(samples)
+        if merged[0]:
+            raise worker_failed()
+    sketch = _sketch(assignment.structure, merged)
     while True:
         try:
             with abandoning(push), _Mail(assignment, shards, exchange) as mail:
@@ -258,10 +260,10 @@ def store_part(
                 raise
 
 
-def worker_failed(worker: int) -> StorageError:
+def worker_failed() -> StorageError:
     """Return the error for a push that another worker has given up."""
     return StorageError(
-        f"worker {worker} could not store its part, and says why itself: push again when that is mended",
+        "another worker could not store its part, and says why itself: push again when that is mended",
         kind="worker_failed",
         transient=True,
     )
@@ -315,29 +317,38 @@ def _given(data: Buffer, memory: bytearray | None) -> Buffer:
 
 # -- samples -----------------------------------------------------------------------------------------------------------
 
-_Samples = dict[tuple[str, int], list[tuple[int, bytes]]]
-"""A run of a sketch, by tensor and first byte -> pieces of it, each with its offset in the run."""
 
-
-def _samples(structure: Sequence[TensorSpec], shards: Shards) -> _Samples:
-    """Return what is here of the elements that make the version's sketch."""
-    found: _Samples = {}
+def _runs(structure: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, Region, int]]:
+    """Yield the runs of the version's sketch, with the place of each in what workers merge: after a byte of status."""
+    at = 1
     for spec, _ in sketched(structure):
         for run in runs(spec):
-            box = box_of(run)
-            for part in shards.parts(spec, box):
-                offset = (part[-1][0] - box[-1][0]) * spec.grid.itemsize
-                found.setdefault((spec.name, run.start), []).append((offset, bytes(shards.read(spec, part))))
-    return found
+            yield spec, run, at
+            at += run.nbytes
 
 
-def _sketch(structure: Sequence[TensorSpec], everyones: Sequence[_Samples]) -> Sketch:
-    def read(spec: TensorSpec, run: Region) -> Buffer:
-        out = bytearray(run.nbytes)
-        for samples in everyones:
-            for offset, data in samples.get((spec.name, run.start), ()):
-                out[offset : offset + len(data)] = data
+def _samples(structure: Sequence[TensorSpec], shards: Shards | None) -> bytearray:
+    """Return the elements of the sketch that are here, zeros for the others; without shards, that there are none."""
+    length = 1 + sum(run.nbytes for _, run, _ in _runs(structure))
+    out = bytearray(length)
+    if shards is None:
+        out[0] = 1
         return out
+    for spec, run, at in _runs(structure):
+        box = box_of(run)
+        for part in shards.parts(spec, box):
+            start = at + (part[-1][0] - box[-1][0]) * spec.grid.itemsize
+            data = shards.read(spec, part)
+            out[start : start + len(data)] = data
+    return out
+
+
+def _sketch(structure: Sequence[TensorSpec], merged: Buffer) -> Sketch:
+    places = {(spec.name, run.start): at for spec, run, at in _runs(structure)}
+
+    def read(spec: TensorSpec, run: Region) -> Buffer:
+        at = places[spec.name, run.start]
+        return merged[at : at + run.nbytes]
 
     return take(structure, read)
 
@@ -417,9 +428,8 @@ class _Mail:
                 sends = {worker: self._message(pieces) for worker, pieces in one.sends.items()}
                 lengths = {worker: 1 + _total(pieces) for worker, pieces in one.receives.items()}
                 received = self._exchange.swap(number, sends, lengths)
-                failed = [worker for worker, data in received.items() if bytes(data[:1]) != b"\0"]
-                if failed:
-                    self._fail(worker_failed(failed[0]))
+                if any(data[0] for data in received.values()):
+                    self._fail(worker_failed())
                 elif not self._failed:
                     self._deliver(number, one, received)
         except Exception as error:  # raised by whoever waits for a cell, or for the end
