@@ -126,6 +126,7 @@ CARRIED = (
     "test_filling",
     "test_maintenance",
     "test_model",
+    "test_parts",
     "test_push",
     "test_races",
     "test_sketches",

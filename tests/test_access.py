@@ -56,6 +56,8 @@ PUSHING = {
     "Pushes.Plan",
     "Pushes.Write",
     "Pushes.Commit",
+    "Pushes.Part",
+    "Pushes.Join",
     "Pushes.Outcome",
     "Pushes.Abandon",
 }
@@ -181,6 +183,8 @@ def request(world: World, rpc: str, repository: str, push: str) -> Any:
         "Pushes.Plan": lambda: pb.PlanRequest(repository=repository, push=push),
         "Pushes.Write": lambda: write_messages(repository, push, b""),
         "Pushes.Commit": lambda: pb.CommitRequest(repository=repository, push=push, description=b"none"),
+        "Pushes.Part": lambda: pushed,
+        "Pushes.Join": lambda: pb.JoinRequest(repository=repository, push=push, part=b"none"),
         "Pushes.Outcome": lambda: pushed,
         "Pushes.Abandon": lambda: pushed,
         "Jobs.Diff": lambda: pair,
@@ -228,9 +232,10 @@ def denied(client: WireClient, rpc: str, message: Any, **options: Any) -> Failur
 
 NOT_FOUND = (Status.NOT_FOUND, "repository_not_found")
 NOT_ALLOWED = (Status.PERMISSION_DENIED, "not_allowed")
-# What is said of the requests below where they are allowed: these two change nothing, on purpose.
+# What is said of the requests below where they are allowed: these three change nothing, on purpose.
 BAD_DEPTH = (Status.INVALID_ARGUMENT, "bad_option")
 BAD_DESCRIPTION = (Status.INVALID_ARGUMENT, "bad_json")
+BAD_PART = (Status.INVALID_ARGUMENT, "bad_part")
 
 
 def expected(role: str, rpc: str, place: str) -> tuple[Status, str] | None:
@@ -242,7 +247,7 @@ def expected(role: str, rpc: str, place: str) -> tuple[Status, str] | None:
         return (Status.INVALID_ARGUMENT, "bad_repository_name") if place in BADLY_NAMED else BAD_DEPTH
     if place not in EXISTING:
         return NOT_FOUND
-    return BAD_DESCRIPTION if rpc == "Pushes.Commit" else None
+    return {"Pushes.Commit": BAD_DESCRIPTION, "Pushes.Join": BAD_PART}.get(rpc)
 
 
 @pytest.mark.parametrize("rpc", sorted(OF_A_REPOSITORY))
@@ -458,6 +463,8 @@ def test_a_push_is_not_committed_with_a_token_that_is_not_for_its_branch(world: 
         ("Pushes.Consider", pb.ConsiderRequest(repository=OWN, push=push)),
         ("Pushes.Plan", pb.PlanRequest(repository=OWN, push=push)),
         ("Pushes.Write", write_messages(OWN, push, b"")),
+        ("Pushes.Part", session),
+        ("Pushes.Join", pb.JoinRequest(repository=OWN, push=push, part=b"none")),
         ("Pushes.Abandon", session),
         ("Pushes.Commit", commit),
     ):
@@ -476,6 +483,8 @@ def test_a_push_cannot_be_touched_by_anybody_else(limited):
         ("Pushes.Consider", pb.ConsiderRequest(repository=OWN, push=push)),
         ("Pushes.Plan", pb.PlanRequest(repository=OWN, push=push)),
         ("Pushes.Write", write_messages(OWN, push, b"")),
+        ("Pushes.Part", pb.PushRequest(repository=OWN, push=push)),
+        ("Pushes.Join", pb.JoinRequest(repository=OWN, push=push, part=b"none")),
         ("Pushes.Abandon", pb.PushRequest(repository=OWN, push=push)),
         ("Pushes.Commit", commit),
     ):

@@ -3,6 +3,7 @@
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -168,7 +169,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[TensorSpec], dict[str, list[tuple[Box
         for axis in range(len(shape)):
             cuts = draw(st.lists(st.integers(0, shape[axis]), max_size=2))
             ends = sorted({0, shape[axis], *cuts})
-            spans = list(zip(ends, ends[1:], strict=False)) or [(0, 0)]
+            spans = list(pairwise(ends)) or [(0, 0)]
             boxes = [(*box[:axis], span, *box[axis + 1 :]) for box in boxes for span in spans]
         structure.append(spec)
         some = st.sets(st.integers(0, workers - 1), min_size=1, max_size=2)

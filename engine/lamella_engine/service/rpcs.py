@@ -308,13 +308,13 @@ class Rpcs:
 
     def pushes_part(self, request: pb.PushRequest, call: Call) -> pb.PartReply:
         """End a push as a part of another one."""
-        _, session = self._session(request.repository, request.push, call)
-        return pb.PartReply(part=self._tokens.sealed(request.repository, session.part()))
+        store, session = self._session(request.repository, request.push, call)
+        return pb.PartReply(part=self._tokens.sealed(store.log.state.genesis.repository, session.part()))
 
     def pushes_join(self, request: pb.JoinRequest, call: Call) -> pb.Empty:
         """Take over what a part has stored."""
-        _, session = self._session(request.repository, request.push, call)
-        session.join(self._tokens.unsealed(request.repository, request.part))
+        store, session = self._session(request.repository, request.push, call)
+        session.join(self._tokens.unsealed(store.log.state.genesis.repository, request.part))
         return pb.Empty()
 
     def pushes_outcome(self, request: pb.PushRequest, call: Call) -> pb.OutcomeReply:
