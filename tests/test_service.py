@@ -42,7 +42,7 @@ from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.version import decode_description, version_id
 from lamella_engine.maintenance import verify
 from lamella_engine.model import Cell, ChunkId
-from lamella_engine.repository import open_repository
+from lamella_engine.opening import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import sessions as sessions_module
 from lamella_engine.service.repositories import Repositories

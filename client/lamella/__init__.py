@@ -29,8 +29,9 @@ from lamella_engine.errors import (
 from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import Progress, RefInfo
-from lamella_engine.repository import Repository, init
-from lamella_engine.repository import open_repository as open
+from lamella_engine.opening import init
+from lamella_engine.opening import open_repository as open
+from lamella_engine.repository import Repository
 from lamella_engine.transaction import Transaction
 from lamella_engine.versions import LazySlice, LazyTensor, Version
 
