@@ -114,6 +114,7 @@ def proxied(address: str) -> Iterator[Proxy]:
 # -- the engine's own tests, with a wire in between --------------------------------------------------------------------
 
 CARRIED = (
+    "test_audit",
     "test_bases",
     "test_checkout",
     "test_crash",

@@ -36,8 +36,8 @@ Status = grpc.StatusCode
 
 # -- what is expected, in the words of the threat model ----------------------------------------------------------------
 
+OPENING = {"Repositories.Describe"}
 READING = {
-    "Repositories.Describe",
     "Repositories.Stats",
     "Versions.Resolve",
     "Versions.Get",
@@ -61,18 +61,20 @@ PUSHING = {
 }
 MOVING_REFS = {"Versions.UpdateRefs"}
 VERIFYING = {"Jobs.Verify"}
+AUDITING = {"Jobs.Audit"}
 CREATING = {"Repositories.Create"}
 MANAGING = {"Access.CreateToken", "Access.ListTokens", "Access.RevokeToken"}
 IDENTIFYING = {"Access.WhoAmI"}
-OF_A_REPOSITORY = READING | PUSHING | MOVING_REFS | VERIFYING | CREATING
+ANYBODYS = OPENING | IDENTIFYING
+OF_A_REPOSITORY = OPENING | READING | PUSHING | MOVING_REFS | VERIFYING | AUDITING | CREATING
 EVERYTHING = OF_A_REPOSITORY | MANAGING | IDENTIFYING
 
 MAY = {
-    "reader": READING | IDENTIFYING,
-    "writer": READING | PUSHING | IDENTIFYING,
-    "maintainer": READING | PUSHING | MOVING_REFS | VERIFYING | IDENTIFYING,
-    "gc-operator": READING | VERIFYING | IDENTIFYING,
-    "auditor": VERIFYING | IDENTIFYING,
+    "reader": ANYBODYS | READING,
+    "writer": ANYBODYS | READING | PUSHING,
+    "maintainer": ANYBODYS | READING | PUSHING | MOVING_REFS | VERIFYING,
+    "gc-operator": ANYBODYS | READING | VERIFYING,
+    "auditor": ANYBODYS | VERIFYING | AUDITING,
     # Of some repositories only: whoever could make tokens could make one for all.
     "admin": OF_A_REPOSITORY | IDENTIFYING,
     "admin of everything": EVERYTHING,
@@ -186,6 +188,7 @@ def request(world: World, rpc: str, repository: str, push: str) -> Any:
         "Jobs.Diff": lambda: pair,
         "Jobs.Distance": lambda: pair,
         "Jobs.Verify": lambda: pb.VerifyRequest(repository=repository, deep=True),
+        "Jobs.Audit": lambda: pb.AuditRequest(repository=repository, after="log/"),
         "Access.CreateToken": lambda: pb.CreateTokenRequest(principal="p", role="reader"),
         "Access.ListTokens": lambda: pb.Empty(),
         "Access.RevokeToken": lambda: pb.RevokeTokenRequest(id=token_id(world)),

@@ -7,6 +7,7 @@
 array([0., 0.], dtype=float32)
 """
 
+from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.cost import Cost
 from lamella_engine.distance import Distance
 from lamella_engine.errors import (
@@ -36,6 +37,7 @@ from lamella_engine.transaction import Transaction
 from lamella_engine.versions import LazySlice, LazyTensor, Version
 
 __all__ = [
+    "Act",
     "AlreadyExistsError",
     "ConflictError",
     "CorruptionError",
@@ -48,6 +50,7 @@ __all__ = [
     "LazyTensor",
     "LimitError",
     "NotFoundError",
+    "NotedRead",
     "OutcomeUnknownError",
     "PermissionDeniedError",
     "Problem",

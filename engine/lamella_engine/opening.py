@@ -7,7 +7,7 @@ from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
-from lamella_engine.heads import Head, Pin
+from lamella_engine.heads import Pin
 from lamella_engine.objects import open_objects
 from lamella_engine.remote.place import SCHEMES
 from lamella_engine.repository import Repository, on_objects
@@ -51,7 +51,7 @@ def init(
     try:
         store = PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth)
         if objects.store_name:
-            Pin(place, objects.store_name).replace(_head(store))
+            Pin(place, objects.store_name).replace(store.log.state.head)
         return on_objects(store)
     except AlreadyExistsError:
         raise AlreadyExistsError(
@@ -75,22 +75,18 @@ def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_
         executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         # Who can write to a directory can write to what is remembered of it too.
         pin = Pin(place, objects.store_name) if objects.store_name else None
-        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
+        seen = [pin.seen] if pin is not None and pin.seen is not None else []
+        trusted = [key for head in seen for key in head.signers]
         store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
         if pin is not None:
-            pin.advance(_head(store), store.log.digest_at)
-        return on_objects(store)
+            pin.advance(store.log.state.head, store.log.digest_at)
+        return on_objects(store, seen=seen)
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
-
-
-def _head(store: PackedStore) -> Head:
-    state = store.log.state
-    return Head(state.genesis.repository, state.number, state.digest, state.signers)
 
 
 def _is_remote(place: str) -> bool:

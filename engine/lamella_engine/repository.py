@@ -1,10 +1,11 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.content_store.acting import new_push_id
@@ -16,17 +17,15 @@ from lamella_engine.distance import Distance
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.executor import Executor
 from lamella_engine.format import canonical
+from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
-from lamella_engine.maintenance import Verification
+from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
-
-if TYPE_CHECKING:
-    from lamella_engine.service.audit import Account
 
 
 class Repository:
@@ -365,18 +364,21 @@ class Repository:
         """
         return self._jobs.verify(deep=deep)
 
-    def audit(self) -> "Account":
-        """List who did what, and check that it holds together: what the log says, and the reads that a service noted.
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """Yield who did what: every act by the log, then every read that a service noted, and what is wrong of those.
 
-        Raises InvalidInputError for a repository behind a service: an account is read where it lies.
+        The chain of entries, their signatures and the segments that they vouch for are checked in this process, behind
+        a service as in a directory, and the log has to lead to what this user has seen of it before. Nothing is checked
+        before it is asked for: only who goes on to the end knows that all is well.
+
+        Raises
+        ------
+        CorruptionError
+            The log is not whole, not signed as it must be, or not the one that was seen before.
+        PermissionDeniedError
+            Of a service: for auditors and admins.
         """
-        from lamella_engine.service.audit import account
-
-        if not isinstance(self._store, PackedStore):
-            raise InvalidInputError(
-                "an account is read where the repository lies: open its directory or bucket", kind="remote_audit"
-            )
-        return account(self._store)
+        return self._jobs.audit()
 
 
 def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
@@ -414,6 +416,6 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return dict(stored)
 
 
-def on_objects(store: PackedStore) -> Repository:
-    """Return the repository that a store holds, with jobs done in this process."""
-    return Repository(store, store.executor, LocalJobs(store, store.executor))
+def on_objects(store: PackedStore, *, seen: Collection[Head] = ()) -> Repository:
+    """Return the repository that a store holds, with jobs done in this process; ``seen`` as for them."""
+    return Repository(store, store.executor, LocalJobs(store, store.executor, seen=seen))

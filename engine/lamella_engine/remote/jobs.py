@@ -1,10 +1,13 @@
 """What a service does to a whole repository, where its bytes lie."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
 from typing import TypeVar
 
+from lamella_engine.auditing import STORED_NBYTES, Act, NotedRead, Stored, audit
 from lamella_engine.distance import Distance, assembled
 from lamella_engine.errors import CorruptionError, LamellaError
+from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import VersionId
@@ -12,6 +15,7 @@ from lamella_engine.moments import Moments
 from lamella_engine.reading import Selection
 from lamella_engine.remote.channel import Channel, Patience
 from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.wire import decode_objects
 
 Result = TypeVar("Result")
 
@@ -23,11 +27,14 @@ class RemoteJobs:
     ----------
     channel, repository
         Where.
+    seen
+        Entries of its log that this user has seen.
     """
 
-    def __init__(self, channel: Channel, repository: str) -> None:
+    def __init__(self, channel: Channel, repository: str, *, seen: Collection[Head]) -> None:
         self._channel = channel
         self._repository = repository
+        self._seen = tuple(seen)
 
     def stats(self) -> Stats:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -82,6 +89,29 @@ class RemoteJobs:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         request = pb.VerifyRequest(repository=self._repository, deep=deep)
         return _patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
+
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """See :class:`~lamella_engine.jobs.Jobs`."""
+        return audit(self._stored, self._seen)
+
+    def _stored(self, directory: str) -> Iterator[Stored]:
+        """Yield the objects of a directory; what breaks off goes on after the last that came."""
+        after = directory
+        patience = Patience()
+        while True:
+            request = pb.AuditRequest(repository=self._repository, after=after)
+            try:
+                with closing(self._channel.stream("Jobs.Audit", request)) as messages:
+                    for name, data in decode_objects(messages, most_nbytes=STORED_NBYTES):
+                        if not name.startswith(directory) or name <= after:
+                            raise CorruptionError("the service sent what was not asked for", kind="bad_reply")
+                        after = name
+                        patience.renew()
+                        yield name, data
+            except LamellaError as error:
+                patience.wait(error)
+            else:
+                return
 
 
 def _patiently(job: Callable[[], Result]) -> Result:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from lamella_engine.auditing import stored
 from lamella_engine.checkpoints import check_attachment_paths
 from lamella_engine.content_store.acting import acting_as, now
 from lamella_engine.content_store.packed import PackedStore
@@ -36,6 +37,7 @@ from lamella_engine.wire import (
     decode_cells,
     decode_planned,
     encode_answer,
+    encode_object,
     encode_parents,
     encode_reading,
     encode_version,
@@ -108,12 +110,13 @@ class Rpcs:
             audit = self._audits.get(store) or self._audits.setdefault(store, ReadAudit(store))
         audit.note(Read(now(), call.principal.name, call.peer, rpc, what, "ALLOWED"))
 
-    def flush_audits(self, *, older_than_s: float = 0.0) -> None:
-        """Write what has been noted, if it has waited so long."""
+    def keep_audits(self, *, written_s: float = 0.0, vouched_s: float = 0.0) -> None:
+        """Write what was noted so long ago, and have logs vouch for what was written so long ago."""
         with self._audits_lock:
             audits = list(self._audits.values())
         for audit in audits:
-            audit.flush(older_than_s=older_than_s)
+            audit.flush(older_than_s=written_s)
+            audit.vouch(older_than_s=vouched_s)
 
     # -- repositories -------------------------------------------------------------------------------------------------
 
@@ -359,6 +362,13 @@ class Rpcs:
                     yield _verified(report, done=False)
                     told = time.monotonic()
         yield _verified(report, done=True)
+
+    def jobs_audit(self, request: pb.AuditRequest, call: Call) -> Iterator[pb.AuditReply]:
+        """Yield what is stored of who did what."""
+        store = self._repositories.open(request.repository)
+        with self._readers.taken(call.principal.name):
+            for name, data in stored(store.objects, request.after):
+                yield from encode_object(name, data)
 
     # -- access -------------------------------------------------------------------------------------------------------
 
