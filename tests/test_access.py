@@ -497,8 +497,8 @@ def test_refs_are_set_where_the_grant_says_and_all_or_none(limited):
     failure = update("release-1", "stable")
     assert failure is not None
     assert (failure.status, failure.kind) == NOT_ALLOWED
-    refs = client.call("Versions.Refs", pb.RefsRequest(repository=OWN, model="bert")).refs
-    assert not any(ref.name == "release-1" for ref in refs)
+    (reply,) = client.call("Versions.Refs", pb.RefsRequest(repository=OWN, model="bert"))
+    assert not any(ref.name == "release-1" for ref in reply.refs)
     assert update("release-1", "release-2") is None
 
 

@@ -1,8 +1,7 @@
 """What a service does to a whole repository, where its bytes lie."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
-from typing import TypeVar
 
 from lamella_engine.auditing import STORED_NBYTES, Act, NotedRead, Stored, audit
 from lamella_engine.distance import Distance, assembled
@@ -13,11 +12,9 @@ from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import VersionId
 from lamella_engine.moments import Moments
 from lamella_engine.reading import Selection
-from lamella_engine.remote.channel import Channel, Patience
+from lamella_engine.remote.channel import Channel, Patience, patiently
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import decode_objects
-
-Result = TypeVar("Result")
 
 
 class RemoteJobs:
@@ -50,7 +47,7 @@ class RemoteJobs:
     def diff(self, a: VersionId, b: VersionId) -> Diff:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         request = pb.PairRequest(repository=self._repository, a=a, b=b)
-        return _patiently(lambda: _diff(self._channel.stream("Jobs.Diff", request)))
+        return patiently(lambda: _diff(self._channel.stream("Jobs.Diff", request)))
 
     def distance(self, a: VersionId, b: VersionId, selection: Selection) -> Distance:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -77,7 +74,7 @@ class RemoteJobs:
             exclude=selection.exclude,
             equal=equal,
         )
-        return _patiently(
+        return patiently(
             lambda: [
                 (found.name, found.elements, _moments(found))
                 for update in self._channel.stream("Jobs.Distance", request)
@@ -88,7 +85,7 @@ class RemoteJobs:
     def verify(self, *, deep: bool) -> Verification:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         request = pb.VerifyRequest(repository=self._repository, deep=deep)
-        return _patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
+        return patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
 
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -112,16 +109,6 @@ class RemoteJobs:
                 patience.wait(error)
             else:
                 return
-
-
-def _patiently(job: Callable[[], Result]) -> Result:
-    """Return what a job returns; a call that breaks off is made again from its beginning."""
-    patience = Patience()
-    while True:
-        try:
-            return job()
-        except LamellaError as error:
-            patience.wait(error)
 
 
 def _diff(replies: Iterable[pb.DiffReply]) -> Diff:
