@@ -429,15 +429,15 @@ def test_what_may_have_been_recorded_is_never_deleted(store: PackedStore, monkey
     write(session, taken.records())
     commit = session.push.commit
 
-    def lost(description: Any) -> Any:
-        commit(description)
+    def lost(description: Any, **options: Any) -> Any:
+        commit(description, **options)
         raise OutcomeUnknownError("nobody knows")
 
     monkeypatch.setattr(session.push, "commit", lost)
     with pytest.raises(OutcomeUnknownError):
         session.commit(described(taken))
 
-    def refused(description: Any) -> Any:
+    def refused(description: Any, **options: Any) -> Any:
         raise then
 
     monkeypatch.setattr(session.push, "commit", refused)

@@ -57,6 +57,9 @@ _SWEEP_S = 30.0
 RETRY_AFTER_MS = 1000
 """When whoever was sent away as one too many should come again; clients add jitter."""
 
+# Kinds of LimitError that say so: what is too long, or too much for one push, is that the next time too.
+_PASSING = frozenset({"busy", "too_many_calls", "too_many_pushes"})
+
 _OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a cluster
@@ -501,7 +504,7 @@ def _check_time(deadline: float) -> None:
 
 def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     trailers: list[tuple[str, str | bytes]] = [(ERROR_TRAILER, encode_error(failure))]
-    if isinstance(failure, LimitError):
+    if isinstance(failure, LimitError) and failure.kind in _PASSING:
         trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
     context.set_trailing_metadata(tuple(trailers))
     # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
