@@ -1,6 +1,6 @@
 """What is done to a whole repository, where its bytes lie: here, or behind a service."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -74,6 +74,12 @@ class Jobs(Protocol):
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """See :func:`lamella_engine.auditing.audit`; what was seen of the repository before is known."""
 
+    def signers(self) -> tuple[bytes, ...]:
+        """Return the public keys, one of which must sign the next entry; none if it need not be signed."""
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :meth:`lamella_engine.content_store.packed.PackedStore.require_signed`."""
+
 
 class LocalJobs:
     """:class:`Jobs` in this process.
@@ -138,3 +144,11 @@ class LocalJobs:
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """See :class:`Jobs`."""
         return audit(partial(stored, self._store.objects), (*self._seen, self._store.log.refresh().head))
+
+    def signers(self) -> tuple[bytes, ...]:
+        """See :class:`Jobs`."""
+        return self._store.log.refresh().signers
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :class:`Jobs`."""
+        return self._store.require_signed(keys)

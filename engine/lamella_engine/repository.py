@@ -1,6 +1,7 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
@@ -379,6 +380,39 @@ class Repository:
             Of a service: for auditors and admins.
         """
         return self._jobs.audit()
+
+    def signers(self) -> list[str]:
+        """Return the public keys, in hex, of which one has to sign what is recorded; none if nothing need be signed.
+
+        Raises InvalidInputError for a repository of a service.
+        """
+        return [key.hex() for key in self._jobs.signers()]
+
+    def require_signed(self, keys: Iterable[str] = ()) -> list[str]:
+        """Have this repository take nothing from now on that is not signed by one of these keys; return them.
+
+        There is no way back: whoever has one of the keys may list others in their place, but never none.
+
+        Parameters
+        ----------
+        keys
+            Public keys, in hex, as ``keygen`` prints them; by default that of the key with which this repository was
+            opened. That one has to be on the list that holds now, or on the first one.
+
+        Raises
+        ------
+        PermissionDeniedError
+            The repository was opened without a key (``no_signing_key``), or with another (``not_a_signer``).
+        InvalidInputError
+            A key is none, or the repository is one of a service, which signs by itself.
+        """
+        return [key.hex() for key in self._jobs.require_signed([_public_key(key) for key in keys])]
+
+
+def _public_key(text: str) -> bytes:
+    if not isinstance(text, str) or not re.fullmatch("[0-9a-f]{64}", text):
+        raise InvalidInputError(f"{text!r} is no public key: one is 64 hex digits, as keygen prints it", kind="bad_key")
+    return bytes.fromhex(text)
 
 
 def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:

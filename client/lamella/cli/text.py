@@ -272,6 +272,11 @@ def keygen(made: Document) -> Iterator[str]:
     yield f"public key {made['public_key']}"
 
 
+def signers(found: Document) -> Iterator[str]:
+    """Yield each key of which one has to sign."""
+    yield from found["signers"] or ["nothing has to be signed"]
+
+
 def serve(found: Document) -> Iterator[str]:
     """Yield where a service answers, on one line."""
     told = "" if found["metrics"] is None else f", metrics at http://{found['metrics']}/metrics"

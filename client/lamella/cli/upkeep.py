@@ -1,4 +1,4 @@
-"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, schema, completion, version."""
+"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, signers, schema and more."""
 
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
@@ -66,6 +66,25 @@ def keygen(
     """Make a key that signs what is recorded (Ed25519; PEM, for its owner's eyes alone). Prints its public half."""
     document = {"path": str(file), "public_key": generate_key(file).hex()}
     answer(document, text.keygen, as_json=as_json)
+
+
+def signers(
+    context: typer.Context,
+    key: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="With --require: public keys that may sign; by default one's own."),
+    ] = None,
+    require: Annotated[
+        bool, typer.Option("--require", help="Take nothing any more that none of them signed: for good.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whose signatures are required, or require some. LAMELLA_SIGNING_KEY names the file of one's own key."""
+    if key and not require:
+        raise lamella.InvalidInputError("keys are listed to require them: give --require too", kind="usage")
+    with open_repository(context) as repo:
+        found = repo.require_signed(key or []) if require else repo.signers()
+    answer({"signers": found}, text.signers, as_json=as_json)
 
 
 def schema(

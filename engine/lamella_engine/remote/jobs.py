@@ -1,11 +1,11 @@
 """What a service does to a whole repository, where its bytes lie."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 
 from lamella_engine.auditing import STORED_NBYTES, Act, NotedRead, Stored, audit
 from lamella_engine.distance import Distance, assembled
-from lamella_engine.errors import CorruptionError, LamellaError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
@@ -91,6 +91,14 @@ class RemoteJobs:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         return audit(self._stored, self._seen)
 
+    def signers(self) -> tuple[bytes, ...]:
+        """See :class:`~lamella_engine.jobs.Jobs`; raises InvalidInputError (``remote_signers``)."""
+        raise _remote_signers()
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :class:`~lamella_engine.jobs.Jobs`; raises InvalidInputError (``remote_signers``)."""
+        raise _remote_signers()
+
     def _stored(self, directory: str) -> Iterator[Stored]:
         """Yield the objects of a directory; what breaks off goes on after the last that came."""
         after = directory
@@ -134,3 +142,10 @@ def _verification(updates: Iterator[pb.VerifyUpdate], *, deep: bool) -> Verifica
     if not done:
         raise CorruptionError("the service stopped before all was verified", kind="short_stream")
     return report
+
+
+def _remote_signers() -> InvalidInputError:
+    return InvalidInputError(
+        "what a service records it signs itself: see serve --require-signed; audit says who signed what",
+        kind="remote_signers",
+    )
