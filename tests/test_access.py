@@ -381,6 +381,7 @@ def of_nobody(world: World) -> dict[str, tuple[tuple[str, str | bytes], ...]]:
 @pytest.mark.parametrize("wrong", NOBODIES)
 def test_nobody_may_do_anything_and_everything_is_denied_in_the_same_words(world: World, of_nobody, wrong: str):
     found = set()
+    before = len(world.answered)
     with world.client() as client:
         for rpc in sorted(EVERYTHING):
             for place in (OWN, MISSING, "") if rpc in OF_A_REPOSITORY else ("",):
@@ -389,7 +390,8 @@ def test_nobody_may_do_anything_and_everything_is_denied_in_the_same_words(world
                 assert (failure.status, failure.kind) == NOT_ALLOWED
                 found.add((failure.details, nbytes(failure)))
     assert len(found) == 1
-    assert world.answered[-1].principal == ""
+    # Calls that tests before this one broke off may end now; these were all answered.
+    assert {one.principal for one in world.answered[before:] if one.kind == "not_allowed"} == {""}
 
 
 def test_a_token_in_the_address_is_no_token(world: World):

@@ -27,6 +27,7 @@ from support import bits, noise
 
 import lamella
 from lamella_engine import maintenance, pushing, version_files
+from lamella_engine.checkpoints import safetensors
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.state import State
 from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, LimitError
@@ -398,6 +399,21 @@ def test_headers_of_files_that_no_checkout_could_write_are_not_recorded(wrong: s
     with lamella.init(tmp_path / "here") as repo:  # who can write here can write anything
         push_with_headers(repo, WRONG_HEADERS[wrong])
         assert {problem.kind for problem in repo.verify().problems} == {"bad_attachment"}
+
+
+def test_a_header_is_read_no_further_than_there_are_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name a million of them in a version of two."""
+    read = []
+    real = safetensors._placed_tensor
+    monkeypatch.setattr(safetensors, "_placed_tensor", lambda *given: read.append(given) or real(*given))
+    header = header_of(**{f"x{number}": V for number in range(1000)})
+    with (
+        serving(tmp_path) as server,
+        lamella.init(f"grpc://{server.address}/r") as repo,
+        pytest.raises(InvalidInputError, match="more than 2 entries"),
+    ):
+        push_with_headers(repo, [(header, "")])
+    assert len(read) == 2
 
 
 def test_headers_that_would_take_long_to_read_are_refused_before_and_not_tried_again(

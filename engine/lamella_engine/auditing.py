@@ -129,7 +129,7 @@ def _acts(
     seen = max((head.number for head in known), default=0)
     if number < seen:
         raise CorruptionError(
-            f"the log ends at entry {number}, though {seen} was seen before: ask its keeper why",
+            f"the log ends before entry {seen}, which was seen: ask its keeper why",
             kind="rollback",
             expected=seen,
             actual=number,
