@@ -7,8 +7,8 @@ Two processes of one gloo group hold the state in shards, as FSDP2 has it. In ev
 state, of which the one before is saved already, once: ``dcp.save`` by lamella on two ranks and on one, two pushes of
 half the state each that know nothing of each other, ``dcp.save`` to files on two ranks and on one, and ``torch.save``.
 All of them sync what they write. What is shown are medians. Then all checkpoints go through one repository, and the
-bytes that they take are set beside those of files. At last both ranks save noise that lies so that every cell is shared,
-and their memory is watched.
+bytes that they take are set beside those of files. At last both ranks save noise that lies so that every cell is
+shared, and their memory is watched.
 """
 
 import argparse

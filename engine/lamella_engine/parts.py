@@ -242,7 +242,9 @@ def store_part(
     try:
         shards = Shards(held())
         samples = _samples(assignment.structure, shards)
-        push = store.begin(assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id())
+        push = store.begin(
+            assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id(), part=True
+        )
     except Exception:
         exchange.merge(_samples(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise

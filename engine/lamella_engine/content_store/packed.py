@@ -254,6 +254,7 @@ class PackedStore:
         *,
         parent: VersionId | None,
         push_id: PushId,
+        part: bool = False,
         writer_id: PushId | None = None,
     ) -> PackedPush:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`; ``writer_id`` is explained at PackedPush."""
@@ -281,7 +282,7 @@ class PackedStore:
             opened = self.reader.open_added(at)
         elif parent is not None:
             opened = self.reader.open(parent)
-        self._catch_up(state, opened)
+        self._catch_up(state, None if part else opened)  # a thousand ranks would read a thousand times what one does
         context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
         return PackedPush(
             context,

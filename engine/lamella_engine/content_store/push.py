@@ -189,13 +189,11 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         written, live = _parse_part(part)
         self._store.packs.learn(written)
-        for ref in written:
-            self._joined[ref.name] = ref
-            self._packs.update(dict.fromkeys(self._store.packs.index(ref.name).chunks, ref.name))
+        self._joined.update((ref.name, ref) for ref in written)
         self._store.log.refresh()  # the part may have found what was recorded since this push began
-        for name in live:
-            for chunk in self._store.packs.index(name).chunks:
-                self._packs.setdefault(chunk, name)
+        names = [*live, *(ref.name for ref in written)]
+        for name, index in zip(names, self._store.executor.map(self._store.packs.index, names), strict=True):
+            self._packs.update(dict.fromkeys(index.chunks, name))
 
     @property
     def _written(self) -> dict[str, PackRef]:

@@ -246,8 +246,10 @@ class RemoteStore:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> RemotePush:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+    def begin(
+        self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId, part: bool = False
+    ) -> RemotePush:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`. A service looks at packs once for all parts."""
         check_name(model, what="model")
         check_ref_name(branch)
         return RemotePush(
