@@ -7,6 +7,7 @@
 array([0., 0.], dtype=float32)
 """
 
+from lamella_engine.background import PushHandle
 from lamella_engine.cost import Cost
 from lamella_engine.distance import Distance
 from lamella_engine.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "PermissionDeniedError",
     "Problem",
     "Progress",
+    "PushHandle",
     "RefInfo",
     "RefNotFoundError",
     "Repository",
