@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from lamella_engine.checkpoints import Checkpoint, MemoryCheckpoint
 from lamella_engine.checkpoints.staging import Staging
 from lamella_engine.errors import InvalidInputError
-from lamella_engine.executor import Executor
 from lamella_engine.versions import Version
 
 logger = logging.getLogger("lamella")
@@ -40,8 +39,7 @@ class Background:
     A thread runs while there are any, and not as a daemon: a program ends after its pushes.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+    def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
@@ -82,12 +80,16 @@ class Background:
         if self._closed:
             checkpoint.close()
             raise InvalidInputError("this repository was closed: open it again", kind="closed")
-        staged: Future[None]
+        staged: Future[None] = Future()
+        staged.set_running_or_notify_cancel()  # so that nobody can cancel it
         if isinstance(checkpoint, MemoryCheckpoint):
             checkpoint = copied = self._staging.copy(checkpoint)
-            staged = self._executor.submit(copied.wait) if not copied.whole else _done()
+            if copied.whole:
+                staged.set_result(None)
+            else:
+                threading.Thread(target=_tell, args=(staged, copied.wait), name="lamella-staging").start()
         else:
-            staged = _done()
+            staged.set_result(None)
         job = _Job((model, branch), _Published(), checkpoint, record)
         job.published.add_done_callback(lambda _: checkpoint.close())
         with self._changed:
@@ -152,10 +154,14 @@ class _Job:
             self.published.set_result(version)
 
 
-def _done() -> Future[None]:
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
+def _tell(future: Future[None], function: Callable[[], None]) -> None:
+    """Have a future say how a function ends."""
+    try:
+        function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 def _raise_first(jobs: Iterable[_Job]) -> None:

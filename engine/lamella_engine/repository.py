@@ -49,7 +49,7 @@ class Repository:
         self._executor = executor
         self._jobs = jobs
         self._reader = Reader(store, executor)
-        self._background = Background(executor)
+        self._background = Background()
 
     def __enter__(self) -> "Repository":
         return self

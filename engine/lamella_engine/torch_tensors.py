@@ -7,6 +7,7 @@ can be told without it, because a program that holds a tensor has imported torch
 import os
 import sys
 import weakref
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -29,6 +30,7 @@ def is_torch_tensor(value: object) -> "TypeGuard[torch.Tensor]":
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+@lru_cache
 def dtype_of_torch(dtype: "torch.dtype") -> Dtype:
     """Look a dtype up by its torch dtype; raises InvalidInputError (``unknown_dtype``)."""
     name = str(dtype).removeprefix("torch.")
@@ -153,7 +155,7 @@ def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[A
     tensor
         Passed :func:`check_storable`. On any device; may require grad.
     slices
-        The part, one slice for each axis; for an opaque dtype one slice of the tensor's bytes.
+        The part, one slice for each axis; for an opaque dtype one slice of the tensor's bytes. None for the whole.
 
     Returns
     -------
@@ -226,8 +228,7 @@ class Transfers:
             stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.no_grad(), torch.cuda.stream(stream):
-            whole = (slice(None),) * (1 if dtype_of_torch(tensor.dtype).opaque else tensor.dim())
-            source = _carried(tensor, whole)
+            source = _carried(tensor, ())
             torch.from_numpy(out).view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
 
     @property

@@ -47,7 +47,7 @@ class Staging:
             if start == nbytes:
                 nbytes += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
         memory = self._take(nbytes, pinned=source.on_gpu)
-        staged = StagedCheckpoint(source, starts, memory.octets, lambda: self._give_back(memory))
+        staged = StagedCheckpoint(source, starts, memory, self._give_back)
         try:
             staged.fill()
         except BaseException:
@@ -60,11 +60,11 @@ class Staging:
             self._changed.wait_for(lambda: self._taken < STAGED_COPIES)
             self._taken += 1
             fitting = [memory for memory in self._free if memory.fits(nbytes, pinned=pinned)]
-            if fitting or self._taken + len(self._free) > STAGED_COPIES:
+            if self._free:  # what does not fit makes room for what will
                 taken = min(fitting or self._free, key=lambda memory: memory.octets.nbytes)
                 self._free.remove(taken)
-            if fitting:
-                return taken
+                if fitting:
+                    return taken
         try:
             return _Memory(nbytes, pinned=pinned)
         except BaseException:
@@ -103,14 +103,18 @@ class StagedCheckpoint:
     """A copy of a checkpoint in memory; made by :meth:`Staging.copy`. What it promises says ``Checkpoint``."""
 
     def __init__(
-        self, source: MemoryCheckpoint, starts: dict[str, int], memory: Octets, give_back: Callable[[], None]
+        self,
+        source: MemoryCheckpoint,
+        starts: dict[str, int],
+        memory: "_Memory",
+        give_back: "Callable[[_Memory], None]",
     ) -> None:
         self.structure = source.structure
         self.random_access = True
         self.attachments: tuple[Attachment, ...] = ()
         self._source = source
         self._starts = starts
-        self._memory: Octets | None = memory
+        self._memory: _Memory | None = memory
         self._give_back = give_back
         self._transfers = Transfers()
         self._lock = threading.Lock()
@@ -123,7 +127,7 @@ class StagedCheckpoint:
         for spec in self.structure:
             start = self._starts[spec.name]
             if start not in filled and spec.nbytes:
-                self._source.copy(spec, self._memory[start : start + spec.nbytes], self._transfers)
+                self._source.copy(spec, self._memory.octets[start : start + spec.nbytes], self._transfers)
                 filled.add(start)
         if not self._transfers.begun:
             self.wait()
@@ -155,7 +159,7 @@ class StagedCheckpoint:
         if tensor.name not in self._starts:
             raise TensorNotFoundError(f"there is no tensor {tensor.name[:80]!r}", tensor=tensor.name)
         start = self._starts[tensor.name]
-        return memory[start + region.start : start + region.stop].data
+        return memory.octets[start + region.start : start + region.stop].data
 
     def check_unchanged(self) -> None:
         """See :meth:`Checkpoint.check_unchanged`: the copy is nobody else's."""
@@ -168,7 +172,7 @@ class StagedCheckpoint:
                 return
             self._transfers.wait()
             self._source.close()
-        self._give_back()
+        self._give_back(memory)
 
     def __enter__(self) -> Self:
         return self

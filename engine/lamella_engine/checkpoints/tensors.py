@@ -99,7 +99,7 @@ class MemoryCheckpoint:
             with _naming(tensor.name):
                 transfers.begin(value, out)
             return
-        part = self._part(tensor, (slice(None),) * (1 if tensor.dtype.opaque else len(tensor.shape)))
+        part = self._part(tensor, ())
         octets = _octets(part)
         if octets is None:
             _lay_out(part, tensor.dtype, out)
