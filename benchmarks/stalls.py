@@ -12,24 +12,31 @@ being stored, which takes every core.
 First calls, which touch fresh memory, stand in a column of their own, and are in neither median nor worst.
 """
 
+import argparse
 import copy
+import logging
 import statistics
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 import lamella
-from benchmarks import gpt
+from benchmarks import corpora, gpt
 
 ROUNDS = 9
 """The first of which is told apart; enough of the others for a worst one."""
@@ -75,7 +82,7 @@ def measure(state: State, folder: Path, *, rounds: int) -> tuple[dict[str, Pause
         return lambda: None
 
     def dcp_save(state: State, stager: DefaultStager | None = None) -> Callable[[], object]:
-        saved: Any = dcp.async_save(dict(state), checkpoint_id=str(folder / "dcp"), async_stager=stager, no_dist=True)
+        saved: Any = async_save(dict(state), checkpoint_id=str(folder / "dcp"), async_stager=stager, no_dist=True)
         return lambda: saved.result()
 
     with lamella.init(str(folder / "repository")) as repo:
@@ -89,7 +96,7 @@ def measure(state: State, folder: Path, *, rounds: int) -> tuple[dict[str, Pause
             "memcpy": memcpy,
             "torch.save": torch_save,
             "dcp.async_save": dcp_save,
-            "dcp.async_save, memory used again": partial(dcp_save, stager=stager),
+            "dcp.async_save, warm": partial(dcp_save, stager=stager),
             "lamella": push,
         }
         alone = _measure(state, contenders, rounds)
