@@ -308,7 +308,7 @@ def test_a_peer_that_gives_back_other_bits_is_found_out(family: tuple[Checkpoint
     assert peers.what_came_back(sources, tmp_path) == "file"
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that it is alone and overwrites
 def test_every_contender_of_a_pause_saves_in_every_round(tmp_path: Path):
     state = gpt.initial(SHAPE, "pauses")
     alone, busy = stalls.measure(state, tmp_path, rounds=3)
