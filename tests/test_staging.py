@@ -237,16 +237,24 @@ def test_a_transaction_stands_on_the_pushes_before_it(repo, objects):
     assert repo.version("m@main").parents == (published(handle).id,)
 
 
-def test_pushes_without_room_wait_for_it(repo, objects):
+def test_a_push_without_room_waits_for_it(repo, objects, monkeypatch):
+    changed = repo._background._staging._changed
+    wait_for, without_room = changed.wait_for, threading.Event()
+
+    def wait_visibly(has_room: Callable[[], bool]) -> bool:
+        if not has_room():
+            without_room.set()
+        return wait_for(has_room, PATIENCE_S)
+
+    monkeypatch.setattr(changed, "wait_for", wait_visibly)
     objects.open.clear()
     handles = [repo.push({"w": noise(seed, 200, 200)}, "m@main", wait=False) for seed in range(STAGED_COPIES)]
     late: list[lamella.PushHandle] = []
     third = threading.Thread(target=lambda: late.append(repo.push({"w": noise(9, 200, 200)}, "m@main", wait=False)))
     third.start()
-    assert objects.reached.acquire(timeout=PATIENCE_S)
+    assert without_room.wait(PATIENCE_S)
     assert not late
     assert not any(handle.published.done() for handle in handles)
-    assert repo._background._staging._taken == STAGED_COPIES
     objects.open.set()
     third.join(PATIENCE_S)
     assert published(late[0]).number == 3

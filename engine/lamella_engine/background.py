@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lamella_engine.checkpoints import Checkpoint, MemoryCheckpoint
@@ -77,25 +78,27 @@ class Background:
             See :meth:`Staging.copy`.
         """
         self._settle_in()
-        if self._closed:
-            checkpoint.close()
-            raise InvalidInputError("this repository was closed: open it again", kind="closed")
-        staged: Future[None] = Future()
-        staged.set_running_or_notify_cancel()  # so that nobody can cancel it
-        if isinstance(checkpoint, MemoryCheckpoint):
-            checkpoint = copied = self._staging.copy(checkpoint)
-            if copied.whole:
-                staged.set_result(None)
+        with ExitStack() as opened:
+            opened.enter_context(checkpoint)
+            if self._closed:
+                raise InvalidInputError("this repository was closed: open it again", kind="closed")
+            staged: Future[None] = Future()
+            staged.set_running_or_notify_cancel()  # so that nobody can cancel it
+            if isinstance(checkpoint, MemoryCheckpoint):
+                checkpoint = copied = opened.enter_context(self._staging.copy(checkpoint))
+                if copied.whole:
+                    staged.set_result(None)
+                else:
+                    threading.Thread(target=_tell, args=(staged, copied.wait), name="lamella-staging").start()
             else:
-                threading.Thread(target=_tell, args=(staged, copied.wait), name="lamella-staging").start()
-        else:
-            staged.set_result(None)
-        job = _Job((model, branch), _Published(), checkpoint, record)
-        job.published.add_done_callback(lambda _: checkpoint.close())
-        with self._changed:
-            if not self._jobs:
-                threading.Thread(target=self._run, name="lamella-push").start()  # waits for this lock
-            self._jobs.append(job)
+                staged.set_result(None)
+            job = _Job((model, branch), _Published(), checkpoint, record)
+            with self._changed:
+                if not self._jobs:
+                    threading.Thread(target=self._run, name="lamella-push").start()  # waits for this lock
+                self._jobs.append(job)
+            job.published.add_done_callback(lambda _: job.checkpoint.close())
+            opened.pop_all()
         return PushHandle(staged, job.published)
 
     def _run(self) -> None:
