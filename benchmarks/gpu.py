@@ -12,6 +12,7 @@ as soon as they were staged.
 
 import argparse
 import logging
+import os
 import statistics
 import time
 import warnings
@@ -97,6 +98,7 @@ def measure(state: State, repo: lamella.Repository, folder: Path, *, rounds: int
     times: dict[str, Times] = defaultdict(lambda: Times([], [], []))
     for _ in range(rounds):
         for name, save in contenders.items():
+            os.sync()  # so that nobody waits for what the one before left to be written
             train(state)
             torch.cuda.synchronize()
             start = time.perf_counter()

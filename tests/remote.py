@@ -140,6 +140,7 @@ CARRIED = (
 NOT_CARRIED = {
     "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
     "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
+    "test_a_program_that_ends_has_its_pushes_recorded_in_a_bucket": "has a bucket of its own",
     "test_a_program_that_ends_has_its_pushes_recorded_by_a_service": "has a service of its own, without tokens",
     "test_a_push_that_was_fenced_after_it_committed_has_committed": "a client tries again",
     "test_a_gap_in_the_log_is_corruption_and_never_the_state_before_it": "the service opens it, and nobody calls",

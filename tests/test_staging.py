@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import s3
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -426,6 +427,14 @@ def test_a_program_that_ends_has_its_pushes_recorded_by_a_service(tmp_path):
         done = run_script(url := f"grpc://{server.address}/r")
         assert (done.returncode, done.stderr) == (0, "")
         assert lamella.open(url).version("m@main").message == "1"
+
+
+def test_a_program_that_ends_has_its_pushes_recorded_in_a_bucket(moto, use):
+    use(moto)
+    lamella.init(url := s3.new_url())
+    done = run_script(url, verb="open")  # whose first write tries what the bucket keeps
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lamella.open(url).version("m@main").message == "1"
 
 
 def test_a_failure_that_nobody_waited_for_is_printed(tmp_path):
