@@ -131,6 +131,7 @@ CARRIED = (
     "test_push",
     "test_races",
     "test_sketches",
+    "test_staging",
     "test_torch_modules",
     "test_transaction",
     "test_zarr_push",
@@ -141,6 +142,8 @@ CARRIED = (
 NOT_CARRIED = {
     "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
     "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
+    "test_a_program_that_ends_has_its_pushes_recorded_in_a_bucket": "has a bucket of its own",
+    "test_a_program_that_ends_has_its_pushes_recorded_by_a_service": "has a service of its own, without tokens",
     "test_a_push_that_was_fenced_after_it_committed_has_committed": "a client tries again",
     "test_a_header_longer_than_any_is_not_read": "a service does not record such a version",
     "test_a_gap_in_the_log_is_corruption_and_never_the_state_before_it": "the service opens it, and nobody calls",
