@@ -13,6 +13,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from lamella_engine import codecs
 from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
@@ -52,7 +54,7 @@ class _Place:
 
     cell: Cell
     nbytes: int
-    read: Callable[[bytearray | None], Buffer]
+    read: Callable[[memoryview | None], Buffer]
     """Returns the bytes; may use the memory it is given."""
     width: int = 1
     floating: bool = False
@@ -66,7 +68,7 @@ class _Chunk:
     place: _Place
     id: ChunkId
     data: Buffer
-    memory: bytearray | None
+    memory: memoryview | None
     """The memory that ``data`` lies in, if it is to be used again."""
 
 
@@ -173,7 +175,7 @@ class _Pushing:
         self._checkpoint = checkpoint
         self._executor = executor
         self._attachments = sorted((*checkpoint.attachments, *files), key=lambda item: item.path)
-        self._free: list[bytearray] = []
+        self._free: list[memoryview] = []
         self._progress = progress
         self._decoded_nbytes = sum(spec.nbytes for spec in checkpoint.structure)
         self._total_nbytes = self._decoded_nbytes + sum(item.nbytes for item in self._attachments)
@@ -305,13 +307,13 @@ class _Pushing:
         if self._progress is not None:
             self._progress(Progress(self._done_nbytes, self._total_nbytes, self._stored_nbytes))
 
-    def _memory(self) -> bytearray:
+    def _memory(self) -> memoryview:
         try:
             return self._free.pop()
         except IndexError:
-            return bytearray(MAX_CELL_NBYTES)
+            return np.empty(MAX_CELL_NBYTES, np.uint8).data
 
-    def _release(self, memory: bytearray | None) -> None:
+    def _release(self, memory: memoryview | None) -> None:
         if memory is not None:
             self._free.append(memory)
 
@@ -353,7 +355,7 @@ class _Pushing:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
         self._push.keep(chunk.id, chunk.data)
-        memory: bytearray | None = None
+        memory: memoryview | None = None
         guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:
             memory = self._memory() if place.companion.nbytes >= POOLED_NBYTES else None
@@ -378,9 +380,9 @@ class _Pushing:
         return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
 
 
-def _page(data: bytes, memory: bytearray | None) -> Buffer:
+def _page(data: bytes, memory: memoryview | None) -> Buffer:
     return data
 
 
-def _piece(item: Attachment, start: int, stop: int, memory: bytearray | None) -> Buffer:
+def _piece(item: Attachment, start: int, stop: int, memory: memoryview | None) -> Buffer:
     return item.read(start, stop)
