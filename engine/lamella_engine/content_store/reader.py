@@ -288,7 +288,7 @@ class PackedReader:
         return data
 
     def lent_base(self, blob: StoredBlob) -> Buffer:
-        """Return the chunk of a copy that is wanted once: :meth:`base`'s, or in memory that this thread lends next time.
+        """Return the chunk of a copy that is wanted once, valid until this thread asks for another.
 
         A service, which does not encode, decodes a base for each delta that it is given: new memory for each took it a
         tenth of its time.
