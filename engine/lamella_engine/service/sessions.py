@@ -38,8 +38,8 @@ MAX_SESSIONS = 512
 RECORDED_KEPT = 64
 """Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
 
-# What is decoded and stored in one go, so many bytes of records or of decoded chunks: enough for two threads, and little
-# enough that the plans that wait for it come soon. With 4 MiB of records alone, which are 14 MiB of chunks where deltas
+# What is decoded and stored in one go, so many bytes of records or of decoded chunks: enough for two threads, and so
+# little that the plans that wait for it come soon. With 4 MiB of records alone, which are 14 MiB of chunks where deltas
 # save three quarters, the clients of five pushes of MiniLM waited 0.47 s for their plans, and 0.29 s with both bounds.
 _BATCH_NBYTES, _BATCH_DECODED_NBYTES = 4 << 20, 8 << 20
 
