@@ -354,7 +354,6 @@ class _Pushing:
     def _encode(self, wanted: tuple[_Chunk, Missing]) -> Blob:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
-        self._push.keep(chunk.id, chunk.data)
         memory: memoryview | None = None
         guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:
@@ -374,10 +373,12 @@ class _Pushing:
                 codecs.Against.BASE: missing.base,
                 codecs.Against.GUIDE: missing.companion,
             }[encoded.against]
+        again = partial(place.read, None)
+        blob = Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
+        self._push.keep(blob, chunk.data)
         self._release(chunk.memory)
         self._release(memory)
-        again = partial(place.read, None)
-        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
+        return blob
 
 
 def _page(data: bytes, memory: memoryview | None) -> Buffer:
