@@ -338,3 +338,22 @@ def test_a_token_that_makes_no_sense_is_usage(tmp_path: Path, call, monkeypatch,
     monkeypatch.chdir(tmp_path)
     code, out, err = call(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_memory_that_a_service_frees_is_there_when_it_wants_some_again():
+    program = """
+import resource
+from lamella_engine.service.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [b"x" * (2 << 20) for _ in range(20)]
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+print(faults(), faults())
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    first, again = map(int, said.split())
+    assert again < first // 100

@@ -286,7 +286,7 @@ def _stored(
         ):
             cell = Cell(spec.name, number)
             box = box_of(spec.grid.region(number))
-            read: Callable[[bytearray | None], Buffer] = partial(shards.read, spec, box)
+            read: Callable[[memoryview | None], Buffer] = partial(shards.read, spec, box)
             if mail.brings(cell):
                 read = partial(_given, mail.take(cell))
             found = cell_place(spec, number, read, beside if follows else None)
@@ -313,7 +313,7 @@ def _stored(
     )
 
 
-def _given(data: Buffer, memory: bytearray | None) -> Buffer:
+def _given(data: Buffer, memory: memoryview | None) -> Buffer:
     return data
 
 

@@ -377,7 +377,7 @@ class RecordParser:
         if blob_digest(payload) != digest:
             raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
         of = ChunkId(base) if flags & HAS_BASE else None
-        return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of), flags
+        return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of, digest=digest), flags
 
     def chain_length(self) -> int | None:
         """Return the number of blobs of the next cell, or None until it has come."""

@@ -61,7 +61,9 @@ def serve(
         )
     with _needing("lamella[service]"):
         from lamella_engine.service.logs import log_call, log_to
+        from lamella_engine.service.memory import keep_freed_memory
         from lamella_engine.service.server import Answered, Server, Tls
+    keep_freed_memory()
     observers: list[Callable[[Answered], None]] = [log_call]
 
     def observe(answered: Answered) -> None:

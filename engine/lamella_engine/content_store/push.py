@@ -139,7 +139,7 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         return self._intake.base(missing.chunk)
 
-    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+    def keep(self, blob: Blob, data: Buffer) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. Here everything is near."""
 
     def write(self, blobs: Iterable[Blob]) -> None:

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from lamella_engine import codecs
@@ -41,8 +42,10 @@ MAX_SESSIONS = 512
 RECORDED_KEPT = 64
 """Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
 
-# What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
-_BATCH_NBYTES = 4 << 20
+# What is decoded and stored in one go, so many bytes of records or of decoded chunks: enough for two threads, and so
+# little that the plans that wait for it come soon. With 4 MiB of records alone, which are 14 MiB of chunks where deltas
+# save three quarters, the clients of five pushes of MiniLM waited 0.47 s for their plans, and 0.29 s with both bounds.
+_BATCH_NBYTES, _BATCH_DECODED_NBYTES = 4 << 20, 8 << 20
 
 FILLED_NBYTES = 256 << 20
 """What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
@@ -107,6 +110,8 @@ class Session:
         self._parser = RecordParser()
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
+        self._batch_nbytes = 0
+        """Of its chunks, decoded."""
         self._stream: object = None
         """The newest of them."""
 
@@ -148,7 +153,7 @@ class Session:
 
     def _rewind(self) -> None:
         self._parser = RecordParser()
-        self._batch.clear()
+        self._batch, self._batch_nbytes = [], 0
         self._received = self._taken
 
     def consider(self, sketch: Sketch) -> None:
@@ -199,7 +204,9 @@ class Session:
             self._received += data.nbytes
             while (record := self._record()) is not None:
                 self._batch.append(record)
-                if self._received - self._taken - self._parser.waiting_nbytes >= _BATCH_NBYTES:
+                self._batch_nbytes += record[0].decoded_nbytes
+                records_nbytes = self._received - self._taken - self._parser.waiting_nbytes
+                if records_nbytes >= _BATCH_NBYTES or self._batch_nbytes >= _BATCH_DECODED_NBYTES:
                     self._store_batch()
             return None if self._taken == before else self._taken
 
@@ -218,13 +225,19 @@ class Session:
             return self._taken
 
     def _store_batch(self, *, last: bool = False) -> None:
-        batch: dict[ChunkId, tuple[Blob, int]] = {}
-        for item in self._batch:  # what came twice is not decoded twice, however little it takes to say it again
-            batch.setdefault(item[0].chunk, item)
-        self._batch.clear()
+        batch: dict[ChunkId, Blob] = {}
+        whole: list[Blob] = []
+        for blob, flags in self._batch:  # what came twice is not decoded twice, however little it takes to say it again
+            if blob.chunk not in batch:
+                batch[blob.chunk] = blob
+                if blob.base is None and blob.chunk in self._untried and not flags & TRIED_BASE:
+                    whole.append(replace(blob, floating=bool(flags & FLOATING)))
+        self._batch, self._batch_nbytes = [], 0
         end = self._received - self._parser.waiting_nbytes
         try:
-            self.push.write(list(self._store.executor.map(self._against_base, batch.values())))
+            for blob in self._store.executor.map(self._against_base, whole):
+                batch[blob.chunk] = blob
+            self.push.write(batch.values())
             if last:
                 self.push.finish()
             elif self._crowded():
@@ -237,22 +250,18 @@ class Session:
             self._untried.pop(chunk, None)
         self._taken = end
 
-    def _against_base(self, item: tuple[Blob, int]) -> Blob:
-        """Return a blob that was sent in full as a delta, if its sender could not make one and it is smaller."""
-        blob, flags = item
-        missing = self._untried.get(blob.chunk)
-        if blob.base is not None or flags & TRIED_BASE or missing is None:
-            return blob
+    def _against_base(self, blob: Blob) -> Blob:
+        """Return as a delta, if that is smaller, a blob that was sent in full because its sender could not make one."""
+        missing = self._untried[blob.chunk]
         chunk = bytearray(blob.decoded_nbytes)
         try:
             decode_chain([blob], memoryview(chunk), check=True)
             base = self.push.base(missing)
         except CorruptionError:  # the store will say of the blob what is wrong with it; without a base it is as good
             return blob
-        floating = bool(flags & FLOATING)
-        if not codecs.fits(len(base), len(chunk), floating=floating):
+        if not codecs.fits(len(base), len(chunk), floating=blob.floating):
             return blob
-        encoded = codecs.encode(chunk, width=blob.width, floating=floating, base=base)
+        encoded = codecs.encode(chunk, width=blob.width, floating=blob.floating, base=base)
         if encoded.against is not codecs.Against.BASE or len(encoded.payload) >= len(blob.payload):
             return blob
         return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
