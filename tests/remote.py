@@ -25,7 +25,8 @@ from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.remote import channel
 from lamella_engine.remote.opening import connect
 from lamella_engine.repository import Repository
-from lamella_engine.service.server import Server, Tls
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Server
 
 PIECE_NBYTES = 1 << 16
 

@@ -28,7 +28,8 @@ from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import server as server_module
 from lamella_engine.service import tokens as tokens_module
 from lamella_engine.service.access import NOBODY, POLICY, Principal
-from lamella_engine.service.server import Answered, Server, Tls
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Answered, Server
 from lamella_engine.service.tokens import FRESH_S, Tokens
 from lamella_engine.wire import METHODS
 

@@ -19,7 +19,8 @@ from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.format.version import version_id
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.server import Server, Tls
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Server
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.wire import MAX_MESSAGE_NBYTES, METHODS
 

@@ -60,8 +60,9 @@ def serve(
             kind="usage",
         )
     with _needing("lamella[service]"):
+        from lamella_engine.service.listening import Tls
         from lamella_engine.service.logs import log_call, log_to
-        from lamella_engine.service.server import Answered, Server, Tls
+        from lamella_engine.service.server import Answered, Server
     observers: list[Callable[[Answered], None]] = [log_call]
 
     def observe(answered: Answered) -> None:
