@@ -45,9 +45,10 @@ from lamella_engine.model import Cell, ChunkId
 from lamella_engine.repository import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import sessions as sessions_module
+from lamella_engine.service.quotas import PUSHES_OF_ONE, Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
+from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
 from lamella_engine.wire import (
     FLOATING,
@@ -221,7 +222,7 @@ def objects_of(store: PackedStore) -> set[str]:
 
 
 def test_a_push_that_is_begun_twice_is_one(store: PackedStore):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, taken = begin(sessions, store, push)
     records = planned(session).records()
     assert taken == 0
@@ -234,7 +235,7 @@ def test_a_push_that_is_begun_twice_is_one(store: PackedStore):
 
 
 def test_a_plan_that_is_repeated_is_answered_alike(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     answers = session.plan(0, cells)
     assert all(answer is not None for answer in answers)
@@ -243,7 +244,7 @@ def test_a_plan_that_is_repeated_is_answered_alike(store: PackedStore):
 
 
 def test_batches_that_overtake_each_other_are_planned_in_order(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     with ThreadPoolExecutor(3) as pool:
         late = [pool.submit(session.plan, first, cells[first : first + 1]) for first in (2, 1)]
@@ -254,7 +255,7 @@ def test_batches_that_overtake_each_other_are_planned_in_order(store: PackedStor
 @pytest.mark.parametrize("first", [0, 1])
 def test_cells_that_are_planned_out_of_turn_are_refused(store: PackedStore, monkeypatch, first: int):
     monkeypatch.setattr(sessions_module, "_ORDER_PATIENCE_S", 0.0)
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     if not first:
         session.plan(0, cells[:2])
@@ -265,7 +266,7 @@ def test_cells_that_are_planned_out_of_turn_are_refused(store: PackedStore, monk
 
 def test_a_push_has_so_many_cells_at_most(store: PackedStore, monkeypatch):
     monkeypatch.setattr(sessions_module, "MAX_PLANNED", 2)
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = [Planned(Cell("w", number), ChunkId(bytes([number]) * 32)) for number in range(3)]
     session.plan(0, cells[:2])
     with pytest.raises(LimitError) as caught:
@@ -274,7 +275,7 @@ def test_a_push_has_so_many_cells_at_most(store: PackedStore, monkeypatch):
 
 
 def test_bytes_that_leave_a_gap_are_refused_and_those_that_came_before_are_skipped(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     records = taken.records()
     session.receive(0, memoryview(records[:1000]))
@@ -288,7 +289,7 @@ def test_bytes_that_leave_a_gap_are_refused_and_those_that_came_before_are_skipp
 
 
 def test_a_stream_that_breaks_is_taken_up_where_the_last_answer_was(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     records = taken.records()
@@ -315,7 +316,7 @@ def wrong(taken: Any, kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["wrong_blob", "wrong_base", "unplanned_blob"])
 def test_a_blob_that_is_not_what_was_asked_for_is_refused_and_the_push_goes_on(store: PackedStore, kind: str):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     with pytest.raises(InvalidInputError) as error:
         write(session, wrong(taken, kind))
@@ -328,7 +329,7 @@ def test_a_blob_that_is_not_what_was_asked_for_is_refused_and_the_push_goes_on(s
 
 
 def test_bytes_that_are_no_record_are_refused_and_damaged_ones_may_come_again(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     with pytest.raises(InvalidInputError) as invalid:
         write(session, b"\xff" * 200)
@@ -342,7 +343,7 @@ def test_bytes_that_are_no_record_are_refused_and_damaged_ones_may_come_again(st
 
 
 def test_a_push_that_is_begun_anew_plans_and_writes_everything_again(store: PackedStore):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     write(session, planned(session).records())
     again, taken = begin(sessions, store, push, again=True)
@@ -356,7 +357,7 @@ def test_a_push_that_is_begun_anew_plans_and_writes_everything_again(store: Pack
 
 def test_a_call_that_waited_while_its_push_was_given_up_changes_nothing(store: PackedStore):
     """Else a commit that comes late would record a version whose packs are deleted."""
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     taken = planned(session)
     write(session, taken.records())
@@ -375,7 +376,7 @@ def test_a_call_that_waited_while_its_push_was_given_up_changes_nothing(store: P
 
 
 def test_a_batch_that_waits_for_its_turn_ends_with_its_push(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(session.plan, 1, cells[1:])
@@ -386,7 +387,7 @@ def test_a_batch_that_waits_for_its_turn_ends_with_its_push(store: PackedStore):
 
 
 def test_a_plan_that_failed_half_way_is_begun_again(store: PackedStore, monkeypatch: pytest.MonkeyPatch):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     plan = session.push.plan
 
@@ -406,7 +407,7 @@ def test_a_plan_that_failed_half_way_is_begun_again(store: PackedStore, monkeypa
 
 
 def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     write(session, taken.records())
@@ -415,7 +416,10 @@ def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
     session.abandon()
     assert objects_of(store)
     # ... and by a client that had to begin again, at this server or another
-    for again, _ in (begin(sessions, store, session.push.id, again=True), begin(Sessions(), store, session.push.id)):
+    for again, _ in (
+        begin(sessions, store, session.push.id, again=True),
+        begin(Sessions(Quotas()), store, session.push.id),
+    ):
         assert again is not session
     assert store.pushed(session.push.id) == recorded
 
@@ -423,7 +427,7 @@ def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
 @pytest.mark.parametrize("then", [InvalidInputError("no"), ConflictError("no")])
 def test_what_may_have_been_recorded_is_never_deleted(store: PackedStore, monkeypatch, then: Exception):
     """The commit went through and its answer was lost; what is said of a later one is said of that one alone."""
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     write(session, taken.records())
@@ -454,7 +458,7 @@ def problems(store: PackedStore) -> list[str]:
 
 
 def test_a_push_that_lost_its_race_leaves_nothing(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     pushes = [begin(sessions, store, new_push_id())[0] for _ in range(2)]
     versions = [planned(session, message=str(number)) for number, session in enumerate(pushes)]
     for session, taken in zip(pushes, versions, strict=True):
@@ -467,7 +471,7 @@ def test_a_push_that_lost_its_race_leaves_nothing(store: PackedStore):
 
 
 def test_what_nobody_calls_for_is_swept_and_what_is_used_stays(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     idle, used = (begin(sessions, store, new_push_id())[0] for _ in range(2))
     write(idle, planned(idle).records())
     idle.push._writer.finish()
@@ -481,9 +485,9 @@ def test_what_nobody_calls_for_is_swept_and_what_is_used_stays(store: PackedStor
     assert sessions.get(store, "ann", used.push.id) is used
 
 
-def test_one_principal_has_a_quarter_of_the_pushes_at_most(store: PackedStore):
-    sessions = Sessions()
-    for _ in range(MAX_SESSIONS // 4):
+def test_one_principal_has_so_many_pushes_at_most(store: PackedStore):
+    sessions = Sessions(Quotas())
+    for _ in range(PUSHES_OF_ONE):
         begin(sessions, store, new_push_id())
     with pytest.raises(LimitError) as error:
         begin(sessions, store, new_push_id())
@@ -499,7 +503,7 @@ def test_a_full_blob_that_was_offered_a_base_is_encoded_against_it(store: Packed
     """By the server, as the client cannot: it does not have the base."""
     stored = {}
     for flags in (FLOATING, FLOATING | TRIED_BASE):
-        sessions, branch = Sessions(), f"tried-{flags & TRIED_BASE}"
+        sessions, branch = Sessions(Quotas()), f"tried-{flags & TRIED_BASE}"
         for number, tensor in enumerate((BASE, NEAR)):
             session, _ = begin(sessions, store, new_push_id(), branch=branch)
             taken = planned(session, {"w": tensor + np.float32(flags)}, message=str(flags))
@@ -525,7 +529,7 @@ def test_a_full_blob_that_was_offered_a_base_is_encoded_against_it(store: Packed
 def test_a_blob_is_taken_whatever_its_sender_says_of_its_lanes(width: int, floating: bool, shorter: int):
     store, data = store_of(new_repository()), BASE.tobytes()[: 4096 - 8 * shorter]
     for number, chunk in enumerate((BASE.tobytes()[:4096], data[:-8] + bytes(8))):
-        session, _ = begin(Sessions(), store, new_push_id())
+        session, _ = begin(Sessions(Quotas()), store, new_push_id())
         (missing,) = session.plan(0, [first_cell(chunk)])
         assert missing is not None
         flags = FLOATING if floating else 0

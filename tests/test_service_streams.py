@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,9 @@ from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.errors import LimitError, StorageError
 from lamella_engine.remote import channel
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service import server as server_module
+from lamella_engine.service import streams as streams_module
 from lamella_engine.service.server import Answered
+from lamella_engine.service.slots import come_again
 from lamella_engine.service.streams import MIN_RATE, WINDOW_S, Stream, Streams
 from lamella_engine.wire import FRAME_NBYTES, encode_planned
 
@@ -177,7 +179,7 @@ def test_a_slow_stream_is_answered_in_kind_and_its_push_goes_on_in_another(tmp_p
 
 def test_a_push_whose_encoding_takes_long_takes_its_stream_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(channel, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(server_module, "RETRY_AFTER_MS", 1)
+    monkeypatch.setattr(streams_module, "come_again", partial(come_again, after_s=0.001))
     tensors = {f"w{number}": noise(number, 512, 512) for number in range(16)}
     answered: list[Answered] = []
     with (

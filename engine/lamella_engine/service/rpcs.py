@@ -25,6 +25,7 @@ from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.access import Principal, Resource, Verb, authorize
 from lamella_engine.service.audit import ReadAudit
+from lamella_engine.service.quotas import Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
@@ -87,11 +88,11 @@ class Call:
 class Rpcs:
     """The rpcs of one server process, each a method named like it; raise LamellaError. Safe for several threads."""
 
-    def __init__(self, repositories: Repositories, tokens: Tokens, executor: Executor) -> None:
+    def __init__(self, repositories: Repositories, tokens: Tokens, executor: Executor, quotas: Quotas) -> None:
         self._repositories = repositories
         self._tokens = tokens
         self._executor = executor
-        self.sessions = Sessions()
+        self.sessions = Sessions(quotas)
         self._writers = Slots(_WRITERS)
         self._readers = Slots(_READERS)
         self._watchers = Slots(_WATCHERS)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, StorageError
+from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
@@ -32,7 +32,16 @@ from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.streams import WINDOW_S, Streams
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.signing import load_key
-from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, Method, encode_error, parse
+from lamella_engine.wire import (
+    CHANNEL_OPTIONS,
+    ERROR_TRAILER,
+    METHODS,
+    RETRY_AFTER,
+    RETRY_TRAILER,
+    Method,
+    encode_error,
+    parse,
+)
 from lamella_engine.wire import status_of as status_of_error
 
 logger = logging.getLogger("lamella.service")
@@ -47,9 +56,6 @@ _SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_nam
 
 # How often pushes are looked for that nobody calls for any more, and calls whose clients are too slow.
 _SWEEP_S, _PACE_S = 30.0, WINDOW_S / 4
-
-RETRY_AFTER_MS = 1000
-"""When whoever was sent away as one too many should come again; clients add jitter."""
 
 _OPTIONS = (
     *CHANNEL_OPTIONS,
@@ -107,6 +113,8 @@ class Server:
         Whether repositories are made to take nothing any more that is not signed.
     audit
         Whether to note in each repository who read or changed what, from where.
+    quotas
+        Bounds of what one principal may hold and write; those of ``Quotas()`` unless they are given.
     memory_nbytes
         Bound of the memory for work in flight.
 
@@ -129,6 +137,7 @@ class Server:
         signing_key: Path | None = None,
         require_signed: bool = False,
         audit: bool = False,
+        quotas: Quotas | None = None,
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
         host = check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
@@ -139,9 +148,9 @@ class Server:
         self._audits = audit
         signer = None if signing_key is None else load_key(signing_key)
         repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
-        self._rpcs = Rpcs(repositories, self._tokens, self._executor)
+        self._quotas = quotas or Quotas()
+        self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas)
         self._streams = Streams()
-        self._quotas = Quotas()
         self._stopped = threading.Event()
         self._grpc = grpc.server(
             ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
@@ -342,8 +351,8 @@ def _check_time(deadline: float) -> None:
 
 def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     trailers: list[tuple[str, str | bytes]] = [(ERROR_TRAILER, encode_error(failure))]
-    if isinstance(failure, LimitError):
-        trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
+    if RETRY_AFTER in failure.context:
+        trailers.append((RETRY_TRAILER, str(failure.context[RETRY_AFTER])))
     context.set_trailing_metadata(tuple(trailers))
     # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
     # one that is not printable ASCII.

@@ -23,22 +23,23 @@ from lamella_engine.errors import (
     PermissionDeniedError,
     StorageError,
 )
-from lamella_engine.format.version import Description
+from lamella_engine.format.version import Description, encode_description
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId
+from lamella_engine.service.quotas import Claim, Quotas
 from lamella_engine.sketches import Sketch
 from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
 
 IDLE_S = 600.0
 """A session that nobody calls for so long is given up."""
 
-MAX_SESSIONS = 512
-"""Sessions at a time; each takes little until it writes. One principal may have a quarter of them."""
-
 RECORDED_KEPT = 64
 """Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
 
 # What is decoded and stored in one go: enough for both threads, little enough that answers come soon.
 _BATCH_NBYTES = 4 << 20
+
+# What a blob takes besides its payload, for quotas: its row in the index of its pack.
+_ROW_NBYTES = 104
 
 FILLED_NBYTES = 256 << 20
 """What packs that are being filled may hold, in all pushes together. Beyond it they are written before they fill."""
@@ -64,15 +65,15 @@ class Session:
         The repository.
     push
         What is pushed there.
-    owner
-        Name of the principal whose push it is.
+    claim
+        What it holds, for the principal whose push it is.
     crowded
         Tells whether all pushes together hold too much.
     """
 
-    def __init__(self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool]) -> None:
+    def __init__(self, store: PackedStore, push: PackedPush, claim: Claim, crowded: Callable[[], bool]) -> None:
         self.push = push
-        self.owner = owner
+        self.claim = claim
         self.used = time.monotonic()
         self.recorded: Recorded | None = None
         """The version, once it is committed."""
@@ -208,7 +209,9 @@ class Session:
         self._batch.clear()
         end = self._received - self._parser.waiting_nbytes
         try:
-            self.push.write(list(self._store.executor.map(self._against_base, batch.values())))
+            blobs = list(self._store.executor.map(self._against_base, batch.values()))
+            self.claim.take(sum(len(blob.payload) + _ROW_NBYTES for blob in blobs))
+            self.push.write(blobs)
             if last:
                 self.push.finish()
             elif self._crowded():
@@ -246,9 +249,11 @@ class Session:
         with self._our_turn():
             if self.recorded is None:
                 self._store_batch(last=True)
+                self.claim.take(len(encode_description(description)))
                 before, self._may_be_recorded = self._may_be_recorded, True
                 try:
                     self.recorded = self.push.commit(description)
+                    self.claim.release()
                 except (ConflictError, InvalidInputError):  # of others nobody knows what they left, then or before
                     self._may_be_recorded = before
                     raise
@@ -263,6 +268,7 @@ class Session:
     def abandon(self) -> None:
         """Give up, unless it has been committed, or may have been; calls that wait for their turn find it gone."""
         with self._turn:
+            self.claim.release()
             if not self._may_be_recorded:
                 self.over = True
                 self._turn.notify_all()
@@ -270,9 +276,16 @@ class Session:
 
 
 class Sessions:
-    """The pushes of one server process. Safe for several threads."""
+    """The pushes of one server process. Safe for several threads.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    quotas
+        Bounds how many there may be, and what they hold.
+    """
+
+    def __init__(self, quotas: Quotas) -> None:
+        self._quotas = quotas
         self._sessions: dict[tuple[PackedStore, PushId], Session] = {}
         self._lock = threading.Lock()
 
@@ -294,8 +307,6 @@ class Sessions:
         self.sweep()
         with self._lock:
             session = self._sessions.get((store, push_id))
-            if session is None:
-                self._check_room(owner)
         if session is not None:
             self._check_owner(session, owner)
             if (session.push.model, session.push.branch) != (model, branch):
@@ -304,18 +315,22 @@ class Sessions:
                 return session, session.rewind()
             self.end(store, push_id)
             session.abandon()
-        # What this session writes has names of its own: the same push may be under way at another server.
-        push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
-        with self._lock:
-            return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
+        claim = self._quotas.push(owner)
+        try:
+            # What this session writes has names of its own: the same push may be under way at another server.
+            push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
+            with self._lock:
+                self._forget_recorded()
+                session = self._sessions.setdefault((store, push_id), Session(store, push, claim, self._crowded))
+        finally:
+            if session is None or session.claim is not claim:  # it failed, or another call was faster
+                claim.release()
+        return session, 0
 
-    def _check_room(self, owner: str) -> None:
+    def _forget_recorded(self) -> None:
         recorded = [key for key, session in self._sessions.items() if session.recorded is not None]
         for key in recorded[:-RECORDED_KEPT]:
             del self._sessions[key]
-        owners = [session.owner for session in self._sessions.values() if session.recorded is None]
-        if len(owners) >= MAX_SESSIONS or owners.count(owner) >= MAX_SESSIONS // 4:
-            raise LimitError("too many pushes are under way: try again in a minute", kind="too_many_pushes")
 
     def _crowded(self) -> bool:
         with self._lock:
@@ -335,9 +350,11 @@ class Sessions:
         return session
 
     def end(self, store: PackedStore, push_id: PushId) -> None:
-        """Forget a push."""
+        """Forget a push, which holds nothing any more."""
         with self._lock:
-            self._sessions.pop((store, push_id), None)
+            session = self._sessions.pop((store, push_id), None)
+        if session is not None:
+            session.claim.release()
 
     def sweep(self, idle_s: float = IDLE_S) -> None:
         """Give up what nobody has called for ``idle_s`` seconds."""
@@ -349,7 +366,7 @@ class Sessions:
             session.abandon()
 
     def _check_owner(self, session: Session, owner: str) -> None:
-        if session.owner != owner:
+        if session.claim.owner != owner:
             raise PermissionDeniedError("this push is somebody else's", kind="not_allowed")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc
 
-from lamella_engine.errors import LimitError, StorageError
+from lamella_engine.errors import StorageError
+from lamella_engine.service.slots import come_again
 
 WINDOW_S = 60.0
 """So long a server waits for a client: without a word in one go, and in all beyond what :data:`MIN_RATE` gives it."""
@@ -125,7 +126,7 @@ class Stream:
 
     def _check_time(self) -> None:
         if self._left_s < 0:
-            raise LimitError(
+            raise come_again(
                 f"this stream moved less than {MIN_RATE >> 10} KiB a second for {WINDOW_S:.0f} s while others wait: "
                 "begin another, which goes on where it ended",
                 kind="too_slow",
