@@ -319,12 +319,13 @@ def test_a_certificate_takes_the_place_of_a_secret(tmp_path: Path, answer, call)
         "--role",
         "reader",
         "--certificate",
-        "host-7",
+        "dns:host-7",
     )
     made = answer(*create)
     assert made["secret"] is None
     assert call(*create)[0] == 4
-    code, out, _ = call(*create[:-1], "host-8")
+    assert call(*create[:-1], "host-8")[0] == 2
+    code, out, _ = call(*create[:-1], "dns:host-8")
     assert code == 0
     assert out.startswith("granted ")
 

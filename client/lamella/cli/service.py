@@ -155,7 +155,11 @@ def token(
     ] = None,
     ttl: Annotated[str, typer.Option(metavar="TIME", help="How long it lasts: 90s, 15m, 12h, 30d; 0 for ever.")] = "0",
     certificate: Annotated[
-        str, typer.Option(metavar="NAME", help="A name in client certificates, which take the place of a secret.")
+        str,
+        typer.Option(
+            metavar="KIND:NAME",
+            help="Of client certificates, which take the place of a secret: dns:HOST, cn:NAME, uri:...",
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Where a server listens and how it proves who it is, and what every gRPC server answers: its health, its rpcs."""
+"""Where a server listens, within which bounds, how it proves who it is, and what any gRPC server says of itself."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -10,6 +10,23 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lamella_engine.errors import InvalidInputError
+from lamella_engine.wire import CHANNEL_OPTIONS
+
+OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a cluster
+    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 32 << 10),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 5),
+    ("grpc.max_connection_idle_ms", 30 * 60_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is sent is compressed, and bombs are not opened
+)
+"""Of a server, for gRPC."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import AUDITED, LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.access import AUDITED, NOBODY, POLICY, Resource, authorize, identified
 from lamella_engine.service.audit import SEGMENT_S
-from lamella_engine.service.listening import Health, Tls, check_listen, listen_at, reflect
+from lamella_engine.service.callers import Callers
+from lamella_engine.service.listening import OPTIONS, Health, Tls, check_listen, listen_at, reflect
 from lamella_engine.service.quotas import Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
@@ -33,7 +34,6 @@ from lamella_engine.service.streams import WINDOW_S, Streams
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.signing import load_key
 from lamella_engine.wire import (
-    CHANNEL_OPTIONS,
     ERROR_TRAILER,
     METHODS,
     RETRY_AFTER,
@@ -56,21 +56,6 @@ _SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_nam
 
 # How often pushes are looked for that nobody calls for any more, and calls whose clients are too slow.
 _SWEEP_S, _PACE_S = 30.0, WINDOW_S / 4
-
-_OPTIONS = (
-    *CHANNEL_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a cluster
-    ("grpc.max_concurrent_streams", 128),
-    ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.absolute_max_metadata_size", 32 << 10),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 5),
-    ("grpc.max_connection_idle_ms", 30 * 60_000),
-    ("grpc.server_handshake_timeout_ms", 20_000),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is sent is compressed, and bombs are not opened
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +126,10 @@ class Server:
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
         host = check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
-        self._trusts_loopback = insecure_loopback
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         self._tokens = Tokens(open_objects(root, create=True))
+        self._callers = Callers(self._tokens, trusts_loopback=insecure_loopback)
         self._audits = audit
         signer = None if signing_key is None else load_key(signing_key)
         repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
@@ -154,7 +139,7 @@ class Server:
         self._stopped = threading.Event()
         self._grpc = grpc.server(
             ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
-            options=_OPTIONS,
+            options=OPTIONS,
             maximum_concurrent_rpcs=_CALLS,
         )
         self._grpc.add_generic_rpc_handlers((_Handlers(self._handlers()),))
@@ -231,7 +216,8 @@ class Server:
         failure: LamellaError | None = None
         try:
             deadline = began + _time_limit(method, context)
-            principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
+            # Before a message has come: a thread would wait for it.
+            principal = identified(self._callers.principal(context))
             call = Call(
                 principal,
                 context.is_active,
@@ -247,7 +233,7 @@ class Server:
                     self._rpcs.note(method.name, repository, _about(header), call)
                 replies = answer(request, call)
                 for reply in replies if method.streams_replies else (replies,):
-                    self._check_caller(context, principal)
+                    self._callers.check(context, principal)
                     data = reply if isinstance(reply, bytes) else reply.SerializeToString()
                     with stream.sending(len(data)):
                         yield data
@@ -279,26 +265,6 @@ class Server:
             )
         if failure is not None:
             _abort(context, failure)
-
-    def _check_caller(self, context: grpc.ServicerContext, principal: Principal) -> None:
-        """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.
-
-        To call again may help: the client may have a new token, and is told if it has none.
-        """
-        if self._caller(context) != principal:
-            raise StorageError("your token has ended, or changed: call again", kind="token_ended", transient=True)
-
-    def _caller(self, context: grpc.ServicerContext) -> Principal:
-        given = [value for name, value in context.invocation_metadata() if name == "authorization"]
-        if given:
-            scheme, _, token = given[0].partition(" ") if isinstance(given[0], str) else ("", "", "")
-            return self._tokens.principal(token) if scheme.lower() == "bearer" and len(given) == 1 else NOBODY
-        if self._trusts_loopback:
-            return LOCAL
-        identity = context.auth_context()
-        names = [*identity.get("x509_subject_alternative_name", ()), *identity.get("x509_common_name", ())]
-        found = (self._tokens.principal_of_certificate(name.decode(errors="replace")) for name in names)
-        return next((principal for principal in found if principal is not NOBODY), NOBODY)
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]

@@ -12,9 +12,10 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from blake3 import blake3
 
@@ -29,6 +30,20 @@ _SECRET_BYTES = 20
 _LENGTH = len(PREFIX) + 2 * _SECRET_BYTES + 8
 
 LONGEST_TTL_S = 100 * 365 * 86_400
+
+CERTIFICATE_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "uri": "peer_uri",
+        "dns": "peer_dns",
+        "email": "peer_email",
+        "ip": "peer_ip",
+        "cn": "x509_common_name",
+    }
+)
+"""Kinds of names in client certificates, and where gRPC has them: four of alternative names, and the common name.
+
+A grant is for ``dns:host.example.org``, not for that name of whatever kind: authorities check one kind as they do not
+check another, so whoever may have ``host.example.org`` for a common name must not pass for the host."""
 
 FRESH_S = 30.0
 """How long what is known of a token is believed: so long, at most, does one that was revoked live on."""
@@ -75,8 +90,8 @@ class Tokens:
     ) -> tuple[str, Grant]:
         """Make a token; return it, and what it stands for. It cannot be had again.
 
-        With ``certificate``, a name in client certificates, those take the place of the token, and nothing is to be
-        kept secret.
+        With ``certificate``, a name in client certificates with its kind before it (:data:`CERTIFICATE_NAMES`), such as
+        ``dns:host.example.org``, those take the place of the token, and nothing is to be kept secret.
 
         Raises InvalidInputError for a role that there is not, or a name that is none; AlreadyExistsError for a
         certificate that stands for somebody already, or did.
@@ -85,6 +100,8 @@ class Tokens:
             raise InvalidInputError("a principal is 1 to 255 printable characters", kind="bad_principal")
         if not 0 <= ttl_s <= LONGEST_TTL_S or not all((*repositories, *refs)):
             raise InvalidInputError("a lifetime is 0 seconds to 100 years, and a glob not empty", kind="bad_grant")
+        if certificate:
+            _check_certificate_name(certificate)
         body = PREFIX + secrets.token_hex(_SECRET_BYTES)
         token = _of_certificate(certificate) if certificate else f"{body}{zlib.crc32(body.encode()):08x}"
         hashed = self._hash(token)
@@ -106,7 +123,7 @@ class Tokens:
         return self._granted(token)
 
     def principal_of_certificate(self, name: str) -> Principal:
-        """Return whom a name in a client's certificate stands for; NOBODY for one that no grant names."""
+        """Return whom a name in a client's certificate, with its kind, stands for; NOBODY if no grant is for it."""
         return self._granted(_of_certificate(name))
 
     def _granted(self, token: str) -> Principal:
@@ -176,6 +193,16 @@ class Tokens:
         except NotFoundError:
             return False
         return True
+
+
+def _check_certificate_name(text: str) -> None:
+    kind, _, name = text.partition(":")
+    if kind not in CERTIFICATE_NAMES or not name or not name.isprintable():
+        raise InvalidInputError(
+            f"{text!r} names no certificate: write the kind of the name before it, such as dns:host.example.org; there "
+            f"are {', '.join(CERTIFICATE_NAMES)}",
+            kind="bad_certificate_name",
+        )
 
 
 def _of_certificate(name: str) -> str:
