@@ -200,7 +200,7 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         while _left:
             _forget(server, _left.pop())
         name = next(_names)
-        server._rpcs._repositories._open[name] = store
+        server._rpcs._repositories._kept(name, store)
         executor = executor or InlineExecutor()
         remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
@@ -246,8 +246,7 @@ def _mortal(answered: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[
 def _forget(server: Server, name: str) -> None:
     """Let go of a repository that nobody has any more, as the end of a process does, and of what was pushed to it."""
     rpcs = server._rpcs
-    store = rpcs._repositories._open.pop(name)
-    rpcs._published.pop(store, None)
+    store = rpcs._repositories._recent.pop(name)
     for pushed, push in list(rpcs.sessions._sessions):
         if pushed is store:
             rpcs.sessions.end(pushed, push)

@@ -1,6 +1,9 @@
 """The server: whose turn it is, which repositories there are, what a push remembers, and what abuse it survives."""
 
+import gc
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -44,6 +47,8 @@ from lamella_engine.maintenance import verify
 from lamella_engine.model import Cell, ChunkId
 from lamella_engine.repository import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service import repositories as repositories_module
+from lamella_engine.service import rpcs as rpcs_module
 from lamella_engine.service import sessions as sessions_module
 from lamella_engine.service.quotas import PUSHES_OF_ONE, Quotas
 from lamella_engine.service.repositories import Repositories
@@ -181,6 +186,37 @@ def test_a_directory_that_is_no_repository_is_none(repositories: Repositories, t
     with pytest.raises(RepositoryNotFoundError) as error:
         repositories.open("empty")
     assert str(tmp_path) not in error.value.message
+
+
+def test_repositories_that_nothing_uses_are_closed_but_for_the_newest(
+    repositories: Repositories, monkeypatch: pytest.MonkeyPatch
+):
+    """At once, not when garbage is collected next."""
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 2)
+    opened = [weakref.ref(repositories.create(name, max_depth=3)) for name in "abc"]
+    assert [store() is None for store in opened] == [True, False, False]
+    assert repositories.open("a").log.state.genesis.max_depth == 3
+    assert repositories.open("c") is opened[2]()
+    assert opened[1]() is None
+
+
+def test_a_repository_that_somebody_holds_is_not_opened_a_second_time(
+    repositories: Repositories, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    held = repositories.create("held", max_depth=3)
+    for number in range(5):
+        repositories.create(f"r{number}", max_depth=3)
+        assert repositories.open("held") is held
+
+
+def test_closed_repositories_hold_no_files(repositories: Repositories, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    open_files = []
+    for number in range(6):
+        repositories.create(f"r{number}", max_depth=3)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    assert open_files[1:] == [open_files[1]] * 5
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -607,6 +643,24 @@ def test_two_servers_share_a_repository_and_a_push_can_go_on_at_the_other(tmp_pa
         recorded = b.call("Pushes.Commit", commit)
         assert recorded.number == 3
         assert a.call("Pushes.Outcome", pb.PushRequest(repository="team", push=push)).version == recorded
+
+
+def test_a_push_and_a_follower_keep_their_repository_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    monkeypatch.setattr(rpcs_module, "_WATCH_S", 60.0)  # so that only the commit itself wakes a follower
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        for name in ("team", "other"):
+            client.call("Repositories.Create", pb.CreateRequest(repository=name, max_depth=8))
+        push_by_wire(client, "team", "m@main", {"w": BASE})
+        request = pb.WatchRequest(repository="team", model="m", ref="main").SerializeToString()
+        stream = client.channel.unary_stream(METHODS["Versions.Watch"].path)(request, timeout=30.0)
+        assert pb.Version.FromString(next(stream)).number == 1
+        commit = prepare_by_wire(client, "team", "m@main", {"w": NEAR}, new_push_id())
+        push_by_wire(client, "other", "m@main", {"w": NEAR})
+        gc.collect()
+        assert client.call("Pushes.Commit", commit).number == 2
+        assert pb.Version.FromString(next(stream)).number == 2
+        stream.cancel()
 
 
 def test_a_follower_is_told_of_versions_as_they_come(client: WireClient):

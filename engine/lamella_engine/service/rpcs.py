@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lamella_engine.checkpoints import check_attachment_paths
 from lamella_engine.content_store.acting import acting_as, now
@@ -96,8 +97,9 @@ class Rpcs:
         self._writers = Slots(_WRITERS)
         self._readers = Slots(_READERS)
         self._watchers = Slots(_WATCHERS)
-        self._published: dict[PackedStore, threading.Condition] = {}
-        self._audits: dict[PackedStore, ReadAudit] = {}
+        self._published: WeakKeyDictionary[PackedStore, threading.Condition] = WeakKeyDictionary()
+        self._audits: dict[str, ReadAudit] = {}
+        """By repository; unlike it they stay, for what they have noted has to be vouched for."""
         self._audits_lock = threading.Lock()
 
     # -- audit --------------------------------------------------------------------------------------------------------
@@ -106,7 +108,8 @@ class Rpcs:
         """Note a call that is allowed, before it is answered: nothing that was read goes unnoted."""
         store = self._repositories.open(repository)
         with self._audits_lock:
-            audit = self._audits.get(store) or self._audits.setdefault(store, ReadAudit(store))
+            audit = self._audits.get(repository) or self._audits.setdefault(repository, ReadAudit(store))
+        audit.go_on(store.log)
         audit.note(Read(now(), call.principal.name, call.peer, rpc, what, "ALLOWED"))
 
     def flush_audits(self, *, older_than_s: float = 0.0) -> None:
