@@ -804,6 +804,25 @@ def test_no_certificate_does_not_connect_where_one_is_wanted(mutual: Mutual):
     assert failure.value.status is Status.UNAVAILABLE
 
 
+def test_a_token_is_known_to_be_none_without_a_look_only_while_what_is_known_is_fresh(tokens: Tokens):
+    secret, grant = tokens.create("ann", "reader")
+    stranger, _ = Tokens(MemoryObjects()).create("bob", "admin")
+    with at_time(1000.0):
+        for wrong in ("", "lml_wrong", secret[:-1], secret.upper()):
+            assert tokens.is_none(wrong)
+        assert not tokens.is_none(secret)
+        assert not tokens.is_none(stranger)  # which nobody has looked for yet
+        assert tokens.principal(secret).name == "ann"
+        assert tokens.principal(stranger) is NOBODY
+        assert not tokens.is_none(secret)
+        assert tokens.is_none(stranger)
+        tokens.revoke(grant.id)
+        assert tokens.principal(secret) is NOBODY
+        assert tokens.is_none(secret)
+    with at_time(1000.0 + FRESH_S):
+        assert not tokens.is_none(stranger)
+
+
 def test_a_certificate_has_one_grant_for_ever(tokens: Tokens):
     """What was given out once may be in somebody's log; after a revocation the name must not come alive again."""
     _, grant = tokens.create("ann", "reader", certificate="cn:machine-1")

@@ -1,12 +1,14 @@
 """Who calls: the owner of a token, whoever a client certificate names, or anybody at a loopback address."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grpc
 
 from lamella_engine.errors import StorageError
 from lamella_engine.service.access import LOCAL, NOBODY, Principal
 from lamella_engine.service.tokens import CERTIFICATE_NAMES, Tokens
+
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Callers:
@@ -18,11 +20,14 @@ class Callers:
         What tokens and certificates stand for.
     trusts_loopback
         Whether whoever shows neither is ``local``, an admin, and not nobody.
+    certified
+        Whether clients may show certificates.
     """
 
-    def __init__(self, tokens: Tokens, *, trusts_loopback: bool) -> None:
+    def __init__(self, tokens: Tokens, *, trusts_loopback: bool, certified: bool) -> None:
         self._tokens = tokens
         self._trusts_loopback = trusts_loopback
+        self._certified = certified
 
     def principal(self, context: grpc.ServicerContext) -> Principal:
         """Return who makes a call, as far as it is known; NOBODY for a credential that is not valid.
@@ -30,14 +35,20 @@ class Callers:
         A token goes before a certificate. Of several names in one certificate the first that a grant names counts, in
         the order of :data:`~lamella_engine.service.tokens.CERTIFICATE_NAMES`.
         """
-        given = [value for name, value in context.invocation_metadata() if name == "authorization"]
-        if given:
-            scheme, _, token = given[0].partition(" ") if isinstance(given[0], str) else ("", "", "")
-            return self._tokens.principal(token) if scheme.lower() == "bearer" and len(given) == 1 else NOBODY
+        token = _token(context.invocation_metadata())
+        if token is not None:
+            return self._tokens.principal(token)
         if self._trusts_loopback:
             return LOCAL
         found = map(self._tokens.principal_of_certificate, _names(context.auth_context()))
         return next((principal for principal in found if principal is not NOBODY), NOBODY)
+
+    def is_nobody(self, metadata: Metadata) -> bool:
+        """Whether a call with such metadata is known to be of nobody. Waits for nothing."""
+        token = _token(metadata)
+        if token is not None:
+            return self._tokens.is_none(token)
+        return not (self._trusts_loopback or self._certified)
 
     def check(self, context: grpc.ServicerContext, principal: Principal) -> None:
         """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.
@@ -46,6 +57,15 @@ class Callers:
         """
         if self.principal(context) != principal:
             raise StorageError("your token has ended, or changed: call again", kind="token_ended", transient=True)
+
+
+def _token(metadata: Metadata) -> str | None:
+    """Return the token of a call: an empty one for what can be none, None if there is no word of it."""
+    given = [value for name, value in metadata if name == "authorization"]
+    if not given:
+        return None
+    scheme, _, token = given[0].partition(" ") if isinstance(given[0], str) else ("", "", "")
+    return token if scheme.lower() == "bearer" and len(given) == 1 else ""
 
 
 def _names(identity: Mapping[str, Sequence[bytes]]) -> Iterator[str]:

@@ -10,7 +10,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -24,12 +23,14 @@ from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.access import AUDITED, NOBODY, POLICY, Resource, authorize, identified
+from lamella_engine.service.admission import Admission, Refusal
 from lamella_engine.service.audit import SEGMENT_S
 from lamella_engine.service.callers import Callers
 from lamella_engine.service.listening import OPTIONS, Health, Tls, check_listen, listen_at, reflect
 from lamella_engine.service.quotas import Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
+from lamella_engine.service.slots import come_again
 from lamella_engine.service.streams import WINDOW_S, Streams
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.signing import load_key
@@ -45,9 +46,6 @@ from lamella_engine.wire import (
 from lamella_engine.wire import status_of as status_of_error
 
 logger = logging.getLogger("lamella.service")
-
-# Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones.
-_CALLS = 256
 
 # A deadline is what ends a call whose client is gone; longer ones are cut.
 _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
@@ -129,7 +127,8 @@ class Server:
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         self._tokens = Tokens(open_objects(root, create=True))
-        self._callers = Callers(self._tokens, trusts_loopback=insecure_loopback)
+        certified = tls is not None and tls.client_ca is not None
+        self._callers = Callers(self._tokens, trusts_loopback=insecure_loopback, certified=certified)
         self._audits = audit
         signer = None if signing_key is None else load_key(signing_key)
         repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
@@ -137,12 +136,8 @@ class Server:
         self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas)
         self._streams = Streams()
         self._stopped = threading.Event()
-        self._grpc = grpc.server(
-            ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
-            options=OPTIONS,
-            maximum_concurrent_rpcs=_CALLS,
-        )
-        self._grpc.add_generic_rpc_handlers((_Handlers(self._handlers()),))
+        self._admission = Admission(self._handlers(), self._callers.is_nobody)
+        self._grpc = grpc.server(self._admission.calls, (self._admission,), options=OPTIONS)
         self._health = Health(self._grpc, _SERVICES)
         if reflection:
             reflect(self._grpc, _SERVICES)
@@ -164,6 +159,7 @@ class Server:
         self._stopped.set()
         self._health.serving = False
         self._grpc.stop(grace_s).wait()
+        self._admission.close()
         self._rpcs.flush_audits()
         self._executor.close()
 
@@ -187,13 +183,16 @@ class Server:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """Return what answers each path. An rpc without a row in the policy, or without a method, is a bug."""
+    def _handlers(self) -> dict[str, tuple[grpc.RpcMethodHandler, Refusal]]:
+        """Return what answers each path, and what refuses it.
+
+        An rpc without a row in the policy, or without a method, is a bug.
+        """
         if unmatched := set(METHODS) ^ set(POLICY):  # not an assertion, which -O would take away
             raise RuntimeError(f"rpcs without a policy, or policies without an rpc: {sorted(unmatched)}")
         return {method.path: self._handler(method) for method in METHODS.values()}
 
-    def _handler(self, method: Method) -> grpc.RpcMethodHandler:
+    def _handler(self, method: Method) -> tuple[grpc.RpcMethodHandler, Refusal]:
         answer = getattr(self._rpcs, _snake(method.name))
         make = getattr(grpc, f"{method.shape}_rpc_method_handler")
 
@@ -204,12 +203,25 @@ class Server:
             (reply,) = self._answered(method, answer, incoming, context)
             return reply
 
-        return make(stream if method.streams_replies else unary)
+        def refuse(incoming: Any, context: grpc.ServicerContext) -> bytes:
+            (reply,) = self._answered(method, answer, incoming, context, admitted=False)
+            return reply
+
+        return make(stream if method.streams_replies else unary), refuse
 
     def _answered(
-        self, method: Method, answer: Callable[[Any, Call], Any], incoming: Any, context: grpc.ServicerContext
+        self,
+        method: Method,
+        answer: Callable[[Any, Call], Any],
+        incoming: Any,
+        context: grpc.ServicerContext,
+        *,
+        admitted: bool = True,
     ) -> Iterator[bytes]:
-        """Yield what is sent for one call; every rpc goes through here."""
+        """Yield what is sent for one call; every rpc goes through here.
+
+        One that is not ``admitted`` is told who it is not, or to come again.
+        """
         began = time.monotonic()
         stream = self._streams.opened(context.cancel)
         principal, repository = NOBODY, ""
@@ -218,6 +230,7 @@ class Server:
             deadline = began + _time_limit(method, context)
             # Before a message has come: a thread would wait for it.
             principal = identified(self._callers.principal(context))
+            _check_admitted(admitted)
             call = Call(
                 principal,
                 context.is_active,
@@ -267,14 +280,6 @@ class Server:
             _abort(context, failure)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
-        self._handlers = handlers
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handlers.get(handler_call_details.method)
-
-
 def _request(method: Method, messages: Iterator[bytes]) -> tuple[Any, Any]:
     """Return what an rpc is called with, and the message that says what it is about."""
     first = next(messages, b"")
@@ -308,6 +313,11 @@ def _time_limit(method: Method, context: grpc.ServicerContext) -> float:
     if remaining is None or remaining > 10 * _LONGEST_STREAM_S:
         raise InvalidInputError("a call needs a deadline: set one, of two hours at most", kind="no_deadline")
     return min(remaining, longest)
+
+
+def _check_admitted(admitted: bool) -> None:
+    if not admitted:
+        raise come_again("the server answers as many calls as it can: try again", kind="busy")
 
 
 def _check_time(deadline: float) -> None:

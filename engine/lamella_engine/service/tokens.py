@@ -116,11 +116,15 @@ class Tokens:
 
     def principal(self, token: str) -> Principal:
         """Return whom a token stands for; NOBODY for one that is none, or is not valid any more."""
-        if not (len(token) == _LENGTH and token.startswith(PREFIX) and token.isascii()):
-            return NOBODY
-        if f"{zlib.crc32(token[:-8].encode()):08x}" != token[-8:]:
-            return NOBODY
-        return self._granted(token)
+        return self._granted(token) if _is_whole(token) else NOBODY
+
+    def is_none(self, token: str) -> bool:
+        """Whether a token is known not to be valid. Looks nothing up: False if that would have to be done."""
+        if not _is_whole(token):
+            return True
+        hashed = self._hash(token)
+        known = self._fresh(hashed[:8].hex())
+        return known is not None and _principal(hashed, *known) is NOBODY
 
     def principal_of_certificate(self, name: str) -> Principal:
         """Return whom a name in a client's certificate, with its kind, stands for; NOBODY if no grant is for it."""
@@ -128,10 +132,7 @@ class Tokens:
 
     def _granted(self, token: str) -> Principal:
         hashed = self._hash(token)
-        grant, expected = self._look_up(hashed[:8].hex())
-        if grant is None or not hmac.compare_digest(hashed, expected) or not grant.valid:
-            return NOBODY
-        return Principal(grant.principal, grant.role, grant.repositories, grant.refs)
+        return _principal(hashed, *self._look_up(hashed[:8].hex()))
 
     def list(self) -> "list[Grant]":
         """Return all tokens, ended ones too, but for those that are damaged: of these a warning tells."""
@@ -160,11 +161,14 @@ class Tokens:
     def _hash(self, token: str) -> bytes:
         return blake3(token.encode(), key=self._key).digest()
 
-    def _look_up(self, id: str) -> tuple[Grant | None, bytes]:
+    def _fresh(self, id: str) -> tuple[Grant | None, bytes] | None:
         with self._lock:
             known = self._known.get(id)
-        if known is not None and time.monotonic() - known[0] < FRESH_S:
-            return known[1], known[2]
+        return known[1:] if known is not None and time.monotonic() - known[0] < FRESH_S else None
+
+    def _look_up(self, id: str) -> tuple[Grant | None, bytes]:
+        if (known := self._fresh(id)) is not None:
+            return known
         now = time.monotonic()
         grant, hashed = self._read(id)
         with self._lock:
@@ -193,6 +197,20 @@ class Tokens:
         except NotFoundError:
             return False
         return True
+
+
+def _is_whole(token: str) -> bool:
+    """Whether a token is one without typing errors."""
+    if not (len(token) == _LENGTH and token.startswith(PREFIX) and token.isascii()):
+        return False
+    return f"{zlib.crc32(token[:-8].encode()):08x}" == token[-8:]
+
+
+def _principal(hashed: bytes, grant: Grant | None, expected: bytes) -> Principal:
+    """Return whom a token of a hash stands for, given what is stored under its id, and the hash there."""
+    if grant is None or not hmac.compare_digest(hashed, expected) or not grant.valid:
+        return NOBODY
+    return Principal(grant.principal, grant.role, grant.repositories, grant.refs)
 
 
 def _check_certificate_name(text: str) -> None:

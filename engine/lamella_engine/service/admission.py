@@ -1,0 +1,103 @@
+"""Which calls are given a thread: not those of nobody, and not more than a server can do at once.
+
+Whoever may call should not notice how many others try. So calls whose metadata show that they are of nobody wait for a
+thread of their own, which refuses them one by one, before any message of theirs is read.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+CALLS = 256
+"""Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones."""
+
+# After each call of nobody its thread rests, so that at most 500 are refused in a second: each takes 0.3 ms of CPU,
+# much of it under the one lock that all calls need. A connection may have 128 that wait, and no more.
+_PAUSE_S = 0.002
+
+_STRANGERS = 1024
+"""Calls of nobody that may wait to be refused; more are sent away by gRPC without a word of ours."""
+
+
+class Lane(ThreadPoolExecutor):
+    """Threads, and how many calls they have or have yet to begin."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, thread_name_prefix=name)
+        self.under_way = 0
+        self._counting = threading.Lock()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
+        """See :class:`concurrent.futures.Executor`."""
+        with self._counting:
+            self.under_way += 1
+        try:
+            future = super().submit(function, *arguments, **named)
+        except RuntimeError:  # it has been shut down
+            self._ended()
+            raise
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, _: object = None) -> None:
+        with self._counting:
+            self.under_way -= 1
+
+
+Refusal = Callable[[Any, grpc.ServicerContext], bytes]
+"""Ends a call with an error, without reading its messages."""
+
+
+class Admission(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Chooses who answers a call, and in which thread. For gRPC's thread of all events: it waits for nothing.
+
+    Parameters
+    ----------
+    handlers
+        By path, what answers a call, and what refuses it.
+    is_nobody
+        Whether metadata show at once that a call is of nobody.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str, tuple[grpc.RpcMethodHandler, Refusal]],
+        is_nobody: Callable[[Sequence[tuple[str, str | bytes]]], bool],
+    ) -> None:
+        self.calls = Lane(CALLS, "rpc")
+        """The threads that answer."""
+        self._is_nobody = is_nobody
+        self._strangers, self._surplus = Lane(1, "strangers"), Lane(1, "surplus")
+        self._answering = {path: answer for path, (answer, _) in handlers.items()}
+        self._refusing = {path: _refusing(refuse, self._strangers, _PAUSE_S) for path, (_, refuse) in handlers.items()}
+        self._sending_away = {path: _refusing(refuse, self._surplus, 0.0) for path, (_, refuse) in handlers.items()}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Return what answers a call; None for no such rpc."""
+        path = handler_call_details.method
+        if path in self._answering and self._is_nobody(handler_call_details.invocation_metadata):
+            return self._refusing[path] if self._strangers.under_way < _STRANGERS else None
+        return (self._answering if self.calls.under_way < CALLS else self._sending_away).get(path)
+
+    def close(self) -> None:
+        """Refuse nothing any more. Idempotent."""
+        self._strangers.shutdown(wait=False)
+        self._surplus.shutdown(wait=False)
+
+
+def _refusing(refuse: Refusal, lane: Lane, pause_s: float) -> grpc.RpcMethodHandler:
+    """Return a handler that runs in a lane of its own, for rpcs of every shape: it takes any number of messages."""
+
+    def refusing(incoming: Any, context: grpc.ServicerContext) -> bytes:
+        try:
+            return refuse(incoming, context)
+        finally:
+            time.sleep(pause_s)
+
+    # An experiment of gRPC's (1.85 has it); if it ends, these calls are refused by the threads of all others.
+    refusing.experimental_thread_pool = lane  # type: ignore[attr-defined]
+    return grpc.stream_unary_rpc_method_handler(refusing)
