@@ -16,6 +16,7 @@ import socket
 import statistics
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -36,7 +37,7 @@ from benchmarks import corpora
 from benchmarks.service import serving
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.tokens import Tokens
+from lamella_engine.service.tokens import PREFIX, Tokens
 from lamella_engine.wire import MAX_MESSAGE_NBYTES, METHODS
 
 SECONDS = 3600.0
@@ -133,6 +134,18 @@ def of_nobody(flood: Flood) -> None:
     )
 
 
+def made_up(flood: Flood) -> None:
+    """Calls with tokens that are as tokens are, and that nobody was given: each has to be looked up."""
+    numbers = count(time.monotonic_ns())
+
+    def ask(channel: grpc.Channel) -> grpc.Future:
+        body = f"{PREFIX}{next(numbers):040x}"
+        metadata = _bearer(f"{body}{zlib.crc32(body.encode()):08x}")
+        return _call("Versions.Models", _TEAM, metadata=metadata)(channel)
+
+    calls(flood, [ask])
+
+
 def refused(flood: Flood) -> None:
     """Calls of somebody that are refused: no message, nothing that is there, no deadline, compressed, no such rpc."""
     somebody = _bearer(flood.token)
@@ -215,7 +228,9 @@ def pings(flood: Flood) -> None:
                 connection.sendall(_PING * 10)
 
 
-FLOODS = {flood.__name__: flood for flood in (of_nobody, refused, too_long, resets, streams, connections, pings)}
+FLOODS = {
+    flood.__name__: flood for flood in (of_nobody, made_up, refused, too_long, resets, streams, connections, pings)
+}
 """What comes over a service, each as long as it is told to."""
 
 

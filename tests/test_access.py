@@ -804,23 +804,31 @@ def test_no_certificate_does_not_connect_where_one_is_wanted(mutual: Mutual):
     assert failure.value.status is Status.UNAVAILABLE
 
 
-def test_a_token_is_known_to_be_none_without_a_look_only_while_what_is_known_is_fresh(tokens: Tokens):
+def test_of_a_token_is_believed_what_was_found_when_it_was_looked_up(tokens: Tokens):
     secret, grant = tokens.create("ann", "reader")
     stranger, _ = Tokens(MemoryObjects()).create("bob", "admin")
     with at_time(1000.0):
         for wrong in ("", "lml_wrong", secret[:-1], secret.upper()):
-            assert tokens.is_none(wrong)
-        assert not tokens.is_none(secret)
-        assert not tokens.is_none(stranger)  # which nobody has looked for yet
+            assert tokens.believed(wrong) is False
+        assert tokens.believed(secret) is tokens.believed(stranger) is None  # which nobody has looked for yet
         assert tokens.principal(secret).name == "ann"
         assert tokens.principal(stranger) is NOBODY
-        assert not tokens.is_none(secret)
-        assert tokens.is_none(stranger)
-        tokens.revoke(grant.id)
-        assert tokens.principal(secret) is NOBODY
-        assert tokens.is_none(secret)
+        assert (tokens.believed(secret), tokens.believed(stranger)) == (True, False)
     with at_time(1000.0 + FRESH_S):
-        assert not tokens.is_none(stranger)
+        assert (tokens.believed(secret), tokens.believed(stranger)) == (True, None)
+        tokens.revoke(grant.id)
+        assert tokens.believed(secret) is None
+        assert tokens.principal(secret) is NOBODY
+        assert tokens.believed(secret) is False
+
+
+def test_tokens_that_nobody_gave_drive_out_none_that_somebody_has(tokens: Tokens):
+    secret, _ = tokens.create("ann", "reader")
+    assert tokens.principal(secret).name == "ann"
+    for number in range(10_002):
+        tokens._look_up(f"{number:016x}")
+    assert len(tokens._known) < 10_000
+    assert tokens.believed(secret)
 
 
 def test_a_certificate_has_one_grant_for_ever(tokens: Tokens):

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -202,6 +203,44 @@ def test_calls_of_nobody_take_no_thread_of_others(tmp_path):
             assert not any(call.done() for call in calls)
             observe.go_on.set()
             assert {call.code() for call in calls} == {Status.PERMISSION_DENIED}
+
+
+def made_up(number: int) -> list[tuple[str, str]]:
+    """Return metadata with a token that is whole, and that nobody was given."""
+    body = f"lml_{number:040x}"
+    return [("authorization", f"Bearer {body}{zlib.crc32(body.encode()):08x}")]
+
+
+def test_calls_with_tokens_that_are_made_up_take_no_thread_of_others(tmp_path):
+    observe, number = Held(), 2 * CALLS
+    with serving(tmp_path, observe=observe) as server, ExitStack() as stack:
+        stack.callback(observe.go_on.set)
+        secret, _ = Tokens(open_objects(str(tmp_path))).create("good", "admin")
+        good = stack.enter_context(WireClient(server.address, token=secret))
+        good.call("Repositories.Create", pb.CreateRequest(repository="team", max_depth=8))
+        calls = []
+        for at in range(number):
+            if at % 100 == 0:
+                client = stack.enter_context(channel(server.address))
+            ask = client.unary_unary(METHODS["Versions.Models"].path)
+            calls.append(ask.future(TEAM.SerializeToString(), timeout=60.0, metadata=made_up(at)))
+        assert observe.holds.wait(60.0)
+        for at in range(20):
+            push_by_wire(good, "team", f"m{at}@main", WEIGHTS)
+        assert not any(call.done() for call in calls)
+        observe.go_on.set()
+        assert {call.code() for call in calls} == {Status.PERMISSION_DENIED}
+
+
+def test_of_too_many_newcomers_the_last_come_again_when_they_are_known(tmp_path, monkeypatch):
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(admission, "_NEWCOMERS", 0)
+        secret, _ = Tokens(open_objects(str(tmp_path))).create("ann", "reader")
+        with WireClient(server.address, token=secret) as client:
+            with pytest.raises(Failure) as failure:
+                client.call("Access.WhoAmI", pb.Empty())
+            assert failure.value.kind == "busy"
+            assert client.call("Access.WhoAmI", pb.Empty()).principal == "ann"
 
 
 def test_of_too_many_calls_of_nobody_the_last_are_sent_away_without_a_word(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Which calls are given a thread: not those of nobody, and not more than a server can do at once.
 
 Whoever may call should not notice how many others try. So calls whose metadata show that they are of nobody wait for a
-thread of their own, which refuses them one by one, before any message of theirs is read.
+thread of their own, which refuses them one by one, before any message of theirs is read. Those with a token that has
+not been looked up yet have threads of their own too, for there are as many of these as anybody cares to make up.
 """
 
 import threading
@@ -14,6 +15,9 @@ import grpc
 
 CALLS = 256
 """Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones."""
+
+_NEWCOMERS = 64
+"""Calls at a time with a token that is not known yet. Of more, each is looked up, and comes again once it is known."""
 
 # After each call of nobody its thread rests, so that at most 500 are refused in a second: each takes 0.3 ms of CPU,
 # much of it under the one lock that all calls need. A connection may have 128 that wait, and no more.
@@ -59,34 +63,45 @@ class Admission(grpc.GenericRpcHandler):  # type: ignore[misc]
     ----------
     handlers
         By path, what answers a call, and what refuses it.
-    is_nobody
-        Whether metadata show at once that a call is of nobody.
+    believed
+        Whether a call with some metadata is of somebody; None if that is not known without a look.
     """
 
     def __init__(
         self,
         handlers: Mapping[str, tuple[grpc.RpcMethodHandler, Refusal]],
-        is_nobody: Callable[[Sequence[tuple[str, str | bytes]]], bool],
+        believed: Callable[[Sequence[tuple[str, str | bytes]]], bool | None],
     ) -> None:
         self.calls = Lane(CALLS, "rpc")
         """The threads that answer."""
-        self._is_nobody = is_nobody
-        self._strangers, self._surplus = Lane(1, "strangers"), Lane(1, "surplus")
+        self._believed = believed
+        self._newcomers, self._strangers, self._surplus = lanes = (
+            Lane(_NEWCOMERS, "newcomers"),
+            Lane(1, "strangers"),
+            Lane(1, "surplus"),
+        )
+        self._lanes = lanes
         self._answering = {path: answer for path, (answer, _) in handlers.items()}
+        self._meeting = {path: _in_lane(answer, self._newcomers) for path, (answer, _) in handlers.items()}
         self._refusing = {path: _refusing(refuse, self._strangers, _PAUSE_S) for path, (_, refuse) in handlers.items()}
         self._sending_away = {path: _refusing(refuse, self._surplus, 0.0) for path, (_, refuse) in handlers.items()}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Return what answers a call; None for no such rpc."""
         path = handler_call_details.method
-        if path in self._answering and self._is_nobody(handler_call_details.invocation_metadata):
+        if path not in self._answering:
+            return None
+        believed = self._believed(handler_call_details.invocation_metadata)
+        if believed is False:
             return self._refusing[path] if self._strangers.under_way < _STRANGERS else None
-        return (self._answering if self.calls.under_way < CALLS else self._sending_away).get(path)
+        if believed is None:
+            return (self._meeting if self._newcomers.under_way < _NEWCOMERS else self._sending_away)[path]
+        return (self._answering if self.calls.under_way < CALLS else self._sending_away)[path]
 
     def close(self) -> None:
         """Refuse nothing any more. Idempotent."""
-        self._strangers.shutdown(wait=False)
-        self._surplus.shutdown(wait=False)
+        for lane in self._lanes:
+            lane.shutdown(wait=False)
 
 
 def _refusing(refuse: Refusal, lane: Lane, pause_s: float) -> grpc.RpcMethodHandler:
@@ -98,6 +113,20 @@ def _refusing(refuse: Refusal, lane: Lane, pause_s: float) -> grpc.RpcMethodHand
         finally:
             time.sleep(pause_s)
 
-    # An experiment of gRPC's (1.85 has it); if it ends, these calls are refused by the threads of all others.
-    refusing.experimental_thread_pool = lane  # type: ignore[attr-defined]
-    return grpc.stream_unary_rpc_method_handler(refusing)
+    return _in_lane(grpc.stream_unary_rpc_method_handler(refusing), lane)
+
+
+def _in_lane(handler: grpc.RpcMethodHandler, lane: Lane) -> grpc.RpcMethodHandler:
+    """Return a handler that does what another does in the threads of a lane.
+
+    By an experiment of gRPC's (1.85 has it): if that ends, it does so in the threads of all others.
+    """
+    ways = handler.request_streaming, handler.response_streaming
+    shape = "_".join("stream" if streams else "unary" for streams in ways)
+    behavior = getattr(handler, shape)
+
+    def moved(incoming: Any, context: grpc.ServicerContext) -> Any:
+        return behavior(incoming, context)
+
+    moved.experimental_thread_pool = lane  # type: ignore[attr-defined]
+    return getattr(grpc, f"{shape}_rpc_method_handler")(moved)

@@ -43,12 +43,12 @@ class Callers:
         found = map(self._tokens.principal_of_certificate, _names(context.auth_context()))
         return next((principal for principal in found if principal is not NOBODY), NOBODY)
 
-    def is_nobody(self, metadata: Metadata) -> bool:
-        """Whether a call with such metadata is known to be of nobody. Waits for nothing."""
+    def believed(self, metadata: Metadata) -> bool | None:
+        """Whether a call with such metadata is of somebody, by what is known; None if nothing is. Waits for nothing."""
         token = _token(metadata)
         if token is not None:
-            return self._tokens.is_none(token)
-        return not (self._trusts_loopback or self._certified)
+            return self._tokens.believed(token)
+        return self._trusts_loopback or self._certified
 
     def check(self, context: grpc.ServicerContext, principal: Principal) -> None:
         """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.

@@ -136,7 +136,7 @@ class Server:
         self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas)
         self._streams = Streams()
         self._stopped = threading.Event()
-        self._admission = Admission(self._handlers(), self._callers.is_nobody)
+        self._admission = Admission(self._handlers(), self._callers.believed)
         self._grpc = grpc.server(self._admission.calls, (self._admission,), options=OPTIONS)
         self._health = Health(self._grpc, _SERVICES)
         if reflection:

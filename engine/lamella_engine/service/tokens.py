@@ -118,13 +118,22 @@ class Tokens:
         """Return whom a token stands for; NOBODY for one that is none, or is not valid any more."""
         return self._granted(token) if _is_whole(token) else NOBODY
 
-    def is_none(self, token: str) -> bool:
-        """Whether a token is known not to be valid. Looks nothing up: False if that would have to be done."""
+    def believed(self, token: str) -> bool | None:
+        """Whether a token was valid when it was looked up last; None for one that was not, or not of late.
+
+        Looks nothing up: good for a guess, not for a decision.
+        """
         if not _is_whole(token):
-            return True
+            return False
         hashed = self._hash(token)
-        known = self._fresh(hashed[:8].hex())
-        return known is not None and _principal(hashed, *known) is NOBODY
+        id = hashed[:8].hex()
+        with self._lock:
+            known = self._known.get(id)
+        if known is None:
+            return None
+        if _principal(hashed, *known[1:]) is not NOBODY:
+            return True
+        return None if self._fresh(id) is None else False
 
     def principal_of_certificate(self, name: str) -> Principal:
         """Return whom a name in a client's certificate, with its kind, stands for; NOBODY if no grant is for it."""
@@ -173,7 +182,7 @@ class Tokens:
         grant, hashed = self._read(id)
         with self._lock:
             if len(self._known) > 10_000:  # of tokens that nobody gave
-                self._known.clear()
+                self._known = {name: known for name, known in self._known.items() if known[1] is not None}
             self._known[id] = now, grant, hashed
         return grant, hashed
 
