@@ -194,8 +194,8 @@ class Server:
 
     def _handler(self, method: Method) -> tuple[grpc.RpcMethodHandler, Refusal]:
         answer = getattr(self._rpcs, _snake(method.name))
-        make = getattr(grpc, f"{method.shape}_rpc_method_handler")
 
+        # All take streams: gRPC would have a thread wait for the one message of an rpc before we hear of the call.
         def stream(incoming: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
             return self._answered(method, answer, incoming, context)
 
@@ -207,7 +207,9 @@ class Server:
             (reply,) = self._answered(method, answer, incoming, context, admitted=False)
             return reply
 
-        return make(stream if method.streams_replies else unary), refuse
+        if method.streams_replies:
+            return grpc.stream_stream_rpc_method_handler(stream), refuse
+        return grpc.stream_unary_rpc_method_handler(unary), refuse
 
     def _answered(
         self,

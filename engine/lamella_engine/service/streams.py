@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import grpc
 
@@ -85,16 +84,15 @@ class Stream:
         self._streams = streams
         self._left_s = WINDOW_S
 
-    def received(self, incoming: Any) -> Iterator[bytes]:
-        """Yield the messages of the client, one or an iterator of them.
+    def received(self, incoming: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the messages of the client.
 
         Raises StorageError (``cancelled``) if it has gone, LimitError (``too_slow``) if its time is over.
         """
-        messages = iter([incoming]) if isinstance(incoming, bytes) else incoming
         while True:
             try:
                 with self._waiting():
-                    data = next(messages, None)
+                    data = next(incoming, None)
             except grpc.RpcError:
                 self._check_time()
                 raise StorageError("the client has gone", kind="cancelled", transient=True) from None
