@@ -16,11 +16,13 @@ import grpc
 CALLS = 256
 """Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones."""
 
-_NEWCOMERS = 64
-"""Calls at a time with a token that is not known yet. Of more, each is looked up, and comes again once it is known."""
+_NEWCOMERS = 8
+"""Calls at a time with a token that is not known yet: few, for all threads that run take turns at one lock.
 
-# After each call of nobody its thread rests, so that at most 500 are refused in a second: each takes 0.3 ms of CPU,
-# much of it under the one lock that all calls need. A connection may have 128 that wait, and no more.
+Of those that are more, each is looked up and asked to come again, and is known then."""
+
+# After each call that is refused its thread rests, so that at most 500 are in a second: each takes 0.3 ms of CPU, much
+# of it under that lock. A connection may have 128 that wait, and no more.
 _PAUSE_S = 0.002
 
 _STRANGERS = 1024
@@ -83,8 +85,8 @@ class Admission(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._lanes = lanes
         self._answering = {path: answer for path, (answer, _) in handlers.items()}
         self._meeting = {path: _in_lane(answer, self._newcomers) for path, (answer, _) in handlers.items()}
-        self._refusing = {path: _refusing(refuse, self._strangers, _PAUSE_S) for path, (_, refuse) in handlers.items()}
-        self._sending_away = {path: _refusing(refuse, self._surplus, 0.0) for path, (_, refuse) in handlers.items()}
+        self._refusing = {path: _refusing(refuse, self._strangers) for path, (_, refuse) in handlers.items()}
+        self._sending_away = {path: _refusing(refuse, self._surplus) for path, (_, refuse) in handlers.items()}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Return what answers a call; None for no such rpc."""
@@ -104,14 +106,14 @@ class Admission(grpc.GenericRpcHandler):  # type: ignore[misc]
             lane.shutdown(wait=False)
 
 
-def _refusing(refuse: Refusal, lane: Lane, pause_s: float) -> grpc.RpcMethodHandler:
+def _refusing(refuse: Refusal, lane: Lane) -> grpc.RpcMethodHandler:
     """Return a handler that runs in a lane of its own, for rpcs of every shape: it takes any number of messages."""
 
     def refusing(incoming: Any, context: grpc.ServicerContext) -> bytes:
         try:
             return refuse(incoming, context)
         finally:
-            time.sleep(pause_s)
+            time.sleep(_PAUSE_S)
 
     return _in_lane(grpc.stream_unary_rpc_method_handler(refusing), lane)
 
