@@ -25,7 +25,8 @@ from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.remote import channel
 from lamella_engine.remote.opening import connect
 from lamella_engine.repository import Repository
-from lamella_engine.service.server import Server, Tls
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Server
 
 PIECE_NBYTES = 1 << 16
 
@@ -205,7 +206,7 @@ def put_a_wire_between(module: ModuleType, server: Server, monkeypatch: pytest.M
         while _left:
             _forget(server, _left.pop())
         name = next(_names)
-        server._rpcs._repositories._open[name] = store
+        server._rpcs._repositories._kept(name, store)
         executor = executor or InlineExecutor()
         remote, jobs = connect(f"grpcs://{server.address}/{name}", executor)
         repo = Repository(remote, executor, jobs)
@@ -251,8 +252,7 @@ def _mortal(answered: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[
 def _forget(server: Server, name: str) -> None:
     """Let go of a repository that nobody has any more, as the end of a process does, and of what was pushed to it."""
     rpcs = server._rpcs
-    store = rpcs._repositories._open.pop(name)
-    rpcs._published.pop(store, None)
+    store = rpcs._repositories._recent.pop(name)
     for pushed, push in list(rpcs.sessions._sessions):
         if pushed is store:
             rpcs.sessions.end(pushed, push)

@@ -19,6 +19,7 @@ from benchmarks import (
     coders,
     corpora,
     distance,
+    flood,
     gpt,
     gpu,
     memory,
@@ -210,6 +211,15 @@ def test_what_a_gpt_expects_of_the_next_byte_adds_up_to_one():
     before = total(known)  # which is part of what follows only if no guess sees what comes after it
     guesses = [before - total(torch.cat([known, torch.tensor([[byte]])], dim=1)) for byte in range(256)]
     assert np.exp(guesses).sum() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_client_is_measured_in_quiet_and_in_every_flood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flood, "WARM_UP_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = flood.measure(tmp_path, seconds=0.0, spell_s=0.2, floods=list(flood.FLOODS), rate=100.0)
+    assert {name for name, _ in told.seconds} == set(flood.FLOODS) == set(told.attempts)
+    assert all(seconds.quiet or seconds.flooded for seconds in told.seconds.values())
+    Console(file=io.StringIO()).print(flood.table(told))
 
 
 def test_a_service_is_compared_and_everybody_is_answered(

@@ -41,7 +41,7 @@ from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES, RemotePush
 from lamella_engine.remote.store import _Pages
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service import rpcs, sessions
+from lamella_engine.service import quotas, rpcs, sessions
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import Session, Sessions
 
@@ -789,7 +789,7 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
 
 
 def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
-    monkeypatch.setattr(sessions, "MAX_SESSIONS", 40)
+    monkeypatch.setattr(quotas, "PUSHES_OF_ONE", 10)
     monkeypatch.setattr(sessions, "RECORDED_KEPT", 5)
     for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")

@@ -42,6 +42,9 @@ CELLS_AT_ONCE = 65_536
 ERROR_TRAILER = "lamella-error-bin"
 RETRY_TRAILER = "retry-after-ms"
 
+RETRY_AFTER = "retry_after_ms"
+"""In the context of a LimitError: the same call may succeed after so many milliseconds."""
+
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
