@@ -458,7 +458,7 @@ def test_what_cannot_be_vouched_for_now_is_vouched_for_later(objects, monkeypatc
         raise PermissionDeniedError("no key", kind="not_a_signer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(notes._log, "commit", refused)
+        patch.setattr(notes._carrying, "commit", refused)
         notes.vouch()
     assert account(open_again(objects)).unvouched == 1
     notes.vouch(older_than_s=3600)  # it was tried just now

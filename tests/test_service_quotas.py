@@ -198,7 +198,7 @@ def ended_by_beginning_anew(pusher: Pusher, session: Session, description: Any) 
 
 
 def ended_with_an_outcome_that_nobody_knows(pusher: Pusher, session: Session, description: Any) -> None:
-    def lost(description: Any) -> Any:
+    def lost(description: Any, **options: Any) -> Any:
         raise OutcomeUnknownError("nobody knows")
 
     session.push.commit = lost

@@ -34,8 +34,8 @@ from lamella_engine.storing import Chunk, Pipeline, Place, cell_place
 
 CHUNK_ID_NBYTES = 32
 
-ROUNDS_AHEAD = 2
-"""Rounds whose cells wait to be stored: one that is used up while the next one comes."""
+ROUNDS_AHEAD = 4
+"""Rounds whose cells wait to be stored: enough that one is always there, little beside the memory of a push."""
 
 
 class Exchange(Protocol):

@@ -18,10 +18,8 @@ from lamella_engine.companions import in_order, moments
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec
 
-ROUND_NBYTES = 32 << 20
-"""What one worker sends, or is sent, in one round at most: enough that latency is small beside it, little beside the
-512 MiB that a worker may take beyond its shard."""
-
+ROUND_NBYTES = 8 << 20
+"""What one worker sends, or is sent, in one round at most: a few cells, so that the first ones come soon."""
 
 # Of the most that any has of a cell: a worker with so much may store it too. The last of several ranks often has a few
 # rows less than the others, and would never store anything.

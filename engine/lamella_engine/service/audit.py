@@ -43,6 +43,8 @@ class ReadAudit:
         self._objects = store.objects
         self._repository = store.log.state.genesis.repository
         self._log = weakref.ref(store.log)
+        self._carrying: Log | None = None
+        """The log as long as it has a segment to vouch for, whether its repository is closed meanwhile or not."""
         self._server = secrets.token_hex(8)
         self._reads: list[bytes] = []
         self._oldest = 0.0
@@ -61,8 +63,7 @@ class ReadAudit:
             with self._writing:
                 self._log = weakref.ref(log)
                 if self._written is not None:
-                    self._unvouched = time.monotonic()
-                    log.carry(*self._written, instead_of=None)
+                    self._carry(log, *self._written, instead_of=None)
 
     def note(self, read: Read) -> None:
         """Note a read; writes a segment if one is full.
@@ -114,17 +115,24 @@ class ReadAudit:
             logger.debug("%s was written, though nobody said so", name)
         digest = segment_digest(data)
         if (log := self._log()) is not None:
-            if not log.carries:
-                self._unvouched = time.monotonic()
-            log.carry(name, digest, instead_of=None if self._written is None else self._written[0])
+            self._carry(log, name, digest, instead_of=None if self._written is None else self._written[0])
         self._written, self._unsure = (name, digest), None
         return count
+
+    def _carry(self, log: Log, name: str, digest: bytes, *, instead_of: str | None) -> None:
+        if not log.carries:
+            self._unvouched = time.monotonic()
+        log.carry(name, digest, instead_of=instead_of)
+        self._carrying = log
 
     def vouch(self, *, older_than_s: float = 0.0) -> None:
         """Have the log vouch for what was written, if that has waited so long. What fails is tried again later."""
         with self._writing:
-            log = self._log()
-            if log is None or not log.carries or time.monotonic() - self._unvouched < older_than_s:
+            log = self._carrying
+            if log is None or not log.carries:
+                self._carrying = None
+                return
+            if time.monotonic() - self._unvouched < older_than_s:
                 return
             try:
                 log.vouch()
