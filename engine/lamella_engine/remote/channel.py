@@ -42,7 +42,8 @@ _OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC would wait up to two minutes before it connects again; it is Patience that decides.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Whatever its name says, so long may one attempt take, the handshake of TLS included.
+    ("grpc.min_reconnect_backoff_ms", int(LONGEST_PAUSE_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(LONGEST_PAUSE_S * 1000)),
     ("grpc.enable_retries", 0),
 )
