@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.chunk_index import index_path
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth
@@ -17,6 +18,7 @@ from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
 from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
+from lamella_engine.exchanging import Exchange, Fetch
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
 from lamella_engine.filling import fill_boxes
 from lamella_engine.format import canonical
@@ -25,7 +27,7 @@ from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Verification
 from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, TensorSpec, VersionId
 from lamella_engine.objects import open_objects
-from lamella_engine.parts import Assignment, Exchange, Part, SharedPush, store_part
+from lamella_engine.parts import Assignment, Part, Samples, SharedPush, store_batch, store_part
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.remote.place import SCHEMES
@@ -173,8 +175,9 @@ class Repository:
         workers: int,
         *,
         parent: str | None = None,
+        batch_nbytes: int | None = None,
     ) -> SharedPush:
-        """Begin a push of tensors that lie with several workers; ``lamella.torch.LamellaWriter`` is made of it.
+        """Begin a push of tensors that lie with several workers; ``LamellaWriter`` and ``lamella.ray`` are made of it.
 
         Parameters
         ----------
@@ -183,6 +186,8 @@ class Repository:
         structure, holdings, workers
             The tensors, where their boxes lie, and how many workers there are: see
             :func:`lamella_engine.sharding.share_out`.
+        batch_nbytes
+            For workers that call :meth:`store_batch`: about how much each stores at a time.
 
         Raises
         ------
@@ -201,6 +206,7 @@ class Repository:
             structure=structure,
             holdings=holdings,
             workers=workers,
+            batch_nbytes=batch_nbytes,
         )
 
     def store_part(
@@ -208,6 +214,10 @@ class Repository:
     ) -> Part:
         """Store what one worker of a shared push has; see :func:`lamella_engine.parts.store_part`."""
         return store_part(self._store, self._executor, assignment, held, exchange)
+
+    def store_batch(self, assignment: Assignment, shards: Shards, everyones: Sequence[Samples], fetch: Fetch) -> Part:
+        """Store a batch of what one worker of a shared push has; see :func:`lamella_engine.parts.store_batch`."""
+        return store_batch(self._store, self._executor, assignment, shards, everyones, fetch)
 
     def record(
         self,
