@@ -50,6 +50,12 @@ class Assignment:
     structure: tuple[TensorSpec, ...]
     share: Share
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cells, decoded."""
+        grids = {spec.name: spec.grid for spec in self.structure if spec.name in self.share.cells}
+        return sum(grids[name].cell_nbytes(number) for name, some in self.share.cells.items() for number in some)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

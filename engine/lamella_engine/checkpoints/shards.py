@@ -21,7 +21,8 @@ class Shards:
     ----------
     sources
         Checkpoints with random access, each with the places of its tensors: name in the checkpoint -> name of the
-        tensor that it is a box of, and the box. They are closed by whoever opened them.
+        tensor that it is a box of, and the box. One that comes again is a copy, and not read. They are closed by
+        whoever opened them.
 
     Raises
     ------
@@ -30,7 +31,7 @@ class Shards:
     """
 
     def __init__(self, sources: Iterable[tuple[Checkpoint, Mapping[str, tuple[str, Box]]]]) -> None:
-        self._boxes: defaultdict[str, list[tuple[Box, TensorSpec, Checkpoint]]] = defaultdict(list)
+        self._boxes: defaultdict[str, dict[Box, tuple[TensorSpec, Checkpoint]]] = defaultdict(dict)
         self._checkpoints: list[Checkpoint] = []
         for checkpoint, places in sources:
             self._checkpoints.append(checkpoint)
@@ -44,7 +45,7 @@ class Shards:
                         tensor=name,
                     )
                 whole = ((0, spec.nbytes),) if spec.dtype.opaque else box
-                self._boxes[name].append((whole, spec, checkpoint))
+                self._boxes[name].setdefault(whole, (spec, checkpoint))
 
     @classmethod
     def in_memory(cls, held: Iterable[tuple[str, Box, object]]) -> Self:
@@ -62,7 +63,7 @@ class Shards:
 
     def parts(self, spec: TensorSpec, box: Box) -> Iterator[Box]:
         """Yield what is here of a box of a tensor."""
-        for held, _, _ in self._boxes.get(spec.name, ()):
+        for held in self._boxes.get(spec.name, ()):
             common = intersection(held, box)
             if common is not None:
                 yield common
@@ -75,7 +76,7 @@ class Shards:
         box is not here in whole, and what a checkpoint's ``read`` raises.
         """
         nbytes = box_nbytes(spec, box)
-        for held, shard, checkpoint in self._boxes.get(spec.name, ()):
+        for held, (shard, checkpoint) in self._boxes.get(spec.name, {}).items():
             if intersection(held, box) == box:
                 part = local(box, held)
                 first = 0
