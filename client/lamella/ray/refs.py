@@ -40,10 +40,6 @@ def _understood(error: RayError) -> Exception:
         )
     if isinstance(error, RayTaskError):
         return error
-    waited = isinstance(error, GetTimeoutError)
-    return StorageError(
-        f"{'a node did not answer' if waited else 'a worker or what it held is gone'} ({str(error).partition('\n')[0]}): "
-        "push again when the cluster is whole",
-        kind="worker_lost",
-        transient=True,
-    )
+    what = "a node did not answer" if isinstance(error, GetTimeoutError) else "a worker, or what it held, is gone"
+    why = str(error).partition("\n")[0]
+    return StorageError(f"{what}: push again when the cluster is whole ({why})", kind="worker_lost", transient=True)
