@@ -1,10 +1,11 @@
-"""Ray clusters for tests: some nodes on this machine, actors that hold tensors on them, and the processes of encoders."""
+"""Ray clusters for tests: nodes on this machine, actors that hold tensors on them, and the processes of encoders."""
 
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,10 +46,19 @@ class Nodes:
     address: str
     environment: Mapping[str, str]
     """What a process needs that connects to it too."""
-    holders: tuple[Any, ...]
-    """One of each node."""
+    ids: tuple[str, ...]
     raylets: tuple[int, ...]
-    """Process ids, by node as ``holders``."""
+    """Their process ids."""
+
+    @cached_property
+    def holders(self) -> tuple[Any, ...]:
+        """One on each node."""
+        return tuple(self.new_holder(number) for number in range(len(self.ids)))
+
+    def new_holder(self, number: int) -> Any:
+        """Start a :class:`Holder` on a node."""
+        new: Any = ray.remote(num_cpus=0)(Holder)
+        return new.options(scheduling_strategy=NodeAffinitySchedulingStrategy(self.ids[number], soft=False)).remote()
 
     def encoders(self) -> dict[int, int]:
         """Return the processes of encoders at work: process id -> number of the node."""
@@ -96,17 +106,10 @@ def running(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
                 cluster.wait_for_nodes()
                 ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False)
                 try:
-                    yield _described(cluster, settings)
+                    started = cluster.list_all_nodes()
+                    raylets = tuple(node.all_processes["raylet"][0].process.pid for node in started)
+                    yield Nodes(cluster.address, settings, tuple(node.node_id for node in started), raylets)
                 finally:
                     ray.shutdown()
             finally:
                 cluster.shutdown()
-
-
-def _described(cluster: Cluster, settings: Mapping[str, str]) -> Nodes:
-    nodes = cluster.list_all_nodes()
-    raylets = tuple(node.all_processes["raylet"][0].process.pid for node in nodes)
-    new_holder: Any = ray.remote(num_cpus=0)(Holder)
-    places = [NodeAffinitySchedulingStrategy(node.node_id, soft=False) for node in nodes]
-    holders = tuple(new_holder.options(scheduling_strategy=place).remote() for place in places)
-    return Nodes(cluster.address, settings, holders, raylets)

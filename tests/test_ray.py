@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import ray
 import s3
 from cluster import STORE_NBYTES, Nodes
 from safetensors.numpy import save_file
@@ -212,12 +213,14 @@ def kill(process: int) -> None:
 
 
 class Killer:
-    """Kills one encoder, once that of a push have appeared and a random time has passed."""
+    """Kills one encoder of a push a random time, at most ``within_s``, after they appear; none without it."""
 
-    def __init__(self, nodes: Nodes, within_s: float) -> None:
+    def __init__(self, nodes: Nodes, within_s: float | None) -> None:
         self._nodes = nodes
-        self.moment_s = random.uniform(0, within_s)
+        self.moment_s = None if within_s is None else random.uniform(0, within_s)
         self.killed = False
+        self.lived_s = 0.0
+        """How long there were encoders."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -231,36 +234,39 @@ class Killer:
 
     def _run(self) -> None:
         while not self._nodes.encoders():
-            if self._over.wait(0.02):
+            if self._over.wait(0.01):
                 return
+        born = time.monotonic()
         self._over.wait(self.moment_s)
         alive = sorted(self._nodes.encoders())
-        if alive:
+        if alive and not self._over.is_set():
             kill(random.choice(alive))
             self.killed = True
+        self._over.wait()
+        self.lived_s = time.monotonic() - born
 
 
 def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str) -> None:
+    with Killer(nodes, within_s=None) as spared:
+        lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place)
     killed = 0
-    for seed in range(KILLS):
+    for seed in range(1, KILLS + 1):
         tensors = weights(seed)
         shards = lent(nodes, tensors, 2)
-        message = f"step {seed}"
-        with Killer(nodes, within_s=2.0) as killer:
-            completed = False
-            with suppress(StorageError):
-                lamella.ray.push(shards, "llm@main", place, message=message)
-                completed = True
+        completed = False
+        with Killer(nodes, spared.lived_s) as killer, suppress(StorageError):
+            lamella.ray.push(shards, "llm@main", place, message=f"step {seed}")
+            completed = True
         killed += killer.killed
         if not completed:
-            lamella.ray.push(shards, "llm@main", place, message=message)
+            lamella.ray.push(shards, "llm@main", place, message=f"step {seed}")
         with lamella.open(place) as repo:
             assert repo.version("llm@main").number == seed + 1, killer.moment_s
             assert bits(repo.checkout("llm@main")) == bits(tensors), killer.moment_s
-    assert killed >= KILLS // 2
+    assert killed > KILLS // 4
     with lamella.open(place) as repo:
         assert repo.verify(deep=True).ok
-        assert repo.stats().versions == KILLS
+        assert repo.stats().versions == KILLS + 1
 
 
 def test_what_had_arrived_is_not_sent_again(nodes: Nodes, place: str) -> None:
@@ -307,6 +313,18 @@ def test_a_push_whose_encoders_always_die_ends_and_says_so(nodes: Nodes, place: 
     assert not lamella.open(place).models()
     lamella.ray.push(shards, "llm@main", place)
     assert lamella.open(place).verify(deep=True).ok
+
+
+def test_tensors_whose_process_is_gone_cannot_be_pushed(nodes: Nodes, place: str) -> None:
+    held = parts(weights(), 2)
+    mortal = nodes.new_holder(1)
+    shards = [got(holder.shard.remote(*mine)) for holder, mine in zip((nodes.holders[0], mortal), held, strict=True)]
+
+    ray.kill(mortal)
+    with pytest.raises(StorageError) as caught:
+        lamella.ray.push(shards, "llm@main", place)
+    assert caught.value.kind == "worker_lost"
+    assert not lamella.open(place).models()
 
 
 class Cancelled(Exception):

@@ -40,6 +40,10 @@ def _understood(error: RayError) -> Exception:
         )
     if isinstance(error, RayTaskError):
         return error
-    what = "a node did not answer" if isinstance(error, GetTimeoutError) else "a worker, or what it held, is gone"
+    what = (
+        "a node did not answer, or has no room in its object store"
+        if isinstance(error, GetTimeoutError)
+        else "a worker, or what it held, is gone"
+    )
     why = str(error).partition("\n")[0]
     return StorageError(f"{what}: push again when the cluster is whole ({why})", kind="worker_lost", transient=True)
