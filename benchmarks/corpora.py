@@ -459,6 +459,25 @@ class Pretrainings(_Runs):
 
         return self._chain(self._name(beta2), length, begin)
 
+    def states(self, count: int, every: int) -> tuple[Path, ...]:
+        """Return consecutive states of the first model, ``every`` steps apart, after a quarter of the training.
+
+        Each is a file of all that the model and its optimizer know, in float32.
+        """
+        beta2 = self._BETA2[0]
+        names = [f"{number}.safetensors" for number in range(count)]
+
+        def make(folder: Path) -> None:
+            weights, optimizer, losses = self._begin(beta2)
+            _finish(islice(losses, self._steps // 4))
+            for name in names:
+                _finish(islice(losses, every))
+                _save(_state(weights, optimizer), folder / name, torch.float32)
+                self._report(f"state {name}")
+
+        folder = self._run(f"states-{count}x{every}-{self._name(beta2)}", make)
+        return tuple(folder / name for name in names)
+
     def _checkpoint(self, beta2: float, step: int) -> Path:
         return self._run(self._name(beta2), partial(self._train, beta2)) / f"{step}"
 
@@ -490,15 +509,19 @@ class Pretrainings(_Runs):
             mean = fmean(islice(losses, tenth))
             self._report(f"gpt {beta2}, step {count * tenth}: mean loss {mean:.3f}")
             if any(count in tenths for tenths in self._SAVED):
-                state = {
-                    f"optim.state.{name}.{part}": value
-                    for name, weight in weights.items()
-                    for part, value in optimizer.state[weight].items()
-                }
-                state |= {f"model.{name}": weight for name, weight in weights.items()}
                 checkpoint = folder / f"{count * tenth}"
                 _save_as(("float32", "bfloat16"), weights, checkpoint)
-                _save(state, checkpoint / "training.safetensors", torch.float32)
+                _save(_state(weights, optimizer), checkpoint / "training.safetensors", torch.float32)
+
+
+def _state(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return all that a model and its optimizer know, named as ``torch.distributed.checkpoint`` does."""
+    state = {
+        f"optim.state.{name}.{part}": value
+        for name, weight in weights.items()
+        for part, value in optimizer.state[weight].items()
+    }
+    return state | {f"model.{name}": weight for name, weight in weights.items()}
 
 
 def _last_layers(weights: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -114,6 +114,7 @@ def proxied(address: str) -> Iterator[Proxy]:
 # -- the engine's own tests, with a wire in between --------------------------------------------------------------------
 
 CARRIED = (
+    "test_audit",
     "test_bases",
     "test_checkout",
     "test_crash",
@@ -126,6 +127,7 @@ CARRIED = (
     "test_filling",
     "test_maintenance",
     "test_model",
+    "test_parts",
     "test_push",
     "test_races",
     "test_sketches",
@@ -140,6 +142,7 @@ NOT_CARRIED = {
     "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
     "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
     "test_a_push_that_was_fenced_after_it_committed_has_committed": "a client tries again",
+    "test_a_header_longer_than_any_is_not_read": "a service does not record such a version",
     "test_a_gap_in_the_log_is_corruption_and_never_the_state_before_it": "the service opens it, and nobody calls",
     "test_a_refusal_names_the_tensor_and_changes_nothing": "takes reads away, and pages are read too",
     "test_an_init_whose_reply_is_lost_is_no_failure": "it is made beneath the service",

@@ -2,23 +2,26 @@
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.together import Waiting
 from lamella_engine.executor import Executor, InlineExecutor
+from lamella_engine.format.audit import Read
 from lamella_engine.format.digests import Context, blob_digest, digest
 from lamella_engine.format.entry import Entry, PackAdded, encode_entry
 from lamella_engine.format.names import PackName, log_name
 from lamella_engine.format.pack import BlobRow, encode_footer, encode_pack_index
 from lamella_engine.jobs import OBJECT_DIRECTORIES
+from lamella_engine.maintenance import Problem
 from lamella_engine.model import ChunkId
 from lamella_engine.objects import Objects
 from lamella_engine.objects.memory import MemoryObjects
@@ -52,6 +55,27 @@ def open_again(objects: Objects, executor: Executor | None = None, *, index_path
 def store_of(repo: Repository) -> PackedStore:
     """Return what lies beneath a repository."""
     return repo._store
+
+
+class Account(NamedTuple):
+    """All that an audit tells."""
+
+    acts: list[Act]
+    reads: list[Read]
+    unvouched: int
+    problems: list[Problem]
+
+
+def account(repo: Repository) -> Account:
+    """Audit a repository to the end."""
+    found = list(repo.audit())
+    noted = [one for one in found if isinstance(one, NotedRead)]
+    return Account(
+        [one for one in found if isinstance(one, Act)],
+        [Read(*(getattr(one, field.name) for field in fields(Read))) for one in noted],
+        sum(not one.vouched for one in noted),
+        [one for one in found if isinstance(one, Problem)],
+    )
 
 
 def names_of(objects: Objects) -> dict[str, int]:

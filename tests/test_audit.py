@@ -2,24 +2,33 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import pytest
 from faults import Fault, FaultyObjects
-from support import Arrivals, copy_of, names_of, new_repository, noise, open_again, store_of
+from support import Arrivals, account, copy_of, names_of, new_repository, noise, open_again, store_of
 
+from lamella_engine.auditing import STORED_NBYTES, audit, stored
 from lamella_engine.content_store.acting import acting_as, new_push_id
 from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.errors import CorruptionError, StorageError, UnsupportedFormatError
+from lamella_engine.errors import (
+    CorruptionError,
+    InvalidInputError,
+    PermissionDeniedError,
+    StorageError,
+    UnsupportedFormatError,
+)
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.audit import Read, decode_segment, encode_read, encode_segment, segment_digest
-from lamella_engine.format.entry import RefChange
-from lamella_engine.format.names import audit_name
+from lamella_engine.format.entry import RefChange, decode_entry, encode_entry, entry_digest
+from lamella_engine.format.names import audit_name, log_name
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.service import audit
-from lamella_engine.service.audit import ReadAudit, account
+from lamella_engine.service import audit as audit_module
+from lamella_engine.service.audit import ReadAudit
 from lamella_engine.signing import generate_key, load_key
 
 
@@ -37,8 +46,8 @@ def read(number, **changes):
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    monkeypatch.setattr(audit, "SEGMENT_READS", 10)
-    monkeypatch.setattr(audit, "_MOST_WAITING", 100)
+    monkeypatch.setattr(audit_module, "SEGMENT_READS", 10)
+    monkeypatch.setattr(audit_module, "_MOST_WAITING", 100)
 
 
 @pytest.fixture
@@ -74,7 +83,7 @@ def noted(objects, reads, *, vouched=True):
 
 
 def kinds(objects):
-    return {problem.kind for problem in account(opened(objects)).problems}
+    return {problem.kind for problem in account(open_again(objects)).problems}
 
 
 def replace_object(objects, name, data):
@@ -86,7 +95,7 @@ def test_reads_come_back_in_their_order_and_the_log_vouches_for_them(objects):
     reads = [read(number) for number in range(35)]
     noted(objects, reads)
     assert len(segments(objects)) == 4
-    found = account(opened(objects))
+    found = account(open_again(objects))
     assert found.reads == reads
     assert (found.unvouched, found.problems) == (0, [])
     (carried,) = [entry.audit for _, entry, _ in Log(objects).history() if entry.audit]
@@ -112,7 +121,7 @@ def test_a_segment_is_written_when_it_is_full_or_old_or_at_the_end(objects):
 def test_several_processes_keep_chains_of_their_own(objects):
     for server in range(3):
         noted(objects, [read(number, principal=f"p{server}") for number in range(15)])
-    found = account(opened(objects))
+    found = account(open_again(objects))
     assert found.problems == []
     for server in range(3):
         mine = [one.what for one in found.reads if one.principal == f"p{server}"]
@@ -125,13 +134,13 @@ def test_threads_note_at_once_and_nothing_is_lost(objects):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(notes.note, (read(number) for number in range(500))))
     notes.flush()
-    assert sorted(one.what for one in account(opened(objects)).reads) == sorted(f"m@v{n}" for n in range(500))
+    assert sorted(one.what for one in account(open_again(objects)).reads) == sorted(f"m@v{n}" for n in range(500))
 
 
 def test_what_no_entry_vouches_for_is_counted(objects):
     noted(objects, [read(number) for number in range(15)])
     noted(objects, [read(number) for number in range(12)], vouched=False)
-    found = account(opened(objects))
+    found = account(open_again(objects))
     assert (len(found.reads), found.unvouched, found.problems) == (27, 12, [])
 
 
@@ -151,13 +160,13 @@ def test_a_segment_that_is_changed_or_deleted_is_named(which, objects):
     name = segments(objects)[which]
     data = objects.get(name)
     replace_object(objects, name, data.replace(b'"ann"', b'"bob"', 1))
-    wrong = account(opened(objects)).problems
+    wrong = account(open_again(objects)).problems
     assert {problem.kind for problem in wrong} == {"bad_audit"}
     objects.delete(name)
-    (missing,) = account(opened(objects)).problems
+    (missing,) = account(open_again(objects)).problems
     assert (missing.kind, missing.where) == ("bad_audit", name)
     objects.put_if_absent(name, [data])
-    assert account(opened(objects)).problems == []
+    assert account(open_again(objects)).problems == []
 
 
 def test_all_segments_of_a_process_are_missed_if_the_log_vouches_for_one(objects):
@@ -205,12 +214,12 @@ def test_a_segment_that_breaks_a_rule_is_refused(data, error):
 
 
 def test_a_segment_of_any_reads_comes_back_and_stays_below_its_limit(objects, monkeypatch):
-    monkeypatch.setattr(audit, "SEGMENT_READS", 1000)
-    monkeypatch.setattr(audit, "_MOST_WAITING", 10_000)
+    monkeypatch.setattr(audit_module, "SEGMENT_READS", 1000)
+    monkeypatch.setattr(audit_module, "_MOST_WAITING", 10_000)
     wild = "\ud800 \U0001f600\x00\n" + "x\x01" * 5_000
     reads = [read(n, principal=wild, peer=wild, rpc=wild, what=wild, status=wild, time=wild) for n in range(1000)]
     noted(objects, reads)
-    found = account(opened(objects))
+    found = account(open_again(objects))
     assert (len(found.reads), found.problems) == (1000, [])
     assert len(segments(objects)) == 2
 
@@ -226,7 +235,7 @@ def test_a_segment_whose_answer_is_lost_is_written_once(fault, objects):
             notes.note(read(number))
         notes.flush()
         notes.flush()  # the first may have met the fault
-        found = account(opened(copy))
+        found = account(open_again(copy))
         assert [one.what for one in found.reads] == [f"m@v{number}" for number in range(25)]
         assert found.problems == []
         if faulty.writes <= fail_at:
@@ -243,7 +252,7 @@ def test_a_segment_that_landed_unheard_is_not_taken_for_one_with_later_reads(obj
     notes.note(read(1))
     notes.flush()
     assert len(segments(objects)) == 2
-    found = account(opened(objects))
+    found = account(open_again(objects))
     assert ([one.what for one in found.reads], found.problems) == (["m@v0", "m@v1"], [])
 
 
@@ -256,14 +265,14 @@ def test_reading_ends_before_notes_are_dropped(objects):
         raise StorageError("no answer", transient=True)
 
     notes._objects = type("Down", (), {"put_if_absent": staticmethod(down)})
-    for number in range(audit._MOST_WAITING):
+    for number in range(audit_module._MOST_WAITING):
         notes.note(read(number))
     with pytest.raises(StorageError) as caught:
         notes.note(read(0))
     assert caught.value.kind == "audit_full"
     notes._objects = type("Up", (), {"put_if_absent": staticmethod(real)})
     notes.flush()
-    assert len(account(opened(objects)).reads) == audit._MOST_WAITING
+    assert len(account(open_again(objects)).reads) == audit_module._MOST_WAITING
 
 
 def test_an_entry_that_lost_its_race_is_vouched_by_the_next(objects):
@@ -274,7 +283,7 @@ def test_an_entry_that_lost_its_race_is_vouched_by_the_next(objects):
         notes.note(read(number))
     change(other, "first")
     change(store, "second")
-    assert account(opened(objects)).unvouched == 0
+    assert account(open_again(objects)).unvouched == 0
 
 
 # -- what was changed --------------------------------------------------------------------------------------------------
@@ -287,7 +296,7 @@ def test_the_log_says_who_changed_what_and_who_signed_it(objects, tmp_path):
     with acting_as("ann"):
         change(store, "production")
         store.log.require_signed([signer.public])
-    first, alias, required = account(opened(objects)).acts
+    first, alias, required = account(open_again(objects)).acts
     assert any("recorded m@v1" in line for line in first.did)
     assert "branch m@main: nothing -> v1" in first.did
     assert first.signer == ""
@@ -319,11 +328,143 @@ def test_what_several_did_by_one_entry_is_told_apart(objects, monkeypatch):
 
     monkeypatch.setattr(commits, "_work", gather)
     commit("ann")
-    acts = account(opened(objects)).acts[1:]
+    acts = account(open_again(objects)).acts[1:]
     assert {act.number for act in acts} == {2}
     assert {act.principal: act.did for act in acts} == {
         name: (f"alias m@of-{name}: nothing -> v1",) for name in ("ann", "bob", "cyd")
     }
+
+
+# -- the log is checked by whoever asks --------------------------------------------------------------------------------
+
+
+def told(objects, *known):
+    return list(audit(partial(stored, objects), known))
+
+
+def replaced(objects, number, **changes):
+    """Return a copy in which an entry says something else, and so do, by their digests, all that follow it."""
+    copy = copy_of(objects)
+    genesis = Log(objects).state.genesis.repository
+    for at in range(number, Log(objects).state.number + 1):
+        data = copy.get(log_name(at))
+        previous = entry_digest(copy.get(log_name(at - 1)))
+        entry = decode_entry(data, number=at, repository=genesis, previous=None)
+        replace_object(copy, log_name(at), encode_entry(replace(entry, previous=previous, **changes)))
+        changes = {}
+    return copy
+
+
+@pytest.fixture
+def moved(objects):
+    for name in ("one", "two", "three"):
+        change(opened(objects), name)
+    return objects
+
+
+def test_a_log_that_was_written_anew_is_found_by_an_entry_that_was_seen(moved):
+    seen = Log(moved).state.head
+    other = replaced(moved, 2, principal="somebody else")
+    assert len(told(other)) == len(told(moved, seen)) == 4  # it holds together, so nothing but the digest tells
+    with pytest.raises(CorruptionError) as caught:
+        told(other, seen)
+    assert caught.value.kind == "fork"
+
+
+def test_a_log_that_ends_before_what_was_seen_is_found(moved):
+    seen = Log(moved).state.head
+    moved.delete(log_name(seen.number))
+    with pytest.raises(CorruptionError) as caught:
+        told(moved, seen)
+    assert caught.value.kind == "rollback"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(0, "log_gap"), (2, "log_gap"), (4, "rollback")], ids=["first", "middle", "last"]
+)
+def test_an_entry_that_is_missing_is_found(number, kind, moved):
+    seen = Log(moved).state.head
+    moved.delete(log_name(number))
+    with pytest.raises(CorruptionError) as caught:
+        told(moved, seen)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_an_entry_that_was_changed_is_found_though_nobody_saw_the_log_before(number, moved):
+    data = moved.get(log_name(number))
+    replace_object(moved, log_name(number), data.replace(b'"n":', b'"n": ', 1))
+    with pytest.raises(CorruptionError) as caught:
+        told(moved)
+    assert caught.value.kind == "bad_digest"
+
+
+def test_an_entry_that_is_not_signed_as_it_must_be_is_found(objects, tmp_path):
+    generate_key(tmp_path / "key")
+    store = PackedStore(objects, InlineExecutor(), signer=load_key(tmp_path / "key"))
+    store.log.require_signed([store.log._committer._trust._signer.public])
+    change(store, "production")
+    seen = Log(objects).state
+    assert told(objects, seen.head)[-1].signer
+    for signature, kind in ((None, "unsigned"), (Log(objects).entry(2).signature, "bad_signature")):
+        with pytest.raises(CorruptionError) as caught:
+            told(replaced(objects, 3, signature=signature))
+        assert caught.value.kind == kind
+
+
+def test_no_more_of_an_object_is_read_than_it_may_have(objects):
+    name = audit_name("ab" * 8, 0)
+    objects.put_if_absent(name, [bytes(STORED_NBYTES + 1000)])
+    ((found, data),) = stored(objects, "audit/")
+    assert (found, len(data)) == (name, STORED_NBYTES)
+    assert kinds(objects) == {"bad_audit"}
+
+
+@pytest.mark.parametrize("after", ["", "log", "audit", "meta/", "packs/x", "/log/", "../log/"])
+def test_an_account_is_made_of_nothing_else(after, objects):
+    with pytest.raises(InvalidInputError):
+        next(stored(objects, after))
+
+
+# -- an entry of their own ---------------------------------------------------------------------------------------------
+
+
+def test_reads_are_vouched_for_by_an_entry_of_their_own_if_no_other_comes(objects):
+    notes = noted(objects, [read(number) for number in range(12)], vouched=False)
+    notes.vouch(older_than_s=3600)
+    assert account(open_again(objects)).unvouched == 12
+    notes.vouch()
+    found = account(open_again(objects))
+    assert (len(found.reads), found.unvouched, found.problems) == (12, 0, [])
+    assert [act.number for act in found.acts] == [1]
+    assert open_again(objects).verify(deep=True).problems == []
+
+
+def test_no_entry_is_made_if_there_is_nothing_to_vouch_for(objects):
+    store = opened(objects)
+    notes = ReadAudit(store)
+    notes.vouch()
+    notes.note(read(1))
+    notes.flush()
+    change(store, "one")
+    notes.vouch()
+    assert Log(objects).state.number == 2
+
+
+def test_what_cannot_be_vouched_for_now_is_vouched_for_later(objects, monkeypatch):
+    notes = noted(objects, [read(1)], vouched=False)
+
+    def refused(push, make):
+        raise PermissionDeniedError("no key", kind="not_a_signer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notes._log, "commit", refused)
+        notes.vouch()
+    assert account(open_again(objects)).unvouched == 1
+    notes.vouch(older_than_s=3600)  # it was tried just now
+    assert account(open_again(objects)).unvouched == 1
+    notes.vouch()
+    assert account(open_again(objects)).unvouched == 0
 
 
 def test_lines_of_a_segment_are_json_for_other_programs_too(objects):

@@ -40,7 +40,7 @@ _names = count()
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
-    for name in ("LAMELLA_REPO", "LAMELLA_DEBUG"):
+    for name in ("LAMELLA_REPO", "LAMELLA_DEBUG", "LAMELLA_SIGNING_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -439,6 +439,19 @@ def test_verify_exits_with_6_and_names_each_problem(tmp_path, files, call):
 
 def test_the_version_is_that_of_the_distribution(answer, says):
     assert says("version") == says("--version") == f"lamella {answer('version')['version']}\n"
+
+
+def test_signers_lists_whose_signatures_are_required_and_requires_them(answer, says, fails, tmp_path, monkeypatch):
+    assert says("signers") == "nothing has to be signed\n"
+    assert fails(5, "signers", "--require")["kind"] == "no_signing_key"
+    public = answer("keygen", tmp_path / "ada.pem")["public_key"]
+    monkeypatch.setenv("LAMELLA_SIGNING_KEY", str(tmp_path / "ada.pem"))
+    assert fails(2, "signers", public)["kind"] == "usage"
+    assert answer("signers", "--require")["signers"] == [public]
+    assert answer("signers")["signers"] == [public]
+    assert says("signers", "--require", "0" * 64, public) == f"{'0' * 64}\n{public}\n"
+    monkeypatch.delenv("LAMELLA_SIGNING_KEY")
+    assert fails(5, "signers", "--require", public)["kind"] == "not_a_signer"
 
 
 def test_keygen_makes_a_key_that_signs_and_never_writes_over_anything(answer, says, fails, tmp_path):

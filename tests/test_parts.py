@@ -1,49 +1,66 @@
 """A checkpoint that several workers hold becomes the version that one worker with all of it would have pushed."""
 
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from support import Array, bits, names_of, new_repository, store_of
-from workers import push_shared, split
+from faults import CountingObjects
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Array, bits, names_of, new_repository, open_again, store_of
+from workers import Held, cut, push_shared, shard, split, structure_of
 
+from lamella_engine.boxes import Box, box_of
+from lamella_engine.dtypes import dtype_named
+from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError, TensorNotFoundError
+from lamella_engine.model import Cell, TensorSpec
+from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.repository import Repository
+from lamella_engine.sharding import ROUND_NBYTES, Share, share_out
 
-RNG = np.random.default_rng(7)
 
-
-def weights(seed: int = 0, step: float = 0.0) -> dict[str, Array]:
-    rng = np.random.default_rng(seed)
-    drift = np.random.default_rng(99)
+def weights(step: float = 0.0) -> dict[str, Array]:
+    rng, drift = np.random.default_rng(0), np.random.default_rng(99)
 
     def tensor(*shape: int, dtype: Any = np.float32) -> Array:
         base = rng.standard_normal(shape).astype(np.float32)
-        return (base + np.float32(step) * drift.standard_normal(shape).astype(np.float32)).astype(dtype)
+        moved: Array = (base + np.float32(step) * drift.standard_normal(shape).astype(np.float32)).astype(dtype)
+        return moved
 
     return {
-        "embed": tensor(1031, 640),  # 2.6 MB: one cell, cut anywhere
-        "layer.weight": tensor(700, 2100),  # 5.9 MB: several cells that no rank's rows line up with
+        "cube": tensor(6, 50, 70),
+        "embed": tensor(1031, 640),  # one cell, which every worker has a part of
+        "empty": np.zeros((0, 5), np.float32),
+        "half": tensor(300, 4100, dtype=ml_dtypes.bfloat16),
         "layer.bias": tensor(2100),
+        "layer.weight": tensor(700, 2100),  # cells that no worker's rows line up with
+        "odd": np.frombuffer(b"\x01\x00\xc0\x7f\x00\x00\x00\x80" * 40, np.float32).reshape(8, 10).copy(),
         "state.layer.weight.exp_avg": tensor(700, 2100) * np.float32(1e-3),
         "state.layer.weight.exp_avg_sq": tensor(700, 2100) ** 2 * np.float32(1e-6),
         "state.layer.weight.step": np.float32(7.0).reshape(()),
-        "half": tensor(300, 4100, dtype=ml_dtypes.bfloat16),
-        "cube": tensor(6, 50, 70),
-        "empty": np.zeros((0, 5), np.float32),
-        "odd": np.frombuffer(b"\x01\x00\xc0\x7f\x00\x00\x00\x80" * 40, np.float32).reshape(8, 10).copy(),
     }
 
 
-def axes(name: str) -> int | None:
-    return {"layer.bias": None, "state.layer.weight.step": None, "empty": None, "cube": 1, "half": 1}.get(name, 0)
+AXES = {"layer.bias": None, "state.layer.weight.step": None, "empty": None, "cube": 1, "half": 1}
+
+
+def axis_of(name: str) -> int | None:
+    return AXES.get(name, 0)
 
 
 def pack_nbytes(repo: Repository) -> int:
     return sum(nbytes for name, nbytes in names_of(store_of(repo).objects).items() if name.startswith("packs/"))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8])
+# -- the same version --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_every_number_of_workers_makes_the_same_version_as_one_push(workers: int) -> None:
     first, second = weights(), weights(step=1e-3)
     plain = new_repository()
@@ -51,17 +68,16 @@ def test_every_number_of_workers_makes_the_same_version_as_one_push(workers: int
     expected = plain.push(second, "m@main")
 
     repo = new_repository()
-    repos = [repo] * workers
-    push_shared(repos, "m@main", first, split(first, workers, axes))
-    version, parts = push_shared(repos, "m@main", second, split(second, workers, axes))
+    push_shared([repo] * workers, "m@main", first, split(first, workers, axis_of))
+    version, _ = push_shared([repo] * workers, "m@main", second, split(second, workers, axis_of), message="second")
 
-    assert version.parameters_id == expected.parameters_id
-    assert version.structure_id == expected.structure_id
+    assert (version.parameters_id, version.structure_id) == (expected.parameters_id, expected.structure_id)
+    assert (version.message, version.number) == ("second", 2)
     assert bits(repo.checkout("m@main")) == bits(second)
     assert bits(repo.checkout("m@main~1")) == bits(first)
     assert repo.verify(deep=True).ok
     before = pack_nbytes(repo)
-    push_shared(repos, "m@main", second, split(second, workers, axes))
+    push_shared([repo] * workers, "m@main", second, split(second, workers, axis_of), message="second")
     assert pack_nbytes(repo) == before
 
 
@@ -70,11 +86,380 @@ def test_a_delta_is_as_small_in_parts_as_in_one_push() -> None:
     sizes = []
     for workers in (0, 1, 4):
         repo = new_repository()
+        before = 0
         for tensors in (first, second):
             before = pack_nbytes(repo)
             if workers:
-                push_shared([repo] * workers, "m@main", tensors, split(tensors, workers, axes))
+                push_shared([repo] * workers, "m@main", tensors, split(tensors, workers, axis_of))
             else:
                 repo.push(tensors, "m@main")
         sizes.append(pack_nbytes(repo) - before)
     assert max(sizes) < 1.03 * min(sizes)
+
+
+def test_workers_that_have_opened_the_repository_by_themselves_make_one_version() -> None:
+    objects = MemoryObjects()
+    new_repository(objects)
+    tensors = weights()
+    repos = [open_again(objects) for _ in range(3)]
+    version, _ = push_shared(repos, "m@main", tensors, split(tensors, 3, axis_of))
+    assert bits(open_again(objects).checkout(version.id)) == bits(tensors)
+
+
+def test_what_all_workers_have_is_stored_once_and_shared_out_evenly() -> None:
+    tensors = {f"w{number}": np.random.default_rng(number).standard_normal((64, 1024)) for number in range(16)}
+    repo = new_repository()
+    _, parts = push_shared([repo] * 4, "m@main", tensors, split(tensors, 4, lambda name: None))
+    stored = [part.stored_nbytes for part in parts]
+    assert sum(part.sent_nbytes for part in parts) == 0
+    assert max(stored) < 1.1 * min(stored)
+    alone = new_repository()
+    alone.push(tensors, "m@main")
+    assert pack_nbytes(repo) < 1.01 * pack_nbytes(alone)
+
+
+def test_what_travels_between_workers_pickles() -> None:
+    tensors = weights()
+    held = split(tensors, 2, axis_of)
+    repo = new_repository()
+    holdings = holdings_of(held)
+    shared = repo.shared_push("m@main", structure_of(tensors), holdings, 2)
+    assert pickle.loads(pickle.dumps(shared.assignments)) == shared.assignments
+    _, parts = push_shared([repo] * 2, "m@main", tensors, held)
+    assert pickle.loads(pickle.dumps(parts)) == parts
+
+
+def test_a_worker_finds_what_was_recorded_on_another_branch_meanwhile() -> None:
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    tensors = weights()
+
+    def push_it_elsewhere(worker: int, mine: Repository) -> Repository:
+        if worker == 0:
+            mine.push(tensors, "m@other")
+        return mine
+
+    before = pack_nbytes(repo)
+    repos = [open_again(objects) for _ in range(2)]
+    version, _ = push_shared(repos, "m@main", tensors, split(tensors, 2, axis_of), each=push_it_elsewhere)
+    assert bits(repo.checkout(version.id)) == bits(tensors)
+    assert pack_nbytes(repo) > before
+
+
+# -- who does what -----------------------------------------------------------------------------------------------------
+
+
+def holdings_of(held: list[Held]) -> Mapping[str, list[tuple[Box, int]]]:
+    found: defaultdict[str, list[tuple[Box, int]]] = defaultdict(list)
+    for worker, mine in enumerate(held):
+        for name, box, _ in mine:
+            found[name].append((box, worker))
+    return found
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[TensorSpec], dict[str, list[tuple[Box, int]]], int]:
+    """Draw tensors whose boxes are cut on any axes, some of which lie with several workers."""
+    workers = draw(st.integers(1, 6))
+    structure, holdings = [], {}
+    for number in range(draw(st.integers(1, 4))):
+        shape = tuple(draw(st.lists(st.integers(0, 3000), max_size=3)))
+        spec = TensorSpec(f"t{number}", dtype_named(draw(st.sampled_from(["float32", "bfloat16", "uint8"]))), shape)
+        boxes: list[Box] = [tuple((0, length) for length in shape)]
+        for axis in range(len(shape)):
+            cuts = draw(st.lists(st.integers(0, shape[axis]), max_size=2))
+            ends = sorted({0, shape[axis], *cuts})
+            spans = list(pairwise(ends)) or [(0, 0)]
+            boxes = [(*box[:axis], span, *box[axis + 1 :]) for box in boxes for span in spans]
+        structure.append(spec)
+        some = st.sets(st.integers(0, workers - 1), min_size=1, max_size=2)
+        holdings[spec.name] = [(box, worker) for box in boxes for worker in sorted(draw(some))]
+    return structure, holdings, workers
+
+
+@given(layouts())
+def test_every_cell_is_stored_once_by_a_worker_that_is_given_what_it_lacks(
+    layout: tuple[list[TensorSpec], dict[str, list[tuple[Box, int]]], int],
+) -> None:
+    structure, holdings, workers = layout
+    shares = share_out(structure, holdings, workers)
+    stored = [(name, number) for share in shares for name, numbers in share.cells.items() for number in numbers]
+    assert sorted(stored) == [(spec.name, number) for spec in structure for number in range(spec.grid.cell_count)]
+    specs = {spec.name: spec for spec in structure}
+    for share in shares:
+        given_to: defaultdict[Cell, int] = defaultdict(int)
+        for one in share.rounds.values():
+            for pieces in one.receives.values():
+                for piece in pieces:
+                    given_to[piece.cell] += piece.nbytes
+        for name, numbers in share.cells.items():
+            own = {box for box, worker in holdings[name] if worker == share.worker}
+            for number in numbers:
+                region = specs[name].grid.region(number)
+                held = sum(common_nbytes(specs[name], box, box_of(region)) for box in own)
+                assert held + given_to.pop(Cell(name, number), 0) == region.nbytes
+        assert not given_to
+
+
+def common_nbytes(spec: TensorSpec, a: Box, b: Box) -> int:
+    nbytes = spec.grid.itemsize
+    for (p, q), (r, s) in zip(a, b, strict=True):
+        nbytes *= max(0, min(q, s) - max(p, r))
+    return nbytes
+
+
+@given(layouts())
+def test_what_is_sent_is_received_in_the_same_round_and_no_round_is_large(
+    layout: tuple[list[TensorSpec], dict[str, list[tuple[Box, int]]], int],
+) -> None:
+    structure, holdings, workers = layout
+    shares = share_out(structure, holdings, workers)
+    for share in shares:
+        assert list(share.rounds) == sorted(share.rounds)
+        for number, one in share.rounds.items():
+            for target, pieces in one.sends.items():
+                assert shares[target].rounds[number].receives[share.worker] == pieces
+                have = [box for box, worker in holdings[pieces[0].cell.tensor or ""] if worker == share.worker]
+                assert have
+            for source, pieces in one.receives.items():
+                assert shares[source].rounds[number].sends[share.worker] == pieces
+            for way in (one.sends, one.receives):
+                assert sum(piece.nbytes for pieces in way.values() for piece in pieces) <= ROUND_NBYTES
+    sent = sum(share.sent_nbytes for share in shares)
+    assert sent <= sum(spec.nbytes for spec in structure)
+
+
+def test_a_large_matrix_is_exchanged_in_many_rounds() -> None:
+    spec = TensorSpec("w", dtype_named("float32"), (40_000, 4_099))
+    workers = 7
+    holdings = {"w": [(box, worker) for worker, box in enumerate(cut(spec.shape, 1, workers))]}
+    shares = share_out([spec], holdings, workers)
+    assert min(len(share.rounds) for share in shares) > 2
+    stored = [sum(spec.grid.cell_nbytes(number) for number in share.cells["w"]) for share in shares]
+    assert max(stored) < 1.1 * min(stored)
+
+
+def test_adam_moments_are_stored_where_each_other_is() -> None:
+    tensors = {name: array for name, array in weights().items() if "exp_avg" in name}
+    shares: list[Share] = share_out(structure_of(tensors), holdings_of(split(tensors, 2, axis_of)), 2)
+    for share in shares:
+        cells = list(share.cells.values())
+        assert len(cells) in (0, 2)
+        assert all(one == cells[0] for one in cells)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [],
+        [((0, 3), (0, 5))],
+        [((0, 3), (0, 5)), ((2, 4), (0, 5))],
+        [((0, 4), (0, 5)), ((0, 3), (0, 5))],
+        [((0, 2), (0, 5)), ((0, 2), (0, 5)), ((3, 5), (0, 5))],
+        [((0, 4),)],
+        [((-1, 3), (0, 5))],
+    ],
+)
+def test_boxes_that_do_not_make_their_tensor_are_refused(boxes: list[Box]) -> None:
+    spec = TensorSpec("w", dtype_named("float32"), (4, 5))
+    with pytest.raises(InvalidInputError) as caught:
+        share_out([spec], {"w": [(box, worker) for worker, box in enumerate(boxes)]}, max(1, len(boxes)))
+    assert caught.value.kind == "bad_shards"
+    assert "'w'" in str(caught.value)
+
+
+def test_a_shard_of_another_shape_than_its_place_is_refused_by_all_workers() -> None:
+    tensors = {"w": np.zeros((4, 5), np.float32)}
+    held: list[Held] = [[("w", ((0, 2), (0, 5)), tensors["w"][:2])], [("w", ((2, 4), (0, 5)), tensors["w"][:1])]]
+    repo = new_repository()
+    with pytest.raises((InvalidInputError, StorageError)) as caught:
+        push_shared([repo] * 2, "m@main", tensors, held)
+    assert caught.value.kind in ("bad_shards", "worker_failed")
+    assert repo.models() == []
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def failing(worker: int, wrap: Callable[[Repository], Repository]) -> Callable[[int, Repository], Repository]:
+    return lambda at, repo: wrap(repo) if at == worker else repo
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_worker_that_fails_fails_the_push_for_all_and_leaves_nothing(worker: int, after: int) -> None:
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    first = weights()
+    repo.push(first, "m@main")
+    second = weights(step=1e-3)
+    failures: list[LamellaError] = []
+
+    def broken(mine: Repository) -> Repository:
+        store = store_of(open_again(objects))
+        real, calls = store.begin, []
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            if not after:
+                raise StorageError("the disk is gone", kind="test")
+            push = real(*args, **kwargs)
+            inner = push.write
+
+            def write(blobs: Any) -> None:
+                calls.append(next(iter(blobs)))
+                raise StorageError("the disk is gone", kind="test")
+
+            push.write = write  # type: ignore[method-assign]
+            assert inner is not push.write
+            return push
+
+        store.begin = begin  # type: ignore[method-assign]
+        mine._store = store
+        return mine
+
+    repos = [open_again(objects) for _ in range(3)]
+    with pytest.raises(StorageError) as caught:
+        push_shared(repos, "m@main", second, split(second, 3, axis_of), each=failing(worker, broken))
+    failures.append(caught.value)
+    assert failures[0].kind in ("test", "worker_failed")
+    assert repo.version("m@main").number == 1
+    assert repo.verify(deep=True).ok
+    version, _ = push_shared([open_again(objects) for _ in range(3)], "m@main", second, split(second, 3, axis_of))
+    assert bits(repo.checkout(version.id)) == bits(second)
+
+
+def test_a_branch_that_moves_meanwhile_is_a_conflict() -> None:
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    tensors = weights()
+    repo.push({"w": np.zeros(3)}, "m@main")
+
+    def move(worker: int, mine: Repository) -> Repository:
+        if worker == 1:
+            repo.push({"w": np.ones(3)}, "m@main")
+        return mine
+
+    with pytest.raises((ConflictError, StorageError)):
+        push_shared([open_again(objects) for _ in range(2)], "m@main", tensors, split(tensors, 2, axis_of), each=move)
+    assert repo.version("m@main").number == 2
+
+
+def test_a_tensor_that_changes_meanwhile_fails_the_push() -> None:
+    torch = pytest.importorskip("torch")
+    repo = new_repository()
+    tensor = torch.zeros(1000, 100)
+
+    class Changing:
+        def __call__(self, worker: int, mine: Repository) -> Repository:
+            return mine
+
+    store = store_of(repo)
+    real = store.begin
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        push = real(*args, **kwargs)
+        if kwargs["push_id"] and begin_calls:
+            tensor.add_(1)
+        begin_calls.append(1)
+        return push
+
+    begin_calls: list[int] = []
+    store.begin = begin  # type: ignore[method-assign]
+    held: list[Held] = [[("w", ((0, 1000), (0, 100)), tensor)]]
+    with pytest.raises(InvalidInputError) as caught:
+        push_shared([repo], "m@main", {"w": np.zeros((1000, 100), np.float32)}, held)
+    assert caught.value.kind == "source_changed"
+
+
+def test_parts_of_other_pushes_are_refused() -> None:
+    tensors = weights()
+    held = split(tensors, 2, axis_of)
+    repo = new_repository()
+    _, parts = push_shared([repo] * 2, "m@main", tensors, held)
+    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 2)
+    with pytest.raises(InvalidInputError) as caught:
+        repo.record(shared, parts[:1])
+    assert caught.value.kind == "bad_part"
+    short = {"w": np.zeros((2, 3), np.float32)}
+    other = repo.shared_push("m@main", structure_of(short), {"w": [(((0, 2), (0, 3)), 0)]}, 2)
+    with pytest.raises(InvalidInputError) as caught:
+        repo.record(other, parts)
+    assert caught.value.kind == "bad_part"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"", b"{}", b"[]", b'{"live":[],"written":[["packs/x",1,1]]}', b'{"live":["meta/1"],"written":[]}', b"\xff"],
+)
+def test_what_is_no_part_is_refused(part: bytes) -> None:
+    push = store_of(new_repository()).begin("m", "main", parent=None, push_id="0" * 32)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError) as caught:
+        push.join(part)
+    assert caught.value.kind == "bad_part"
+
+
+def test_a_part_whose_pack_is_gone_cannot_be_joined() -> None:
+    objects = MemoryObjects()
+    repo = new_repository(objects)
+    tensors = {"w": np.random.default_rng(0).standard_normal((100, 100))}
+    held: list[Held] = [[("w", ((0, 100), (0, 100)), tensors["w"])]]
+    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 1)
+    from lamella_engine.exchanging import Alone
+
+    part = repo.store_part(shared.assignments[0], lambda: held[0], Alone())
+    for name in names_of(objects):
+        if name.startswith("packs/"):
+            objects.delete(name)
+    with pytest.raises(LamellaError):
+        repo.record(shared, [part])
+    assert repo.models() == []
+
+
+# -- boxes -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_boxes_of_a_version_fill_memory_of_any_strides(data: st.DataObject) -> None:
+    tensors = weights()
+    repo = CACHED.setdefault("repo", new_repository())
+    if not repo.models():
+        repo.push(tensors, "m@main")
+    targets, expected = [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        array = tensors[name]
+        spans = [sorted(data.draw(st.tuples(*[st.integers(0, length)] * 2))) for length in array.shape]
+        box = tuple((first, stop) for first, stop in spans)
+        want = shard(array, box)
+        memory = np.empty([length + 1 for length in want.shape], want.dtype)[(*(slice(n) for n in want.shape), ...)]
+        if data.draw(st.booleans()):
+            memory = np.empty(want.shape, want.dtype)
+        targets.append((name, box, memory))
+        expected.append(want)
+    repo.fill_boxes("m@main", targets)
+    for (_, _, memory), want in zip(targets, expected, strict=True):
+        assert memory.tobytes() == want.tobytes()
+
+
+CACHED: dict[str, Repository] = {}
+
+
+def test_boxes_are_read_without_the_cells_that_they_do_not_touch() -> None:
+    objects = CountingObjects(MemoryObjects())
+    new_repository(objects).push({"w": np.random.default_rng(0).standard_normal((4096, 2048))}, "m@main")
+    whole = sum(nbytes for name, nbytes in names_of(objects).items() if name.startswith("packs/"))
+    repo = open_again(objects)
+    objects.reset()
+    repo.fill_boxes("m@main", [("w", ((700, 710), (0, 2048)), np.empty((10, 2048)))])
+    assert objects.read_nbytes < whole / 8
+
+
+def test_boxes_of_what_is_not_there_are_refused() -> None:
+    repo = new_repository()
+    repo.push({"w": np.zeros((4, 5), np.float32)}, "m@main")
+    with pytest.raises(TensorNotFoundError):
+        repo.fill_boxes("m@main", [("v", ((0, 1),), np.zeros(1, np.float32))])
+    for memory in (np.zeros((2, 5), np.float64), np.zeros((3, 5), np.float32)):
+        with pytest.raises(InvalidInputError) as caught:
+            repo.fill_boxes("m@main", [("w", ((0, 2), (0, 5)), memory)])
+        assert caught.value.kind == "structure_mismatch"

@@ -23,11 +23,15 @@ from lamella_engine import wire
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.codecs import Encoding
 from lamella_engine.content_store import packed
+from lamella_engine.content_store.acting import new_push_id
+from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.seam import Push, Reading
 from lamella_engine.executor import InlineExecutor
 from lamella_engine.format.digests import chunk_id
+from lamella_engine.format.entry import RefChange, VersionAdded
 from lamella_engine.format.manifest import MAX_NAME_NBYTES
+from lamella_engine.format.names import metadata_name
 from lamella_engine.model import Cell
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.remote import channel, opening
@@ -144,6 +148,29 @@ def test_a_diff_of_more_names_than_a_message_holds_comes_whole(repo, local, monk
         5,
         3,
     ]
+
+
+def test_models_and_refs_that_no_message_holds_come_whole(repo, local, server, monkeypatch):
+    """Seven thousand of them in messages of half a kilobyte each: with the bounds as they are, millions."""
+    monkeypatch.setattr(rpcs, "_NAMES_NBYTES", 512)
+    refs = tuple(RefChange("m", f"r{number:04d}-{'x' * 40}", "alias", None, 1) for number in range(4000))
+    versions = tuple(
+        VersionAdded(f"n{number:04d}-{'y' * 40}", 1, metadata_name("0" * 64, "0" * 32, number), 1, bytes(32), 1)
+        for number in range(3000)
+    )
+    for place in repo, local:
+        place.push({"w": np.zeros(3)}, "m@main")
+    for store in server._rpcs._repositories.open(repo._store.repository), local._store:
+        store.log.commit(new_push_id(), lambda state: Change(refs=refs, versions=versions))
+    assert repo.refs("m") == local.refs("m")
+    assert repo.models() == local.models()
+    assert (len(repo.refs("m")), len(repo.models())) == (4001, 3001)
+    request = pb.RefsRequest(repository=repo._store.repository, model="m")
+    with WireClient(server.address) as client:
+        replies = client.call("Versions.Refs", request)
+    assert max(reply.ByteSize() for reply in replies) < 1024
+    assert sum(len(reply.refs) for reply in replies) == 4001
+    assert repo.refs("nothing") == []
 
 
 def test_a_verification_says_how_far_it_has_come(repo, server, monkeypatch):

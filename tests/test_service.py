@@ -42,7 +42,7 @@ from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.version import decode_description, version_id
 from lamella_engine.maintenance import verify
 from lamella_engine.model import Cell, ChunkId
-from lamella_engine.repository import open_repository
+from lamella_engine.opening import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import sessions as sessions_module
 from lamella_engine.service.repositories import Repositories
@@ -429,15 +429,15 @@ def test_what_may_have_been_recorded_is_never_deleted(store: PackedStore, monkey
     write(session, taken.records())
     commit = session.push.commit
 
-    def lost(description: Any) -> Any:
-        commit(description)
+    def lost(description: Any, **options: Any) -> Any:
+        commit(description, **options)
         raise OutcomeUnknownError("nobody knows")
 
     monkeypatch.setattr(session.push, "commit", lost)
     with pytest.raises(OutcomeUnknownError):
         session.commit(described(taken))
 
-    def refused(description: Any) -> Any:
+    def refused(description: Any, **options: Any) -> Any:
         raise then
 
     monkeypatch.setattr(session.push, "commit", refused)

@@ -47,7 +47,7 @@ def address(served: tuple[Server, str]) -> Iterator[str]:
 
 def answers_others(served: tuple[Server, str]) -> None:
     with WireClient(served[0].address, token=served[1]) as client:
-        assert "m" in client.call("Versions.Models", TEAM, timeout=20.0).models
+        assert "m" in client.call("Versions.Models", TEAM, timeout=20.0)[0].models
         push_by_wire(client, "team", f"good@{new_push_id()}x", {"w": noise(2, 300)})
 
 
@@ -70,27 +70,27 @@ def refused(channel: grpc.Channel, rpc: str, message: Any, **options: Any) -> Fa
 def test_a_message_that_is_too_long_is_refused(address: str):
     with channel(address, max_send_message_length=-1) as client:
         longest = MAX_MESSAGE_NBYTES + (64 << 10)
-        assert refused(client, "Versions.Models", b"\xff" * longest).kind == "bad_message"
-        assert refused(client, "Versions.Models", b"\xff" * (longest + 1)).status is Status.RESOURCE_EXHAUSTED
+        assert refused(client, "Repositories.Describe", b"\xff" * longest).kind == "bad_message"
+        assert refused(client, "Repositories.Describe", b"\xff" * (longest + 1)).status is Status.RESOURCE_EXHAUSTED
 
 
 def test_a_message_that_is_compressed_is_not_opened(address: str):
     with channel(address) as client:
         bomb = pb.RepositoryRequest(repository="x" * 1_000_000).SerializeToString()
-        failure = refused(client, "Versions.Models", bomb, compression=grpc.Compression.Gzip)
+        failure = refused(client, "Repositories.Describe", bomb, compression=grpc.Compression.Gzip)
     assert failure.status is Status.UNIMPLEMENTED
 
 
 def test_metadata_that_is_too_long_is_refused(address: str):
     with channel(address) as client:
-        failure = refused(client, "Versions.Models", b"", metadata=[("x-long", "x" * (64 << 10))])
+        failure = refused(client, "Repositories.Describe", b"", metadata=[("x-long", "x" * (64 << 10))])
     assert failure.status in (Status.RESOURCE_EXHAUSTED, Status.INTERNAL, Status.UNAVAILABLE)
 
 
 def test_a_call_without_a_deadline_is_refused(address: str):
     with channel(address) as client:
         for timeout in (None, 10.0 * 86_400):
-            failure = refused(client, "Versions.Models", TEAM.SerializeToString(), timeout=timeout)
+            failure = refused(client, "Repositories.Describe", TEAM.SerializeToString(), timeout=timeout)
             assert (failure.status, failure.kind) == (Status.INVALID_ARGUMENT, "no_deadline")
 
 
@@ -105,7 +105,7 @@ def test_an_rpc_that_there_is_not_is_refused(address: str):
 @pytest.mark.parametrize("name", ["x" * 2_000_000, "🙂" * 500_000, "\x00\n" * 100_000, "a/../" * 1000])
 def test_a_name_of_any_length_and_letters_is_answered_in_a_trailer_that_arrives(address: str, name: str):
     with channel(address) as client:
-        failure = refused(client, "Versions.Models", pb.RepositoryRequest(repository=name).SerializeToString())
+        failure = refused(client, "Repositories.Describe", pb.RepositoryRequest(repository=name).SerializeToString())
     assert (failure.status, failure.kind) == (Status.NOT_FOUND, "repository_not_found")
 
 

@@ -13,20 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import grpc
 import numpy as np
 import pytest
 import s3
 from network import Harm, proxy
+from safetensors.numpy import save
 from service import Failure, WireClient, prepare_by_wire, serving, take_apart, write_messages
 from support import bits, noise
 
 import lamella
-from lamella_engine import maintenance
+from lamella_engine import maintenance, pushing, version_files
+from lamella_engine.checkpoints import safetensors
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.state import State
-from lamella_engine.errors import ConflictError, LamellaError
+from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, LimitError
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.version import AttachmentPages, decode_description, encode_description, version_id
 from lamella_engine.remote import channel
@@ -345,6 +349,84 @@ def test_files_that_no_checkout_could_write_are_not_recorded(paths: list[str], t
         with pytest.raises(Failure) as error:
             client.call("Pushes.Commit", commit)
         assert error.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def header_of(**tensors: np.ndarray) -> bytes:
+    """Return all that comes before the tensors in a safetensors file."""
+    data = save(tensors)
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+W, V = noise(1, 100), noise(2, 50)
+WRONG_HEADERS: dict[str, list[tuple[bytes, str]]] = {
+    "no header": [(b"nothing of the kind", "")],
+    "cut short": [(header_of(w=W, v=V)[:-1], "")],
+    "announced as endless": [((1 << 62).to_bytes(8, "little") + b"{}", "")],
+    "of another shape": [(header_of(w=W[:50], v=V), "")],
+    "of another name": [(header_of(w=W, u=V), "")],
+    "of fewer tensors": [(header_of(w=W), "")],
+    "of more tensors": [(header_of(w=W, v=V, x=V), "")],
+    "of one tensor twice": [(header_of(w=W, v=V), ""), (header_of(v=V), "")],
+    "of a prefix that no tensor has": [(header_of(w=W, v=V), "a.")],
+}
+
+
+def push_with_headers(repo: lamella.Repository, headers: list[tuple[bytes, str]], *, times: int = 1) -> lamella.Version:
+    """Push two tensors and say that these, each ``times`` over, with a prefix, are headers of safetensors files."""
+    real = pushing.Description
+
+    def description(**fields: Any) -> Any:
+        attachments = tuple(
+            replace(item, role="safetensors_header", prefix=headers[int(item.path)][1], chunks=item.chunks * times)
+            for item in fields["attachments"]
+        )
+        return real(**fields | {"attachments": attachments})
+
+    with patch.object(pushing, "Description", description):
+        return repo.push({"w": W, "v": V}, "m@main", files={str(at): data for at, (data, _) in enumerate(headers)})
+
+
+@pytest.mark.parametrize("wrong", WRONG_HEADERS)
+def test_headers_of_files_that_no_checkout_could_write_are_not_recorded(wrong: str, tmp_path: Path) -> None:
+    with serving(tmp_path) as server, lamella.init(f"grpc://{server.address}/r") as repo:
+        with pytest.raises(InvalidInputError) as error:
+            push_with_headers(repo, WRONG_HEADERS[wrong])
+        assert error.value.kind == "wrong_description"
+        assert repo.models() == []
+        version = push_with_headers(repo, [(header_of(v=V), ""), (header_of(w=W), "")])
+        assert version.file("1") == save({"w": W})
+        assert repo.verify(deep=True).problems == []
+    with lamella.init(tmp_path / "here") as repo:  # who can write here can write anything
+        push_with_headers(repo, WRONG_HEADERS[wrong])
+        assert {problem.kind for problem in repo.verify().problems} == {"bad_attachment"}
+
+
+def test_a_header_is_read_no_further_than_there_are_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name a million of them in a version of two."""
+    read = []
+    real = safetensors._placed_tensor
+    monkeypatch.setattr(safetensors, "_placed_tensor", lambda *given: read.append(given) or real(*given))
+    header = header_of(**{f"x{number}": V for number in range(1000)})
+    with (
+        serving(tmp_path) as server,
+        lamella.init(f"grpc://{server.address}/r") as repo,
+        pytest.raises(InvalidInputError, match="more than 2 entries"),
+    ):
+        push_with_headers(repo, [(header, "")])
+    assert len(read) == 2
+
+
+def test_headers_that_would_take_long_to_read_are_refused_before_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk is stored once, and named as often as one likes."""
+    calls: list[Answered] = []
+    monkeypatch.setattr(version_files.SafetensorsLayout, "from_header", None)
+    with serving(tmp_path, observe=calls.append) as server, lamella.init(f"grpc://{server.address}/r") as repo:
+        with pytest.raises(LimitError) as error:
+            push_with_headers(repo, [(bytes(1 << 20), "")] * 3, times=16)
+        assert error.value.kind == "headers_limit"
+    assert [call.status for call in calls if call.rpc == "Pushes.Commit"] == ["RESOURCE_EXHAUSTED"]
 
 
 @pytest.mark.parametrize("wrong", ["cell_count", "decoded_nbytes", "parameters_id", "pages"])

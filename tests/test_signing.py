@@ -6,8 +6,10 @@ import stat
 from dataclasses import replace
 
 import pytest
+from service import serving
 from support import copy_of, names_of, new_repository, noise, open_again, store_of
 
+import lamella
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.entries import FOLD_EVERY, Entries
@@ -374,3 +376,88 @@ def test_a_signer_shows_its_public_key_only(keys):
 
 def test_a_store_hands_its_key_to_the_log(signed, keys):
     assert store_of(on_objects(PackedStore(signed, InlineExecutor(), trusted=[keys["ada"].public]))).log.state.signers
+
+
+# -- as users hold it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    return {name: (tmp_path / name, generate_key(tmp_path / name).hex()) for name in ("ann", "ben")}
+
+
+def test_a_repository_takes_nothing_unsigned_once_its_owner_says_so(tmp_path, key_file):
+    path, public = key_file["ann"]
+    with lamella.init(tmp_path / "r", signing_key=path) as repo:
+        repo.push({"w": noise(1, 100)}, "m@main")
+        assert repo.signers() == []
+        assert repo.require_signed() == repo.signers() == [public]
+        repo.push({"w": noise(2, 100)}, "m@main")
+        assert [act.signer for act in repo.audit()] == [public] * 3
+    with lamella.open(tmp_path / "r") as repo:
+        assert repo.version("m@main").number == 2
+        with pytest.raises(PermissionDeniedError) as caught:
+            repo.push({"w": noise(3, 100)}, "m@main")
+        assert caught.value.kind == "not_a_signer"
+    with lamella.open(tmp_path / "r", signing_key=path) as repo:
+        assert repo.push({"w": noise(3, 100)}, "m@main").number == 3
+        assert repo.verify(deep=True).ok
+
+
+def test_who_has_a_key_may_list_others_in_its_place_and_nobody_may_list_none(tmp_path, key_file):
+    (ann, public), (ben, other) = key_file["ann"], key_file["ben"]
+    with lamella.init(tmp_path / "r", signing_key=ann) as repo:
+        with pytest.raises(PermissionDeniedError):
+            repo.require_signed([other])  # or who says it could not go on
+        assert repo.require_signed([other, public]) == sorted([other, public])
+        assert repo.require_signed([other]) == [other]
+        with pytest.raises(PermissionDeniedError):
+            repo.require_signed()
+    with lamella.open(tmp_path / "r", signing_key=ben) as repo:
+        assert repo.require_signed() == [other]
+
+
+def test_who_has_no_key_cannot_require_signatures(tmp_path, key_file):
+    with lamella.init(tmp_path / "r") as repo:
+        with pytest.raises(PermissionDeniedError) as caught:
+            repo.require_signed()
+        assert caught.value.kind == "no_signing_key"
+        with pytest.raises(PermissionDeniedError) as caught:
+            repo.require_signed([key_file["ann"][1]])
+        assert caught.value.kind == "not_a_signer"
+        for wrong in ("", "ab", "A" * 64, "g" * 64, 5):
+            with pytest.raises(InvalidInputError):
+                repo.require_signed([wrong])
+        assert repo.signers() == []
+
+
+def test_the_environment_names_the_key(tmp_path, key_file, monkeypatch):
+    path, public = key_file["ann"]
+    monkeypatch.setenv("LAMELLA_SIGNING_KEY", str(path))
+    with lamella.init(tmp_path / "r") as repo:
+        assert repo.require_signed() == [public]
+    with lamella.open(tmp_path / "r") as repo:
+        repo.push({"w": noise(1, 100)}, "m@main")
+    with pytest.raises(PermissionDeniedError), lamella.open(tmp_path / "r", signing_key=key_file["ben"][0]) as repo:
+        repo.push({"w": noise(2, 100)}, "m@main")
+    monkeypatch.setenv("LAMELLA_SIGNING_KEY", "")
+    with lamella.open(tmp_path / "r") as repo:
+        assert repo.signers() == [public]
+    monkeypatch.setenv("LAMELLA_SIGNING_KEY", str(tmp_path / "none"))
+    with pytest.raises(NotFoundError):
+        lamella.open(tmp_path / "r")
+
+
+def test_a_service_signs_by_itself(tmp_path, key_file, monkeypatch):
+    monkeypatch.setenv("LAMELLA_SIGNING_KEY", str(key_file["ann"][0]))
+    with serving(tmp_path / "root") as server:
+        url = f"grpc://{server.address}/team"
+        with lamella.init(url) as repo:
+            for ask in (repo.signers, repo.require_signed):
+                with pytest.raises(InvalidInputError) as caught:
+                    ask()
+                assert caught.value.kind == "remote_signers"
+        for make in (lamella.init, lamella.open):
+            with pytest.raises(InvalidInputError) as caught:
+                make(url, signing_key=key_file["ann"][0])
+            assert caught.value.kind == "bad_option"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 from support import PATIENCE_S, Array
 
 from lamella_engine.boxes import Box
@@ -25,17 +26,17 @@ class Meeting:
         self.workers = workers
         self.sent_nbytes = 0
         self._barrier = threading.Barrier(workers, timeout=PATIENCE_S)
-        self._gathered: list[Any] = [None] * workers
+        self._merged: list[Any] = [None] * workers
         self._queues: defaultdict[tuple[int, int, int], SimpleQueue[bytes]] = defaultdict(SimpleQueue)
         self._lock = threading.Lock()
 
     def exchange(self, worker: int) -> "ThreadExchange":
         return ThreadExchange(self, worker)
 
-    def gather(self, worker: int, mine: Any) -> list[Any]:
-        self._gathered[worker] = mine
+    def merge(self, worker: int, mine: bytearray) -> bytes:
+        self._merged[worker] = np.frombuffer(mine, np.uint8)
         self._barrier.wait()
-        return list(self._gathered)
+        return np.max(self._merged, axis=0).tobytes()
 
     def queue(self, number: int, source: int, target: int) -> "SimpleQueue[bytes]":
         with self._lock:
@@ -49,8 +50,8 @@ class ThreadExchange:
     most_nbytes: int = field(default=0)
     """Of one round, sent or received."""
 
-    def gather(self, mine: Any) -> list[Any]:
-        return self.meeting.gather(self.worker, mine)
+    def merge(self, mine: bytearray) -> bytes:
+        return self.meeting.merge(self.worker, mine)
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
         sent = sum(len(memoryview(data)) for data in sends.values())

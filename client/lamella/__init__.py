@@ -7,6 +7,7 @@
 array([0., 0.], dtype=float32)
 """
 
+from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.cost import Cost
 from lamella_engine.distance import Distance
 from lamella_engine.errors import (
@@ -29,12 +30,14 @@ from lamella_engine.errors import (
 from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import Progress, RefInfo
-from lamella_engine.repository import Repository, init
-from lamella_engine.repository import open_repository as open
+from lamella_engine.opening import init
+from lamella_engine.opening import open_repository as open
+from lamella_engine.repository import Repository
 from lamella_engine.transaction import Transaction
 from lamella_engine.versions import LazySlice, LazyTensor, Version
 
 __all__ = [
+    "Act",
     "AlreadyExistsError",
     "ConflictError",
     "CorruptionError",
@@ -47,6 +50,7 @@ __all__ = [
     "LazyTensor",
     "LimitError",
     "NotFoundError",
+    "NotedRead",
     "OutcomeUnknownError",
     "PermissionDeniedError",
     "Problem",

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -20,8 +20,11 @@ ROUNDS_AHEAD = 2
 class Exchange(Protocol):
     """How the workers of a push reach each other. Calls are made in the same order by all, one at a time each."""
 
-    def gather(self, mine: Any) -> list[Any]:
-        """Return what every worker gave, by its number. Raises StorageError if one cannot be reached."""
+    def merge(self, mine: bytearray) -> Buffer:
+        """Return, byte by byte, the greatest of what all workers gave: each as many bytes, of any value.
+
+        Raises StorageError if one cannot be reached.
+        """
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
         """Send each worker its bytes, and return what each sent: so many bytes as ``receives`` says.
@@ -34,9 +37,9 @@ class Exchange(Protocol):
 class Alone:
     """The exchange of a push with one worker."""
 
-    def gather(self, mine: Any) -> list[Any]:
+    def merge(self, mine: bytearray) -> Buffer:
         """See :class:`Exchange`."""
-        return [mine]
+        return mine
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
         """See :class:`Exchange`. There is nobody."""
@@ -60,10 +63,10 @@ class Elsewhere(Protocol):
         """Return when this worker has done its part. Raises what went wrong meanwhile."""
 
 
-def worker_failed(worker: int) -> StorageError:
+def worker_failed() -> StorageError:
     """Return the error for a push that another worker has given up."""
     return StorageError(
-        f"worker {worker} could not store its part, and says why itself: push again when that is mended",
+        "another worker could not store its part, and says why itself: push again when that is mended",
         kind="worker_failed",
         transient=True,
     )
@@ -191,9 +194,8 @@ class Mail:
                 sends = {worker: self._message(pieces) for worker, pieces in one.sends.items()}
                 lengths = {worker: 1 + _total(pieces) for worker, pieces in one.receives.items()}
                 received = self._exchange.swap(number, sends, lengths)
-                failed = [worker for worker, data in received.items() if bytes(data[:1]) != b"\0"]
-                if failed:
-                    self._fail(worker_failed(failed[0]))
+                if any(data[0] for data in received.values()):
+                    self._fail(worker_failed())
                 elif not self._failed:
                     self._deliver(number, one, received)
         except Exception as error:  # raised by whoever waits for a cell, or for the end

@@ -3,10 +3,10 @@
 One small file for each place under ``$XDG_STATE_HOME/lamella/heads`` (or ``~/.local/state``) holds the repository's id,
 number and digest of the entry, and the keys that had to sign then; opening a repository compares it, and brings it up
 to date. Entries are chained by their digests, so a log that still has the pinned entry still has all that came before
-it. That its newest entry stands on the pinned one would take reading all between. Here only the pinned one is asked
-for: that finds a log that went back, or that was made anew from some earlier entry on, but not one that forks after the
-pin. Where entries must be signed, a reader of the log itself finds that too: it trusts the keys that it has seen, and
-no others that these did not let sign.
+it. That its newest entry stands on the pinned one would take reading all between, as an audit does. Here only the
+pinned one is asked for: that finds a log that went back, or that was made anew from some earlier entry on, but not one
+that forks after the pin. Where entries must be signed, a reader of the log itself finds that too: it trusts the keys
+that it has seen, and no others that these did not let sign.
 """
 
 import hashlib

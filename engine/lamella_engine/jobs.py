@@ -1,13 +1,17 @@
 """What is done to a whole repository, where its bytes lie: here, or behind a service."""
 
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from lamella_engine import maintenance
+from lamella_engine.auditing import Act, NotedRead, audit, stored
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.distance import Distance, measure
 from lamella_engine.executor import Executor
-from lamella_engine.maintenance import Verification
+from lamella_engine.heads import Head
+from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import VersionId
 from lamella_engine.reading import Reader, Selection
 
@@ -67,13 +71,33 @@ class Jobs(Protocol):
     def verify(self, *, deep: bool) -> Verification:
         """See :func:`lamella_engine.maintenance.verify`."""
 
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """See :func:`lamella_engine.auditing.audit`; what was seen of the repository before is known."""
+
+    def signers(self) -> tuple[bytes, ...]:
+        """Return the public keys, one of which must sign the next entry; none if it need not be signed."""
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :meth:`lamella_engine.content_store.packed.PackedStore.require_signed`."""
+
 
 class LocalJobs:
-    """:class:`Jobs` in this process."""
+    """:class:`Jobs` in this process.
 
-    def __init__(self, store: PackedStore, executor: Executor) -> None:
+    Parameters
+    ----------
+    store
+        The repository.
+    executor
+        Runs what is done for each chunk.
+    seen
+        Entries of its log that this user has seen before.
+    """
+
+    def __init__(self, store: PackedStore, executor: Executor, *, seen: Collection[Head] = ()) -> None:
         self._store = store
         self._executor = executor
+        self._seen = tuple(seen)
 
     def stats(self) -> Stats:
         """See :class:`Jobs`."""
@@ -116,3 +140,15 @@ class LocalJobs:
         """See :class:`Jobs`."""
         # A store of its own: what is read must come from where it is stored, not from what this process remembers.
         return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
+
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """See :class:`Jobs`."""
+        return audit(partial(stored, self._store.objects), (*self._seen, self._store.log.refresh().head))
+
+    def signers(self) -> tuple[bytes, ...]:
+        """See :class:`Jobs`."""
+        return self._store.log.refresh().signers
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :class:`Jobs`."""
+        return self._store.require_signed(keys)

@@ -34,9 +34,6 @@ from lamella_engine.storing import Chunk, Pipeline, Place, cell_place
 
 CHUNK_ID_NBYTES = 32
 
-Samples = dict[tuple[str, int], list[tuple[int, bytes]]]
-"""A run of a sketch, by tensor and first byte -> pieces of it, each with its offset in the run."""
-
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -230,16 +227,17 @@ def store_part(
     try:
         shards = Shards.in_memory(held())
         samples = samples_of(assignment.structure, shards)
-        push = store.begin(assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id())
+        push = store.begin(
+            assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id(), part=True
+        )
     except Exception:
-        exchange.gather(None)  # whoever fails still answers the others, who would wait
+        exchange.merge(samples_of(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise
     with abandoning(push):
-        everyones = exchange.gather(samples)
-        lost = [worker for worker, its in enumerate(everyones) if its is None]
-        if lost:
-            raise worker_failed(lost[0])
-    sketch = _sketch(assignment.structure, everyones)
+        merged = exchange.merge(samples)
+        if merged[0]:
+            raise worker_failed()
+    sketch = _sketch(assignment.structure, merged)
     while True:
         try:
             with abandoning(push), Mail(assignment.share, assignment.structure, shards, exchange) as mail:
@@ -254,7 +252,7 @@ def store_batch(
     executor: Executor,
     assignment: Assignment,
     shards: Shards,
-    everyones: Sequence[Samples],
+    merged: Buffer,
     fetch: Fetch,
 ) -> Part:
     """Store what an assignment says, without waiting for others; doing it again is harmless, here or elsewhere.
@@ -267,8 +265,8 @@ def store_batch(
         This worker's, of the coordinator.
     shards
         What this worker has.
-    everyones
-        What :func:`samples_of` gave every worker.
+    merged
+        Byte by byte the greatest of what :func:`samples_of` gives every worker.
     fetch
         The way to the other workers; called by several threads at a time.
 
@@ -281,8 +279,8 @@ def store_batch(
     StorageError
         The store failed, or what ``fetch`` raises.
     """
-    push = store.begin(assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id())
-    sketch = _sketch(assignment.structure, everyones)
+    push = store.begin(assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id(), part=True)
+    sketch = _sketch(assignment.structure, merged)
     fetched = Fetched(assignment.share, assignment.structure, shards, fetch)
     while True:
         try:
@@ -336,24 +334,36 @@ def _stored(
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def samples_of(structure: Sequence[TensorSpec], shards: Shards) -> Samples:
-    """Return what is here of the elements that make the version's sketch."""
-    found: Samples = {}
+def _runs(structure: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, Region, int]]:
+    """Yield the runs of the version's sketch, with the place of each in what workers merge: after a byte of status."""
+    at = 1
     for spec, _ in sketched(structure):
         for run in runs(spec):
-            box = box_of(run)
-            for part in shards.parts(spec, box):
-                offset = (part[-1][0] - box[-1][0]) * spec.grid.itemsize
-                found.setdefault((spec.name, run.start), []).append((offset, bytes(shards.read(spec, part))))
-    return found
+            yield spec, run, at
+            at += run.nbytes
 
 
-def _sketch(structure: Sequence[TensorSpec], everyones: Sequence[Samples]) -> Sketch:
-    def read(spec: TensorSpec, run: Region) -> Buffer:
-        out = bytearray(run.nbytes)
-        for samples in everyones:
-            for offset, data in samples.get((spec.name, run.start), ()):
-                out[offset : offset + len(data)] = data
+def samples_of(structure: Sequence[TensorSpec], shards: Shards | None) -> bytearray:
+    """Return the elements of the sketch that are here, zeros for the others; without shards, that there are none."""
+    length = 1 + sum(run.nbytes for _, run, _ in _runs(structure))
+    out = bytearray(length)
+    if shards is None:
+        out[0] = 1
         return out
+    for spec, run, at in _runs(structure):
+        box = box_of(run)
+        for part in shards.parts(spec, box):
+            start = at + (part[-1][0] - box[-1][0]) * spec.grid.itemsize
+            data = shards.read(spec, part)
+            out[start : start + len(data)] = data
+    return out
+
+
+def _sketch(structure: Sequence[TensorSpec], merged: Buffer) -> Sketch:
+    places = {(spec.name, run.start): at for spec, run, at in _runs(structure)}
+
+    def read(spec: TensorSpec, run: Region) -> Buffer:
+        at = places[spec.name, run.start]
+        return merged[at : at + run.nbytes]
 
     return take(structure, read)

@@ -1,42 +1,37 @@
 """A repository as users hold it: push, checkout, log, diff, distance, refs. Written once, above the seam."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import open_checkpoint
 from lamella_engine.checkpoints.shards import Shards
-from lamella_engine.chunk_index import index_path
 from lamella_engine.content_store.acting import new_push_id
-from lamella_engine.content_store.log import DEFAULT_MAX_DEPTH, check_max_depth
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
-from lamella_engine.errors import AlreadyExistsError, InvalidInputError, RepositoryNotFoundError
+from lamella_engine.errors import InvalidInputError
 from lamella_engine.exchanging import Exchange, Fetch
-from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, Executor, ThreadExecutor
+from lamella_engine.executor import Executor
 from lamella_engine.filling import fill_boxes
 from lamella_engine.format import canonical
-from lamella_engine.heads import Head, Pin
+from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
-from lamella_engine.maintenance import Verification
-from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, TensorSpec, VersionId
-from lamella_engine.objects import open_objects
-from lamella_engine.parts import Assignment, Part, Samples, SharedPush, store_batch, store_part
+from lamella_engine.maintenance import Problem, Verification
+from lamella_engine.model import Attachment, Buffer, Progress, RefInfo, RefKind, TensorSpec, VersionId
+from lamella_engine.parts import Assignment, Part, SharedPush, store_batch, store_part
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
-from lamella_engine.remote.place import SCHEMES
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
-
-if TYPE_CHECKING:
-    from lamella_engine.service.audit import Account
 
 
 class Repository:
@@ -215,9 +210,9 @@ class Repository:
         """Store what one worker of a shared push has; see :func:`lamella_engine.parts.store_part`."""
         return store_part(self._store, self._executor, assignment, held, exchange)
 
-    def store_batch(self, assignment: Assignment, shards: Shards, everyones: Sequence[Samples], fetch: Fetch) -> Part:
+    def store_batch(self, assignment: Assignment, shards: Shards, merged: Buffer, fetch: Fetch) -> Part:
         """Store a batch of what one worker of a shared push has; see :func:`lamella_engine.parts.store_batch`."""
-        return store_batch(self._store, self._executor, assignment, shards, everyones, fetch)
+        return store_batch(self._store, self._executor, assignment, shards, merged, fetch)
 
     def record(
         self,
@@ -453,18 +448,54 @@ class Repository:
         """
         return self._jobs.verify(deep=deep)
 
-    def audit(self) -> "Account":
-        """List who did what, and check that it holds together: what the log says, and the reads that a service noted.
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """Yield who did what: every act by the log, then every read that a service noted, and what is wrong of those.
 
-        Raises InvalidInputError for a repository behind a service: an account is read where it lies.
+        The chain of entries, their signatures and the segments that they vouch for are checked in this process, behind
+        a service as in a directory, and the log has to lead to what this user has seen of it before. Nothing is checked
+        before it is asked for: only who goes on to the end knows that all is well.
+
+        Raises
+        ------
+        CorruptionError
+            The log is not whole, not signed as it must be, or not the one that was seen before.
+        PermissionDeniedError
+            Of a service: for auditors and admins.
         """
-        from lamella_engine.service.audit import account
+        return self._jobs.audit()
 
-        if not isinstance(self._store, PackedStore):
-            raise InvalidInputError(
-                "an account is read where the repository lies: open its directory or bucket", kind="remote_audit"
-            )
-        return account(self._store)
+    def signers(self) -> list[str]:
+        """Return the public keys, in hex, of which one has to sign what is recorded; none if nothing need be signed.
+
+        Raises InvalidInputError for a repository of a service.
+        """
+        return [key.hex() for key in self._jobs.signers()]
+
+    def require_signed(self, keys: Iterable[str] = ()) -> list[str]:
+        """Have this repository take nothing from now on that is not signed by one of these keys; return them.
+
+        There is no way back: whoever has one of the keys may list others in their place, but never none.
+
+        Parameters
+        ----------
+        keys
+            Public keys, in hex, as ``keygen`` prints them; by default that of the key with which this repository was
+            opened. That one has to be on the list that holds now, or on the first one.
+
+        Raises
+        ------
+        PermissionDeniedError
+            The repository was opened without a key (``no_signing_key``), or with another (``not_a_signer``).
+        InvalidInputError
+            A key is none, or the repository is one of a service, which signs by itself.
+        """
+        return [key.hex() for key in self._jobs.require_signed([_public_key(key) for key in keys])]
+
+
+def _public_key(text: str) -> bytes:
+    if not isinstance(text, str) or not re.fullmatch("[0-9a-f]{64}", text):
+        raise InvalidInputError(f"{text!r} is no public key: one is 64 hex digits, as keygen prints it", kind="bad_key")
+    return bytes.fromhex(text)
 
 
 def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInputError:
@@ -502,112 +533,6 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return dict(stored)
 
 
-def on_objects(store: PackedStore) -> Repository:
-    """Return the repository that a store holds, with jobs done in this process."""
-    return Repository(store, store.executor, LocalJobs(store, store.executor))
-
-
-def init(
-    url: "str | PathLike[str]",
-    *,
-    max_depth: int = DEFAULT_MAX_DEPTH,
-    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
-) -> Repository:
-    """Make a repository.
-
-    Parameters
-    ----------
-    url
-        A directory path or ``file:///path``; ``s3://bucket/prefix``, also ``gs://`` and ``az://`` (untested), for an
-        object store; ``grpc://host:port/name`` for one of a service; or ``memory://name`` for one that lives as long as
-        the process.
-    max_depth
-        Longest chain of deltas from version to version, 0 to 31, for as long as the repository lives. Longer chains
-        take fewer bytes, and more time to check out.
-    memory_nbytes
-        Bound of the memory for work in flight.
-
-    Raises
-    ------
-    AlreadyExistsError
-        There is one already.
-    InvalidInputError
-        ``max_depth`` is out of bounds.
-    StorageError
-        The place fails, or does not keep the promises that a repository needs.
-    """
-    check_max_depth(max_depth)
-    place = _place_of(url)
-    if _is_remote(place):
-        return _remote(place, memory_nbytes, new_max_depth=max_depth)
-    objects = open_objects(place, create=True)
-    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-    try:
-        store = PackedStore.create(objects, executor, index_path=index_path(objects, place), max_depth=max_depth)
-        if objects.store_name:
-            Pin(place, objects.store_name).replace(_head(store))
-        return on_objects(store)
-    except AlreadyExistsError:
-        raise AlreadyExistsError(
-            f"{url} is a repository already: use it as it is, or choose another place",
-            kind="repository_exists",
-            url=str(url),
-        ) from None
-
-
-def open_repository(url: "str | PathLike[str]", *, memory_nbytes: int = DEFAULT_MEMORY_NBYTES) -> Repository:
-    """Open a repository; see :func:`init` for its parameters.
-
-    Raises RepositoryNotFoundError if there is none, and CorruptionError (``rollback``, ``fork``) if one in a bucket or
-    of a service is not what this user has seen of it before.
-    """
-    place = _place_of(url)
-    if _is_remote(place):
-        return _remote(place, memory_nbytes)
-    try:
-        objects = open_objects(place)
-        executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-        # Who can write to a directory can write to what is remembered of it too.
-        pin = Pin(place, objects.store_name) if objects.store_name else None
-        trusted = pin.seen.signers if pin is not None and pin.seen is not None else ()
-        store = PackedStore(objects, executor, index_path=index_path(objects, place), trusted=trusted)
-        if pin is not None:
-            pin.advance(_head(store), store.log.digest_at)
-        return on_objects(store)
-    except RepositoryNotFoundError as error:
-        if error.kind == "bucket_not_found":
-            raise
-        raise RepositoryNotFoundError(
-            f"there is no repository at {url}: check the path, or make one with init", url=str(url)
-        ) from None
-
-
-def _head(store: PackedStore) -> Head:
-    state = store.log.state
-    return Head(state.genesis.repository, state.number, state.digest, state.signers)
-
-
-def _is_remote(place: str) -> bool:
-    return place.partition("://")[0] in SCHEMES
-
-
-def _remote(place: str, memory_nbytes: int, *, new_max_depth: int | None = None) -> Repository:
-    """Return a repository of a service."""
-    try:
-        from lamella_engine.remote.opening import connect  # on use: grpc takes 0.2 s to import, and may be absent
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("grpc", "google"):
-            raise
-        raise InvalidInputError(
-            "a repository of a service needs gRPC: pip install 'lamella[service]'", kind="missing_extra"
-        ) from None
-    executor = ThreadExecutor(memory_nbytes=memory_nbytes)
-    store, jobs = connect(place, executor, new_max_depth=new_max_depth)
-    return Repository(store, executor, jobs)
-
-
-def _place_of(url: "str | PathLike[str]") -> str:
-    place = url if isinstance(url, str) else fspath(url) if isinstance(url, PathLike) else None
-    if not isinstance(place, str):
-        raise InvalidInputError(f"{url!r} is no path or URL: give text or a path", kind="bad_url")
-    return place
+def on_objects(store: PackedStore, *, seen: Collection[Head] = ()) -> Repository:
+    """Return the repository that a store holds, with jobs done in this process; ``seen`` as for them."""
+    return Repository(store, store.executor, LocalJobs(store, store.executor, seen=seen))

@@ -22,6 +22,11 @@ ROUND_NBYTES = 32 << 20
 512 MiB that a worker may take beyond its shard."""
 
 
+# Of the most that any has of a cell: a worker with so much may store it too. The last of several ranks often has a few
+# rows less than the others, and would never store anything.
+_NEARLY = 7 / 8
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a cell."""
@@ -73,14 +78,14 @@ class _Lying:
     boxes: tuple[tuple[Box, tuple[int, ...], int], ...]
     """Box, who has it, its bytes."""
 
-    def holders(self) -> tuple[int, list[int]]:
-        """Return the most bytes that one worker has of the cell, and the workers that have so many."""
+    def candidates(self) -> list[int]:
+        """Return the workers that have most of the cell, or nearly."""
         held: defaultdict[int, int] = defaultdict(int)
         for _, workers, nbytes in self.boxes:
             for worker in workers:
                 held[worker] += nbytes
         most = max(held.values())
-        return most, sorted(worker for worker, nbytes in held.items() if nbytes == most)
+        return sorted(worker for worker, nbytes in held.items() if nbytes >= most * _NEARLY)
 
 
 def share_out(
@@ -119,7 +124,7 @@ def share_out(
     for spec, number, follows in in_order(structure, companion_of, lambda spec: range(spec.grid.cell_count)):
         here = lying[spec.name][number]
         cell = Cell(spec.name, number)
-        _, candidates = here.holders()
+        candidates = here.candidates()
         owner = min(candidates, key=lambda worker: (stored[worker], worker))
         if follows:  # a chunk can be made against its companion only where that is
             beside = owners[Cell(companion_of[spec.name].name, number)]

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from heapq import merge
+from itertools import accumulate, zip_longest
 
 from lamella_engine.checkpoints import MAX_FILE_HEADER_NBYTES, NewFile, SafetensorsLayout, check_attachment_paths
+from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.errors import CorruptionError, InvalidInputError, LimitError, NotFoundError
 from lamella_engine.format.version import AttachmentPages
 from lamella_engine.model import Attachment, Buffer, Cell, TensorSpec, VersionId
@@ -92,58 +94,25 @@ class VersionFiles:
         return dict(sorted(found.items()))
 
     def check(self) -> None:
-        """Raise CorruptionError (``bad_attachment``) if an attachment cannot become a file.
-
-        Either its path is unsafe, or the headers together lay out other tensors than the version has.
-        """
+        """Raise CorruptionError as :func:`layouts` does."""
         _ = self._attached
 
     @property
     def _loose(self) -> bool:
-        """Whether the tensors are in none of the files that were pushed."""
-        headers = any(item.role == "safetensors_header" for item in self._manifest.description.attachments)
-        return not headers and self._manifest.description.tensor_count > 0
+        return _is_loose(self._manifest)
 
     @cached_property
     def _attached(self) -> dict[str, VersionFile]:
         """The files that were pushed, by path."""
-        attachments = self._manifest.description.attachments
-        try:
-            check_attachment_paths([item.path for item in attachments] + [CANONICAL_FILE] * self._loose)
-        except InvalidInputError as error:
-            raise CorruptionError(f"the version's attachments are damaged: {error}", kind="bad_attachment") from None
+        headers = layouts(self._manifest)
         found: dict[str, VersionFile] = {}
-        covered: set[str] = set()
-        places = accumulate((len(item.chunks) for item in attachments), initial=self._manifest.first_attachment_place)
-        for item, place in zip(attachments, places, strict=False):
-            lengths = tuple(nbytes for _, nbytes in item.chunks)
+        for item, place in _placed_attachments(self._manifest):
             if item.role == "file":
+                lengths = tuple(nbytes for _, nbytes in item.chunks)
                 found[item.path] = VersionFile(item.path, item.nbytes, b"", (_Part(0, item.nbytes, (place, lengths)),))
             else:
-                found[item.path] = self._weights(item, self._header(item, place), covered)
-        missing = self._manifest.description.tensor_count - len(covered)
-        if missing and not self._loose:
-            raise CorruptionError(f"{missing} tensors are in none of the version's files", kind="bad_attachment")
+                found[item.path] = _weights_file(item.path, headers[item.path], item.prefix)
         return found
-
-    def _header(self, item: AttachmentPages, place: int) -> bytes:
-        if item.nbytes > MAX_FILE_HEADER_NBYTES:  # before it is in memory
-            raise CorruptionError(f"the header of {item.path!r} is longer than any can be", kind="bad_attachment")
-        return b"".join(self._manifest.chunk(place + at) for at in range(len(item.chunks)))
-
-    def _weights(self, item: AttachmentPages, header: bytes, covered: set[str]) -> VersionFile:
-        """Return a safetensors file; enter its tensors into those that are covered."""
-        try:
-            layout = SafetensorsLayout.from_header(header)
-        except (InvalidInputError, LimitError) as error:
-            raise CorruptionError(f"the header of {item.path!r} is damaged: {error}", kind="bad_attachment") from None
-        for spec in layout.named(item.prefix):
-            if spec.name in covered or not self._manifest.has(spec.name) or self._manifest.spec(spec.name) != spec:
-                raise CorruptionError(
-                    f"the header of {item.path!r} is of other tensors than its version", kind="bad_attachment"
-                )
-            covered.add(spec.name)
-        return _weights_file(item.path, layout, item.prefix)
 
     def __getitem__(self, path: str) -> VersionFile:
         try:
@@ -187,6 +156,65 @@ class VersionFiles:
         for _, data in self._reader.stream(self._version, cells()):
             begin = begins.popleft()
             yield data[max(start - begin, 0) : stop - begin]
+
+
+def layouts(manifest: Manifest) -> dict[str, SafetensorsLayout]:
+    """Return what the headers of a version's safetensors files say, by path.
+
+    Takes memory for what the headers say, and reads each page of the manifest once, whatever that is.
+
+    Raises
+    ------
+    CorruptionError
+        What is attached cannot become files (``bad_attachment``): a path is unsafe, or the headers together lay out
+        other tensors than the version has.
+    """
+    description = manifest.description
+    loose = _is_loose(manifest)
+    try:
+        check_attachment_paths([item.path for item in description.attachments] + [CANONICAL_FILE] * loose)
+    except InvalidInputError as error:
+        raise CorruptionError(f"the version's attachments are damaged: {error}", kind="bad_attachment") from None
+    found: dict[str, SafetensorsLayout] = {}
+    named: list[Iterator[TensorSpec]] = []
+    room = description.tensor_count
+    for item, place in _placed_attachments(manifest):
+        if item.role == "safetensors_header":
+            layout = found[item.path] = _layout(manifest, item, place, most_tensors=room)
+            named.append(_named(layout, item.prefix))
+            room -= len(layout.tensors)
+    laid_out = merge(*named, key=lambda spec: spec.name)
+    if not loose and any(one != other for one, other in zip_longest(laid_out, manifest.specs())):
+        raise CorruptionError("the version has other tensors than the headers of its files", kind="bad_attachment")
+    return found
+
+
+def _is_loose(manifest: Manifest) -> bool:
+    """Whether the tensors are in none of the files that were pushed."""
+    headers = any(item.role == "safetensors_header" for item in manifest.description.attachments)
+    return not headers and manifest.description.tensor_count > 0
+
+
+def _placed_attachments(manifest: Manifest) -> Iterator[tuple[AttachmentPages, int]]:
+    """Yield each attachment with the place of its first part in the manifest."""
+    attachments = manifest.description.attachments
+    places = accumulate((len(item.chunks) for item in attachments), initial=manifest.first_attachment_place)
+    return zip(attachments, places, strict=False)
+
+
+def _layout(manifest: Manifest, item: AttachmentPages, place: int, *, most_tensors: int) -> SafetensorsLayout:
+    if item.nbytes > MAX_FILE_HEADER_NBYTES:  # before it is in memory
+        raise CorruptionError(f"the header of {item.path!r} is longer than any can be", kind="bad_attachment")
+    header = b"".join(manifest.chunk(place + at) for at in range(len(item.chunks)))
+    try:
+        return SafetensorsLayout.from_header(header, most_tensors=most_tensors)
+    except (InvalidInputError, LimitError) as error:
+        raise CorruptionError(f"the header of {item.path!r} is damaged: {error}", kind="bad_attachment") from None
+
+
+def _named(layout: SafetensorsLayout, prefix: str) -> Iterator[TensorSpec]:
+    """Yield the tensors as the version names them, by name; one by one, as a prefix that is wrong may be long."""
+    return (replace(spec, name=prefix + spec.name) for spec in layout.structure)
 
 
 def check_files(attachments: Sequence[Attachment], *, has_tensors: bool) -> None:

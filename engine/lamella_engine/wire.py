@@ -438,6 +438,30 @@ def decode_readings(messages: Iterable[bytes], cells: Iterable[Cell]) -> Iterato
         raise CorruptionError("the server sent more than was asked for", kind="long_stream")
 
 
+# -- objects -----------------------------------------------------------------------------------------------------------
+
+
+def encode_object(name: str, data: bytes) -> Iterator[pb.AuditReply]:
+    """Yield an object as it travels."""
+    for start in range(0, max(len(data), 1), FRAME_NBYTES):
+        yield pb.AuditReply(name="" if start else name, data=data[start : start + FRAME_NBYTES])
+
+
+def decode_objects(messages: Iterable[pb.AuditReply], *, most_nbytes: int) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of each object; raises CorruptionError for one that is longer, or has no name."""
+    name, data = "", bytearray()
+    for message in messages:
+        if message.name:
+            if name:
+                yield name, bytes(data)
+            name, data = message.name, bytearray()
+        data += message.data
+        if not name or len(data) > most_nbytes:
+            raise CorruptionError("the server sent what is no object", kind="bad_reply")
+    if name:
+        yield name, bytes(data)
+
+
 def batches(
     items: Iterable[Item], size: int, *, nbytes: Callable[[Item], int] = lambda item: 0, most_nbytes: int = 1
 ) -> Iterator[list[Item]]:

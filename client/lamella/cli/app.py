@@ -13,7 +13,7 @@ from lamella.cli.refs import alias, branch, tag
 from lamella.cli.schema import keys
 from lamella.cli.service import serve, token
 from lamella.cli.transfer import checkout, init, push
-from lamella.cli.upkeep import audit, completion, keygen, schema, stats, verify, version
+from lamella.cli.upkeep import audit, completion, keygen, schema, signers, stats, verify, version
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +39,7 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (serve, "lamella serve --root weights --listen 127.0.0.1:7443 --insecure-loopback"),
     (token, "lamella token create --root weights --principal ada --role writer --ref 'bert@dev-*' --ttl 30d"),
     (keygen, "lamella keygen ada.pem"),
+    (signers, "LAMELLA_SIGNING_KEY=ada.pem lamella -C weights signers --require"),
     (schema, "lamella schema push"),
     (completion, "lamella completion bash >> ~/.bashrc"),
     (version, "lamella version"),

@@ -1,6 +1,7 @@
 """What ``--json`` answers with: nouns as plain values, under the keys that ``schema.json`` promises."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lamella
@@ -56,6 +57,26 @@ def of_distance(found: lamella.Distance, *, cosine: bool) -> dict[str, Any]:
 def of_ref(ref: lamella.RefInfo) -> dict[str, Any]:
     """Return a ref and where it stands."""
     return {"model": ref.model, "name": ref.name, "kind": ref.kind, "number": ref.number}
+
+
+def of_problem(problem: lamella.Problem) -> dict[str, Any]:
+    """Return what is wrong."""
+    return asdict(problem)
+
+
+def of_account(found: Iterable[lamella.Act | lamella.NotedRead | lamella.Problem]) -> dict[str, Any]:
+    """Return who did what."""
+    document: dict[str, Any] = {"acts": [], "reads": [], "unvouched": 0, "problems": []}
+    for one in found:
+        match one:
+            case lamella.Act():
+                document["acts"].append(asdict(one) | {"did": list(one.did)})
+            case lamella.NotedRead():
+                document["reads"].append(asdict(one))
+                document["unvouched"] += not one.vouched
+            case lamella.Problem():
+                document["problems"].append(of_problem(one))
+    return document
 
 
 def of_grant(grant: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
+import lamella
+
 Document: TypeAlias = Mapping[str, Any]
 
 SHORT_ID = 12
@@ -224,7 +226,7 @@ def stats(found: Document) -> Iterator[str]:
 
 def verify(found: Document) -> Iterator[str]:
     """Yield each problem, then what was looked at."""
-    yield from (f"{problem['where']}: {problem['message']} [{problem['kind']}]" for problem in found["problems"])
+    yield from (_problem(lamella.Problem(**problem)) for problem in found["problems"])
     looked_at = ", ".join(
         (
             count(found["entries"], "log entry", "log entries"),
@@ -238,25 +240,41 @@ def verify(found: Document) -> Iterator[str]:
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
 
 
-def audit(found: Document) -> Iterator[str]:
-    """Yield what was done, entry by entry, then what was read, then what is wrong."""
-    for act in found["acts"]:
-        signed = f", signed {act['signer'][:12]}" if act["signer"] else ""
-        who, did = act["principal"] or "(nobody)", "; ".join(act["did"])
-        yield f"{act['time']}  {who}: {did}  [entry {act['number']}{signed}]"
-    for read in found["reads"]:
-        yield f"{read['time']}  {read['principal']} from {read['peer']}: {read['rpc']} {read['what']}"
-    yield from (f"{problem['where']}: {problem['message']} [{problem['kind']}]" for problem in found["problems"])
-    verdict = count(len(found["problems"]), "problem") if found["problems"] else "no problems"
-    loose = f", of which nothing vouches for {found['unvouched']} yet" if found["unvouched"] else ""
-    acts, notes = count(len(found["acts"]), "act"), count(len(found["reads"]), "note")
-    yield f"{verdict} in {acts} and {notes} of a service{loose}"
+def _problem(problem: lamella.Problem) -> str:
+    return f"{problem.where}: {problem.message} [{problem.kind}]"
+
+
+def audit(found: Iterable[lamella.Act | lamella.NotedRead | lamella.Problem]) -> Iterator[str]:
+    """Yield a line for each thing that an audit tells, as it is told, then how many there were."""
+    acts = notes = unvouched = problems = 0
+    for one in found:
+        match one:
+            case lamella.Act():
+                acts += 1
+                signed = f", signed {one.signer[:12]}" if one.signer else ""
+                yield f"{one.time}  {one.principal or '(nobody)'}: {'; '.join(one.did)}  [entry {one.number}{signed}]"
+            case lamella.NotedRead():
+                notes += 1
+                unvouched += not one.vouched
+                loose = "" if one.vouched else "  [not vouched for yet]"
+                yield f"{one.time}  {one.principal} from {one.peer}: {one.rpc} {one.what}{loose}"
+            case lamella.Problem():
+                problems += 1
+                yield _problem(one)
+    verdict = count(problems, "problem") if problems else "no problems"
+    loose = f", of which {unvouched:,} not vouched for yet" if unvouched else ""
+    yield f"{verdict} in {count(acts, 'act')} and {count(notes, 'note')} of a service{loose}"
 
 
 def keygen(made: Document) -> Iterator[str]:
     """Yield where the key is, and its public half."""
     yield f"wrote {made['path']}: keep it to yourself"
     yield f"public key {made['public_key']}"
+
+
+def signers(found: Document) -> Iterator[str]:
+    """Yield each key of which one has to sign."""
+    yield from found["signers"] or ["nothing has to be signed"]
 
 
 def serve(found: Document) -> Iterator[str]:

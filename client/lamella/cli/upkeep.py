@@ -1,9 +1,9 @@
-"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, schema, completion, version."""
+"""The repository as a whole, and the command line itself: stats, verify, audit, keygen, signers, schema and more."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ import lamella
 from lamella.cli import completion as shells
 from lamella.cli import schema as schemas
 from lamella.cli import terminal, text
-from lamella.cli.documents import answer
+from lamella.cli.documents import answer, of_account, of_problem
 from lamella.cli.parameters import AsJson, open_repository
 from lamella_engine.signing import generate_key
 
@@ -33,24 +33,29 @@ def verify(
     with open_repository(context) as repo, terminal.waiting("verifying"):
         found = repo.verify(deep=deep)
     keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes")
-    problems = [{"kind": one.kind, "message": one.message, "where": one.where} for one in found.problems]
-    answer({key: getattr(found, key) for key in keys} | {"problems": problems}, text.verify, as_json=as_json)
+    problems = {"problems": [of_problem(one) for one in found.problems]}
+    answer({key: getattr(found, key) for key in keys} | problems, text.verify, as_json=as_json)
     if not found.ok:
         raise typer.Exit(lamella.CorruptionError.exit_code)
 
 
 def audit(context: typer.Context, as_json: AsJson = False) -> None:
     """Say who did what, and check that nothing of it was changed; exits with 6 if something was."""
+    problems = 0
+
+    def counted(found: Iterator[lamella.Act | lamella.NotedRead | lamella.Problem]) -> Iterator[Any]:
+        nonlocal problems
+        for one in found:
+            problems += isinstance(one, lamella.Problem)
+            yield one
+
     with open_repository(context) as repo:
-        found = repo.audit()
-    document = {
-        "acts": [asdict(act) | {"did": list(act.did)} for act in found.acts],
-        "reads": [asdict(read) for read in found.reads],
-        "unvouched": found.unvouched,
-        "problems": [asdict(problem) for problem in found.problems],
-    }
-    answer(document, text.audit, as_json=as_json)
-    if found.problems:
+        found = counted(repo.audit())
+        if as_json:
+            terminal.show_json(of_account(found))
+        else:
+            terminal.show(text.audit(found))
+    if problems:
         raise typer.Exit(lamella.CorruptionError.exit_code)
 
 
@@ -61,6 +66,25 @@ def keygen(
     """Make a key that signs what is recorded (Ed25519; PEM, for its owner's eyes alone). Prints its public half."""
     document = {"path": str(file), "public_key": generate_key(file).hex()}
     answer(document, text.keygen, as_json=as_json)
+
+
+def signers(
+    context: typer.Context,
+    key: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="With --require: public keys that may sign; by default one's own."),
+    ] = None,
+    require: Annotated[
+        bool, typer.Option("--require", help="Take nothing any more that none of them signed: for good.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whose signatures are required, or require some. LAMELLA_SIGNING_KEY names the file of one's own key."""
+    if key and not require:
+        raise lamella.InvalidInputError("keys are listed to require them: give --require too", kind="usage")
+    with open_repository(context) as repo:
+        found = repo.require_signed(key or []) if require else repo.signers()
+    answer({"signers": found}, text.signers, as_json=as_json)
 
 
 def schema(

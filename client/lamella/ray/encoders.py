@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import ray
@@ -19,7 +19,7 @@ from lamella_engine.checkpoints.sources import source_changed
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.exchanging import pieces_of
 from lamella_engine.model import Buffer, TensorSpec
-from lamella_engine.parts import Assignment, Part, Samples, samples_of
+from lamella_engine.parts import Assignment, Part, samples_of
 from lamella_engine.repository import Repository
 from lamella_engine.sharding import Piece
 
@@ -40,19 +40,26 @@ class Holding:
     boxes: tuple[tuple[TensorSpec, Box], ...]
     """The tensors that they are of, and which parts."""
     fingerprints: Fingerprints
-    samples: Samples
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What all encoders of a push are told. It travels as a ref in a list, so that each fetches it once."""
+    """What all encoders of a push are told."""
 
     assignments: tuple[Assignment, ...]
     encoders: tuple[Any, ...]
     shards: tuple[Sequence[Shard], ...]
     """By encoder, as what follows."""
     fingerprints: tuple[Fingerprints, ...]
-    samples: tuple[Samples, ...]
+
+
+class Told(NamedTuple):
+    """What encoders are called with: refs that Ray does not look into, so that an encoder fetches each once."""
+
+    work: Any
+    """To :class:`Work`."""
+    merged: Any = None
+    """To the samples of all encoders, merged, as an array of uint8."""
 
 
 class _Node:
@@ -116,11 +123,16 @@ class _Encoder:
     def describe(self, shards: Sequence[Shard]) -> Holding:
         """Say what lies here."""
         node = self._node(shards)
-        structure = sorted(node.structure.values(), key=lambda spec: spec.name)
-        return Holding(node.boxes, node.fingerprints, samples_of(structure, node.shards))
+        return Holding(node.boxes, node.fingerprints)
 
     @ray.method(concurrency_group="reading")
-    def pieces(self, told: Sequence[Any], pieces: Sequence[Piece]) -> Octets:
+    def samples(self, told: Told) -> Octets:
+        """Return what is here of the version's sketch."""
+        work, node = self._known(told)
+        return np.frombuffer(samples_of(work.assignments[0].structure, node.shards), np.uint8)
+
+    @ray.method(concurrency_group="reading")
+    def pieces(self, told: Told, pieces: Sequence[Piece]) -> Octets:
         """Return pieces that another encoder needs, one after another."""
         _, node = self._known(told)
         out = np.empty(sum(piece.nbytes for piece in pieces), np.uint8)
@@ -128,22 +140,23 @@ class _Encoder:
         return out
 
     @ray.method(concurrency_group="storing")
-    def store(self, told: Sequence[Any], number: int) -> Part:
+    def store(self, told: Told, number: int) -> Part:
         """Store one assignment."""
         work, node = self._known(told)
         self._repo = self._repo or lamella.open(self._location)
+        merged: Octets = got(told.merged, PATIENCE_S)
         fetch = partial(_fetched, work.encoders, told)
-        return self._repo.store_batch(work.assignments[number], node.shards, work.samples, fetch)
+        return self._repo.store_batch(work.assignments[number], node.shards, merged.data, fetch)
 
     @ray.method(concurrency_group="reading")
-    def check_unchanged(self, told: Sequence[Any]) -> None:
+    def check_unchanged(self, told: Told) -> None:
         """Raise InvalidInputError (``source_changed``) if a file is another than it was."""
         self._known(told)[1].shards.check_unchanged()
 
-    def _known(self, told: Sequence[Any]) -> tuple[Work, _Node]:
+    def _known(self, told: Told) -> tuple[Work, _Node]:
         """Return what this push is, and the shards of this node, which are what they were when it began."""
         with self._lock:
-            self._work = self._work or got(told[0], PATIENCE_S)
+            self._work = self._work or got(told.work, PATIENCE_S)
         shards = self._work.shards[self._worker]
         node = self._node(shards)
         if node.fingerprints != self._work.fingerprints[self._worker]:
@@ -164,7 +177,7 @@ new_encoder = _remote(
 )(_Encoder)
 
 
-def _fetched(encoders: Sequence[Any], told: Sequence[Any], wanted: Mapping[int, Sequence[Piece]]) -> dict[int, Buffer]:
+def _fetched(encoders: Sequence[Any], told: Told, wanted: Mapping[int, Sequence[Piece]]) -> dict[int, Buffer]:
     """See :data:`~lamella_engine.exchanging.Fetch`."""
     refs = {worker: encoders[worker].pieces.remote(told, pieces) for worker, pieces in wanted.items()}
     return {worker: got(ref, PATIENCE_S).data for worker, ref in refs.items()}

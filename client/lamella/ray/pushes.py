@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import lamella
-from lamella.ray.encoders import Holding, Work, new_encoder, same
+from lamella.ray.encoders import Holding, Told, Work, new_encoder, same
 from lamella.ray.refs import got, put
 from lamella.ray.shards import Shard
 from lamella_engine.boxes import Box
@@ -124,13 +125,14 @@ def _planned(
         tuple(encoders),
         tuple(shards),
         tuple(holding.fingerprints for holding in holdings),
-        tuple(holding.samples for holding in holdings),
     )
 
 
 def _stored(work: Work, progress: Callable[[Progress], None] | None) -> list[Part]:
     """Have encoders store everything; return their parts when all is there, and every file is still what it was."""
-    told = [put(work)]
+    told = Told(put(work))
+    samples = [got(ref) for ref in [encoder.samples.remote(told) for encoder in work.encoders]]
+    told = told._replace(merged=put(np.maximum.reduce(samples)))
     tries = [0] * len(work.assignments)
     pending: dict[Any, Assignment] = {}
     parts: list[Part] = []

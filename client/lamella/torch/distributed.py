@@ -12,9 +12,11 @@ Nothing is pickled into a repository, nor unpickled out of one.
 import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.futures import Future
 
 import lamella
@@ -168,8 +171,8 @@ class LamellaWriter(StorageWriter):
         self._place.open()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Say who this rank is."""
-        return replace(plan, storage_data=dist.get_rank() if _distributed() else 0)
+        """Leave a plan as it is."""
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin the push, and say which rank stores what. Only the coordinator does."""
@@ -191,16 +194,16 @@ class LamellaWriter(StorageWriter):
         self._shared = self._place.open().shared_push(
             self._target, list(structure.values()), holdings, len(plans), parent=self._parent
         )
-        ranks = tuple(plan.storage_data for plan in plans)
+        name = _Group.name(len(plans))
         return [
-            replace(plan, storage_data=(assignment, ranks))
+            replace(plan, storage_data=(assignment, name, len(plans)))
             for plan, assignment in zip(plans, self._shared.assignments, strict=True)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Store what is this rank's to store."""
         assignment: Assignment
-        assignment, ranks = plan.storage_data
+        assignment, name, workers = plan.storage_data
         objects: dict[str, Any] = {}
 
         def held() -> Iterator[tuple[str, Box, object]]:
@@ -209,7 +212,7 @@ class LamellaWriter(StorageWriter):
                 spec, box = _described(item)
                 yield spec.name, box, planner.resolve_data(item)
 
-        with _exchange(assignment.share.worker, ranks) as exchange:
+        with _exchange(name, assignment.share.worker, workers) as exchange:
             part = self._place.open().store_part(assignment, held, exchange)
         self.sent_nbytes, self.stored_nbytes = part.sent_nbytes, part.stored_nbytes
         done: Future[list[WriteResult]] = Future()
@@ -433,85 +436,91 @@ def _given(value: Any) -> Any:
 # -- between ranks -----------------------------------------------------------------------------------------------------
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 class _Group:
-    """The gloo group of some ranks, made once: saves of these ranks take turns with it."""
+    """A gloo group of the ranks of a save: saves take turns with it. Made once for the same ranks, as it connects all.
 
-    _known: ClassVar[dict[tuple[int, ...], "_Group"]] = {}
-    _making = threading.Lock()
+    None of torch's own groups: those are named by counting, and ranks that save in threads, or not all, would count
+    differently; and what ranks say to each other here must not mix with what training says.
+    """
 
-    def __init__(self, world: Any, ranks: tuple[int, ...]) -> None:
-        self.world = world
-        # Only these ranks take part: others may not be saving at all.
-        self.group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-        self.lock = threading.Lock()
+    _known: ClassVar[dict[str, "_Group"]] = {}
+    _names: ClassVar[dict[int, tuple[Any, str]]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, name: str, worker: int, workers: int) -> None:
+        store = PrefixStore(f"lamella/{name}", _get_default_store())
+        # As torch has it: its stubs know of gloo what it adds to a group, not what a group can do.
+        self.gloo: Any = dist.ProcessGroupGloo(store, worker, workers, dist.default_pg_timeout)
+        self.workers = workers
+        self.turn = threading.Lock()
 
     @classmethod
-    def of(cls, ranks: tuple[int, ...]) -> "_Group":
-        with cls._making:
-            found = cls._known.get(ranks)
-            if found is None or found.world is not dist.group.WORLD:  # the job may have begun anew
-                found = cls._known[ranks] = cls(dist.group.WORLD, ranks)
-            return found
+    def name(cls, workers: int) -> str:
+        """Return how the coordinator calls the group of so many ranks, the same in every save of a job."""
+        if workers == 1:
+            return ""
+        with cls._lock:
+            world, name = cls._names.get(workers, (None, ""))
+            if world is not dist.group.WORLD:  # the job began anew
+                name = uuid4().hex
+                cls._names[workers] = dist.group.WORLD, name
+            return name
+
+    @classmethod
+    def of(cls, name: str, worker: int, workers: int) -> "_Group":
+        """Return the group that the coordinator has called so; all its ranks have to ask for it."""
+        with cls._lock:
+            if name not in cls._known:
+                cls._known[name] = cls(name, worker, workers)
+            return cls._known[name]
 
 
-class _exchange:
-    """The way of one rank to the others, for one save at a time."""
-
-    def __init__(self, worker: int, ranks: tuple[int, ...]) -> None:
-        self._group = _Group.of(ranks) if len(ranks) > 1 else None
-        self._ranks = ranks
-
-    def __enter__(self) -> Exchange:
-        if self._group is None:
-            return Alone()
-        self._group.lock.acquire()
-        return _GlooExchange(self._group.group, self._ranks)
-
-    def __exit__(self, *_: object) -> None:
-        if self._group is not None:
-            self._group.lock.release()
+@contextmanager
+def _exchange(name: str, worker: int, workers: int) -> Iterator[Exchange]:
+    """Give the way of one rank to the others, for one save at a time."""
+    if workers == 1:
+        yield Alone()
+        return
+    group = _Group.of(name, worker, workers)
+    with group.turn:
+        yield _GlooExchange(group)
 
 
 class _GlooExchange:
-    """See :class:`~lamella_engine.parts.Exchange`."""
+    """See :class:`~lamella_engine.exchanging.Exchange`."""
 
-    def __init__(self, group: Any, ranks: tuple[int, ...]) -> None:
-        self._group = group
-        self._ranks = ranks
+    def __init__(self, group: _Group) -> None:
+        self._gloo = group.gloo
+        self._workers = group.workers
 
-    def gather(self, mine: Any) -> list[Any]:
-        found: list[Any] = [None] * len(self._ranks)
-        try:
-            dist.all_gather_object(found, mine, group=self._group)
-        except RuntimeError as error:
-            raise _lost(error) from error
-        return found
+    def merge(self, mine: bytearray) -> Buffer:
+        merged = torch.frombuffer(mine, dtype=torch.uint8)
+        with _reaching():
+            self._gloo.allreduce([merged], dist.ReduceOp.MAX).wait()
+        return merged.numpy().data
 
     def swap(self, number: int, sends: Mapping[int, Buffer], receives: Mapping[int, int]) -> Mapping[int, Buffer]:
-        try:
+        with _reaching():
+            tag = number % (1 << 31)
             got = {worker: torch.empty(nbytes, dtype=torch.uint8) for worker, nbytes in receives.items()}
-            # Matched by pair and order: both sides go through their rounds in ascending order.
-            works = [
-                dist.irecv(tensor, src=self._ranks[worker], group=self._group) for worker, tensor in got.items()
-            ] + [
-                dist.isend(torch.frombuffer(data, dtype=torch.uint8), dst=self._ranks[worker], group=self._group)
+            works = [self._gloo.recv([tensor], worker, tag) for worker, tensor in got.items()]
+            works += [
+                self._gloo.send([torch.frombuffer(data, dtype=torch.uint8)], worker, tag)
                 for worker, data in sends.items()
             ]
             for work in works:
-                if work is not None:
-                    work.wait()
-        except RuntimeError as error:
-            raise _lost(error) from error
+                work.wait()
         return {worker: tensor.numpy().data for worker, tensor in got.items()}
 
 
-def _lost(error: RuntimeError) -> StorageError:
-    return StorageError(
-        f"another rank cannot be reached any more: save again when the job is whole ({str(error).splitlines()[0]})",
-        kind="worker_lost",
-        transient=True,
-    )
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise StorageError(
+            f"another rank cannot be reached any more: save again when the job is whole ({reason})",
+            kind="worker_lost",
+            transient=True,
+        ) from error

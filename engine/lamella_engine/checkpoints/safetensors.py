@@ -117,7 +117,9 @@ class SafetensorsLayout:
         return tuple(sorted((replace(spec, name=prefix + spec.name) for spec in specs), key=lambda spec: spec.name))
 
     @classmethod
-    def from_header(cls, header: bytes, *, source: str = "the safetensors header") -> Self:
+    def from_header(
+        cls, header: bytes, *, source: str = "the safetensors header", most_tensors: int = MAX_ENTRIES
+    ) -> Self:
         """Parse a header with its 8 bytes of length.
 
         Parameters
@@ -126,6 +128,8 @@ class SafetensorsLayout:
             Exactly the bytes before the first tensor's.
         source
             What to call it in messages.
+        most_tensors
+            How many it may name.
 
         Raises
         ------
@@ -134,14 +138,14 @@ class SafetensorsLayout:
             ``unknown_dtype``, ``bad_shape``, ``bad_offsets``, ``wrong_length`` (shape and offsets disagree),
             ``misaligned_tensor`` and ``bad_metadata``.
         LimitError
-            More than MAX_ENTRIES tensors or lines of metadata (``too_many_entries``).
+            More than ``most_tensors`` tensors or MAX_ENTRIES lines of metadata (``too_many_entries``).
         """
         length = _header_nbytes(header[:_PREFIX_NBYTES], source)
         if len(header) != _PREFIX_NBYTES + length:
             raise InvalidInputError(
                 f"{source} has {len(header)} bytes where its length says {_PREFIX_NBYTES + length}", kind="truncated"
             )
-        tensors, metadata = _parse(header[_PREFIX_NBYTES:], source)
+        tensors, metadata = _parse(header[_PREFIX_NBYTES:], source, most_tensors)
         return cls(header, tensors, metadata)
 
     @classmethod
@@ -202,6 +206,10 @@ def _header_nbytes(prefix: bytes, source: str) -> int:
             kind="header_too_long",
         )
     return length
+
+
+def _too_many(source: str, most: int) -> LimitError:
+    return LimitError(f"{source} has more than {most} entries in one object", kind="too_many_entries")
 
 
 class _Cursor:
@@ -267,9 +275,7 @@ class _Cursor:
             if key in seen:
                 raise self.refuse(f"{key[:80]!r} stands there twice", "duplicate_key")
             if len(seen) == MAX_ENTRIES:
-                raise LimitError(
-                    f"{self._source} has more than {MAX_ENTRIES} entries in one object", kind="too_many_entries"
-                )
+                raise _too_many(self._source, MAX_ENTRIES)
             seen.add(key)
             self.expect(b":")
             yield key
@@ -282,7 +288,7 @@ class _Cursor:
         return self._at == len(self._text)
 
 
-def _parse(text: bytes, source: str) -> tuple[tuple[PlacedTensor, ...], dict[str, str] | None]:
+def _parse(text: bytes, source: str, most_tensors: int) -> tuple[tuple[PlacedTensor, ...], dict[str, str] | None]:
     """Read a header without its length; returns the tensors in file order and the metadata."""
     stripped = text.rstrip(b" ")
     if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
@@ -296,6 +302,8 @@ def _parse(text: bytes, source: str) -> tuple[tuple[PlacedTensor, ...], dict[str
     for name in cursor.keys():  # noqa: SIM118 (not a mapping)
         if name == _METADATA:
             metadata = {key: cursor.string("bad_metadata") for key in cursor.keys("bad_metadata")}
+        elif len(tensors) == most_tensors:
+            raise _too_many(source, most_tensors)
         else:
             tensors.append(_placed_tensor(cursor, name, len(text) + _PREFIX_NBYTES))
     if not cursor.ended:

@@ -135,6 +135,11 @@ class Committer:
                 self._audit.pop(instead_of, None)
             self._audit[segment] = digest
 
+    @property
+    def carries(self) -> bool:
+        """Whether the next entry carries the digest of an audit segment."""
+        return bool(self._audit)
+
     def _commit_together(self, waiting: Sequence[_WaitingCommit]) -> None:
         """Settle the commits that need no entry, and those whose changes the next entry can hold together."""
         parts: list[_Part] = []

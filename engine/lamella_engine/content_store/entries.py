@@ -116,7 +116,7 @@ class Entries:
         if data is None:
             return None
         entry = decode_entry(data, number=number, repository=state.genesis.repository, previous=state.digest)
-        self._trust.check(state, entry)
+        self._trust.check(state.signers, entry)
         return entry, entry_digest(data)
 
     # -- single entries -----------------------------------------------------------------------------------------------

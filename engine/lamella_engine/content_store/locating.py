@@ -24,7 +24,13 @@ class Located(NamedTuple):
     cell_runs: Runs
 
 
-def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: Packs, reader: PackedReader) -> Located:
+def locate(
+    description: Description,
+    pack_of: Callable[[ChunkId], str],
+    packs: Packs,
+    reader: PackedReader,
+    check: Callable[[Manifest], None],
+) -> Located:
     """Find the packs of a version's closure.
 
     Parameters
@@ -35,6 +41,8 @@ def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: P
         Names the pack that holds a chunk; what it raises is raised.
     packs, reader
         The store that has those packs.
+    check
+        Raises CorruptionError (``bad_attachment``) for a manifest that is not wanted.
 
     Raises
     ------
@@ -44,17 +52,26 @@ def locate(description: Description, pack_of: Callable[[ChunkId], str], packs: P
         A pack is damaged.
     """
     try:
-        return _locate(description, pack_of, packs, reader)
+        return _locate(description, pack_of, packs, reader, check)
     except CorruptionError as error:
         # Every chunk of the manifest was held against its id when it was given. If it is not damaged where it is
         # stored, which an error of that names, it is what the description says that is wrong.
-        if error.kind not in ("bad_manifest", "bad_length", "bad_json", "bad_digest") or "object" in error.context:
+        if error.kind not in _WRONG or "object" in error.context:
             raise
         message = f"the description of the version does not fit what was pushed: {error.message}"
         raise InvalidInputError(message, kind="wrong_description") from error
 
 
-def _locate(description: Description, pack_of: Callable[[ChunkId], str], packs: Packs, reader: PackedReader) -> Located:
+_WRONG = ("bad_attachment", "bad_digest", "bad_json", "bad_length", "bad_manifest")
+
+
+def _locate(
+    description: Description,
+    pack_of: Callable[[ChunkId], str],
+    packs: Packs,
+    reader: PackedReader,
+    check: Callable[[Manifest], None],
+) -> Located:
     numbers: dict[str, int] = {}
     closure: dict[tuple[ChunkId, str], int] = {}
 
@@ -73,6 +90,7 @@ def _locate(description: Description, pack_of: Callable[[ChunkId], str], packs: 
     manifest_runs = _runs(place(chunk, nbytes) for chunk, nbytes in description.manifest_chunks)
     manifest = Manifest(description, load)
     manifest.check()
+    check(manifest)
     cell_runs = _runs(None if row.chunk is None else place(row.chunk, row.nbytes) for row in manifest.all_rows())
     for (chunk, pack), nbytes in sorted(closure.items(), key=_pack):  # pack by pack: each index is parsed once
         for link in reader.chain(as_long_as(nbytes, packs.find(chunk, [pack]))):

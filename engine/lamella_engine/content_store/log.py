@@ -148,6 +148,15 @@ class Log:
         """Have the next entry carry the digest of an audit segment, which vouches for those before it, as well."""
         self._committer.carry(segment, digest, instead_of=instead_of)
 
+    @property
+    def carries(self) -> bool:
+        """Whether the next entry carries the digest of an audit segment, for which none vouches yet."""
+        return self._committer.carries
+
+    def vouch(self) -> State:
+        """Add an entry that carries the digests of audit segments and changes nothing, if no other does first."""
+        return self.commit(new_push_id(), lambda state: Change() if self.carries else None)
+
     def require_signed(self, keys: Iterable[bytes]) -> State:
         """Have every entry after the next be signed by one of ``keys`` (public, 32 bytes each).
 

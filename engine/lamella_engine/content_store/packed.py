@@ -24,6 +24,7 @@ from lamella_engine.errors import (
     ConflictError,
     CorruptionError,
     InvalidInputError,
+    PermissionDeniedError,
     RefNotFoundError,
     VersionNotFoundError,
 )
@@ -74,6 +75,7 @@ class PackedStore:
         self.objects = objects
         self.executor = executor
         self.log = Log(objects, signer=signer, trusted=trusted)
+        self._own_key = () if signer is None else (signer.public,)
         self.packs = Packs(objects, self._pack_nbytes)
         self.reader = PackedReader(objects, self.log, self.packs, executor)
         self._index = ChunkIndex(index_path)
@@ -252,6 +254,7 @@ class PackedStore:
         *,
         parent: VersionId | None,
         push_id: PushId,
+        part: bool = False,
         writer_id: PushId | None = None,
     ) -> PackedPush:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`; ``writer_id`` is explained at PackedPush."""
@@ -279,7 +282,7 @@ class PackedStore:
             opened = self.reader.open_added(at)
         elif parent is not None:
             opened = self.reader.open(parent)
-        self._catch_up(state, opened)
+        self._catch_up(state, None if part else opened)  # a thousand ranks would read a thousand times what one does
         context = PushContext(self.objects, self.executor, self.log, self.packs, self.reader, self._index)
         return PackedPush(
             context,
@@ -331,6 +334,21 @@ class PackedStore:
             return Change(refs=changes) if changes else None
 
         self.log.commit(new_push_id(), make)
+
+    def require_signed(self, keys: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+        """Have every entry from now on be signed by one of ``keys``, or by this store's own; return the keys.
+
+        Raises what :meth:`~lamella_engine.content_store.log.Log.require_signed` does, and PermissionDeniedError
+        (``no_signing_key``) if there is no key at all.
+        """
+        listed = tuple(keys) or self._own_key
+        if not listed:
+            raise PermissionDeniedError(
+                "who requires signatures has to sign: open the repository with a key that keygen made",
+                kind="no_signing_key",
+            )
+        self._probe_once()
+        return self.log.require_signed(listed).signers
 
 
 def _lost_parent(id: VersionId) -> CorruptionError:

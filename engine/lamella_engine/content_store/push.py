@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from lamella_engine.content_store.committing import Change
 from lamella_engine.content_store.intake import Intake
 from lamella_engine.content_store.locating import locate
 from lamella_engine.content_store.log import Log
+from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
@@ -188,13 +189,11 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         written, live = _parse_part(part)
         self._store.packs.learn(written)
-        for ref in written:
-            self._joined[ref.name] = ref
-            self._packs.update(dict.fromkeys(self._store.packs.index(ref.name).chunks, ref.name))
+        self._joined.update((ref.name, ref) for ref in written)
         self._store.log.refresh()  # the part may have found what was recorded since this push began
-        for name in live:
-            for chunk in self._store.packs.index(name).chunks:
-                self._packs.setdefault(chunk, name)
+        names = [*live, *(ref.name for ref in written)]
+        for name, index in zip(names, self._store.executor.map(self._store.packs.index, names), strict=True):
+            self._packs.update(dict.fromkeys(index.chunks, name))
 
     @property
     def _written(self) -> dict[str, PackRef]:
@@ -217,8 +216,12 @@ class PackedPush:
             with suppress(LamellaError):
                 self._store.objects.delete(name)
 
-    def commit(self, description: Description) -> Recorded:
-        """See :class:`~lamella_engine.content_store.seam.Push`."""
+    # -- commit -------------------------------------------------------------------------------------------------------
+
+    def commit(
+        self, description: Description, *, check: Callable[[Manifest], None] = lambda manifest: None
+    ) -> Recorded:
+        """See :class:`~lamella_engine.content_store.seam.Push`; ``check`` as for :func:`locate`."""
         self._check_complete()
         if (description.model, description.push) != (self.model, self.id):
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
@@ -228,7 +231,7 @@ class PackedPush:
         written = self._written
         self._store.packs.learn(written.values())
         data = encode_description(description)
-        located = locate(description, self._pack_of, self._store.packs, self._store.reader)
+        located = locate(description, self._pack_of, self._store.packs, self._store.reader, check)
         equal: list[VersionAdded] = []
         added: list[tuple[VersionAdded, bytes]] = []
 

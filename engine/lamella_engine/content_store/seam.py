@@ -162,11 +162,15 @@ class ContentStore(Protocol):
         A cell that stands in its row takes none. Raises as :meth:`read` does.
         """
 
-    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> "Push":
+    def begin(
+        self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId, part: bool = False
+    ) -> "Push":
         """Start a push to a branch.
 
         ``parent`` must be the head of the branch if it exists, and defaults to it; on a new branch it is where the
-        branch starts. Raises ConflictError if it is another version.
+        branch starts. ``part`` says that this push is to end as a part of another one: of many at a time, each of which
+        looks for equal chunks where its cells lie in the parent, and little beyond. Raises ConflictError if it is
+        another version.
         """
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:

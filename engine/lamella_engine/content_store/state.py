@@ -8,6 +8,7 @@ from typing import Any
 from lamella_engine.errors import CorruptionError, NotFoundError
 from lamella_engine.format import fold as folds
 from lamella_engine.format.entry import Entry, FoldRef, Genesis, PackAdded, VersionAdded
+from lamella_engine.heads import Head
 from lamella_engine.model import PushId, RefKind
 from lamella_engine.objects import Objects
 
@@ -66,6 +67,11 @@ class State:
     """For each table, the rows set since the fold; None where one was deleted."""
     signers: tuple[bytes, ...] = ()
     """Public keys, one of which must sign the next entry; empty if it need not be signed."""
+
+    @property
+    def head(self) -> Head:
+        """What is remembered of it outside of the repository."""
+        return Head(self.genesis.repository, self.number, self.digest, self.signers)
 
     def ref(self, model: str, name: str) -> Ref | None:
         """Return where a ref stands, or None if there is none."""

@@ -32,9 +32,9 @@ class Trust:
         """Whether a trusted key vouches for the log, as far as it was read, or the caller knows none."""
         return self._vouched or not self._trusted
 
-    def check(self, state: State, entry: Entry) -> None:
-        """Raise CorruptionError unless an entry may follow ``state`` as it is signed, or not signed."""
-        allowed = state.signers or entry.signers
+    def check(self, signers: tuple[bytes, ...], entry: Entry) -> None:
+        """Raise CorruptionError unless an entry is signed as it may be where ``signers``, if any, have to sign."""
+        allowed = signers or entry.signers
         signature = entry.signature
         if signature is None:
             if allowed:

@@ -7,7 +7,7 @@ from another process on two cores.
 import random
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -15,6 +15,8 @@ from google.protobuf.message import Message
 from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.remote.place import Credentials, Place, read
 from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, decode_error
+
+Result = TypeVar("Result")
 
 PATIENCE_S = 60.0
 """How long what failed, and may succeed later, is tried again."""
@@ -86,6 +88,16 @@ class Patience:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
 
+def patiently(job: Callable[[], Result], patience: Patience | None = None) -> Result:
+    """Return what a job returns that may be repeated; one that breaks off is done again from its beginning."""
+    patience = patience or Patience()
+    while True:
+        try:
+            return job()
+        except LamellaError as error:
+            patience.wait(error)
+
+
 class Pending:
     """A call that has been made and may not be answered yet."""
 
@@ -151,12 +163,7 @@ class Channel:
 
         Raises what the server said; StorageError if it said nothing; InvalidInputError if the channel was closed.
         """
-        patience = patience or Patience()
-        while True:
-            try:
-                return self.call_once(name, request)
-            except LamellaError as error:
-                patience.wait(error)
+        return patiently(lambda: self.call_once(name, request), patience)
 
     def call_once(self, name: str, request: Message) -> Any:
         """Return the reply to an rpc; raises what :meth:`call` does."""

@@ -1,19 +1,20 @@
 """What a service does to a whole repository, where its bytes lie."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 
+from lamella_engine.auditing import STORED_NBYTES, Act, NotedRead, Stored, audit
 from lamella_engine.distance import Distance, assembled
-from lamella_engine.errors import CorruptionError, LamellaError
+from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError
+from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Stats
 from lamella_engine.maintenance import Problem, Verification
 from lamella_engine.model import VersionId
 from lamella_engine.moments import Moments
 from lamella_engine.reading import Selection
-from lamella_engine.remote.channel import Channel, Patience
+from lamella_engine.remote.channel import Channel, Patience, patiently
 from lamella_engine.rpc import lamella_pb2 as pb
-
-Result = TypeVar("Result")
+from lamella_engine.wire import decode_objects
 
 
 class RemoteJobs:
@@ -23,11 +24,14 @@ class RemoteJobs:
     ----------
     channel, repository
         Where.
+    seen
+        Entries of its log that this user has seen.
     """
 
-    def __init__(self, channel: Channel, repository: str) -> None:
+    def __init__(self, channel: Channel, repository: str, *, seen: Collection[Head]) -> None:
         self._channel = channel
         self._repository = repository
+        self._seen = tuple(seen)
 
     def stats(self) -> Stats:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -43,7 +47,7 @@ class RemoteJobs:
     def diff(self, a: VersionId, b: VersionId) -> Diff:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         request = pb.PairRequest(repository=self._repository, a=a, b=b)
-        return _patiently(lambda: _diff(self._channel.stream("Jobs.Diff", request)))
+        return patiently(lambda: _diff(self._channel.stream("Jobs.Diff", request)))
 
     def distance(self, a: VersionId, b: VersionId, selection: Selection) -> Distance:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -70,7 +74,7 @@ class RemoteJobs:
             exclude=selection.exclude,
             equal=equal,
         )
-        return _patiently(
+        return patiently(
             lambda: [
                 (found.name, found.elements, _moments(found))
                 for update in self._channel.stream("Jobs.Distance", request)
@@ -81,17 +85,38 @@ class RemoteJobs:
     def verify(self, *, deep: bool) -> Verification:
         """See :class:`~lamella_engine.jobs.Jobs`."""
         request = pb.VerifyRequest(repository=self._repository, deep=deep)
-        return _patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
+        return patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
 
+    def audit(self) -> Iterator[Act | NotedRead | Problem]:
+        """See :class:`~lamella_engine.jobs.Jobs`."""
+        return audit(self._stored, self._seen)
 
-def _patiently(job: Callable[[], Result]) -> Result:
-    """Return what a job returns; a call that breaks off is made again from its beginning."""
-    patience = Patience()
-    while True:
-        try:
-            return job()
-        except LamellaError as error:
-            patience.wait(error)
+    def signers(self) -> tuple[bytes, ...]:
+        """See :class:`~lamella_engine.jobs.Jobs`; raises InvalidInputError (``remote_signers``)."""
+        raise _remote_signers()
+
+    def require_signed(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See :class:`~lamella_engine.jobs.Jobs`; raises InvalidInputError (``remote_signers``)."""
+        raise _remote_signers()
+
+    def _stored(self, directory: str) -> Iterator[Stored]:
+        """Yield the objects of a directory; what breaks off goes on after the last that came."""
+        after = directory
+        patience = Patience()
+        while True:
+            request = pb.AuditRequest(repository=self._repository, after=after)
+            try:
+                with closing(self._channel.stream("Jobs.Audit", request)) as messages:
+                    for name, data in decode_objects(messages, most_nbytes=STORED_NBYTES):
+                        if not name.startswith(directory) or name <= after:
+                            raise CorruptionError("the service sent what was not asked for", kind="bad_reply")
+                        after = name
+                        patience.renew()
+                        yield name, data
+            except LamellaError as error:
+                patience.wait(error)
+            else:
+                return
 
 
 def _diff(replies: Iterable[pb.DiffReply]) -> Diff:
@@ -117,3 +142,10 @@ def _verification(updates: Iterator[pb.VerifyUpdate], *, deep: bool) -> Verifica
     if not done:
         raise CorruptionError("the service stopped before all was verified", kind="short_stream")
     return report
+
+
+def _remote_signers() -> InvalidInputError:
+    return InvalidInputError(
+        "what a service records it signs itself: see serve --require-signed; audit says who signed what",
+        kind="remote_signers",
+    )

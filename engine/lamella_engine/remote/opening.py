@@ -45,15 +45,19 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
     try:
         if new_max_depth is not None:  # tried once: a second call would find what the first one made
             request = pb.CreateRequest(repository=place.repository, max_depth=new_max_depth)
-            pin.replace(_head(channel.call_once("Repositories.Create", request)))
+            head = _head(channel.call_once("Repositories.Create", request))
+            pin.replace(head)
+            seen = [head]
         else:
             known = pb.DescribeRequest(repository=place.repository, seen=pin.seen.number if pin.seen else None)
             info = channel.call("Repositories.Describe", known, patience=Patience(OPENING_PATIENCE_S))
-            pin.advance(_head(info), lambda _: info.seen_digest or None)
+            head = _head(info)
+            pin.advance(head, lambda _: info.seen_digest or None)
+            seen = [head] if pin.seen is None else [pin.seen, head]
     except LamellaError:
         channel.close()
         raise
-    return RemoteStore(channel, place.repository, executor, cache), RemoteJobs(channel, place.repository)
+    return RemoteStore(channel, place.repository, executor, cache), RemoteJobs(channel, place.repository, seen=seen)
 
 
 def _head(info: pb.RepositoryInfo) -> Head:

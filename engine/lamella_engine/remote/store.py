@@ -17,7 +17,7 @@ from lamella_engine.executor import Executor
 from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, RefKind, VersionId, check_name, check_ref_name
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.caching import read_through
-from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience
+from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience, patiently
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import MAX_MESSAGE_NBYTES, batches, decode_readings, decode_version, encode_cells
@@ -137,12 +137,14 @@ class RemoteStore:
     def models(self) -> list[str]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
         request = pb.RepositoryRequest(repository=self.repository)
-        return list(self.channel.call("Versions.Models", request).models)
+        replies = patiently(lambda: list(self.channel.stream("Versions.Models", request)))
+        return [name for reply in replies for name in reply.models]
 
     def refs(self, model: str) -> list[RefInfo]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
-        reply = self.channel.call("Versions.Refs", pb.RefsRequest(repository=self.repository, model=model))
-        return [RefInfo(model, ref.name, _kind(ref.kind), ref.number) for ref in reply.refs]
+        request = pb.RefsRequest(repository=self.repository, model=model)
+        replies = patiently(lambda: list(self.channel.stream("Versions.Refs", request)))
+        return [RefInfo(model, ref.name, _kind(ref.kind), ref.number) for reply in replies for ref in reply.refs]
 
     def watch(self, model: str, ref: str, after: int) -> Iterator[Recorded]:
         """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
@@ -244,8 +246,10 @@ class RemoteStore:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def begin(self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId) -> RemotePush:
-        """See :class:`~lamella_engine.content_store.seam.ContentStore`."""
+    def begin(
+        self, model: str, branch: str, *, parent: VersionId | None, push_id: PushId, part: bool = False
+    ) -> RemotePush:
+        """See :class:`~lamella_engine.content_store.seam.ContentStore`. A service looks at packs once for all parts."""
         check_name(model, what="model")
         check_ref_name(branch)
         return RemotePush(

@@ -417,6 +417,22 @@ class VerifyRequest(_message.Message):
     deep: bool
     def __init__(self, repository: _Optional[str] = ..., deep: bool = ...) -> None: ...
 
+class AuditRequest(_message.Message):
+    __slots__ = ("repository", "after")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    after: str
+    def __init__(self, repository: _Optional[str] = ..., after: _Optional[str] = ...) -> None: ...
+
+class AuditReply(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class VerifyUpdate(_message.Message):
     __slots__ = ("entries", "versions", "packs", "blobs", "read_nbytes", "problems", "done")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]

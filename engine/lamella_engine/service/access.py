@@ -13,21 +13,26 @@ class Verb(Enum):
     """What an rpc does."""
 
     IDENTIFY = "ask who one is"
+    OPEN = "open"
     READ = "read"
     PUSH = "push"
     SET_REFS = "set refs"
     INSPECT = "verify"
+    AUDIT = "audit"
     CREATE = "create repositories"
     GRANT = "manage access"
 
 
+_ANYBODY = (Verb.IDENTIFY, Verb.OPEN)
+"""What everybody may do who is somebody."""
+
 ROLES: Mapping[str, frozenset[Verb]] = MappingProxyType(
     {
-        "reader": frozenset({Verb.IDENTIFY, Verb.READ}),
-        "writer": frozenset({Verb.IDENTIFY, Verb.READ, Verb.PUSH}),
-        "maintainer": frozenset({Verb.IDENTIFY, Verb.READ, Verb.PUSH, Verb.SET_REFS, Verb.INSPECT}),
-        "gc-operator": frozenset({Verb.IDENTIFY, Verb.READ, Verb.INSPECT}),
-        "auditor": frozenset({Verb.IDENTIFY, Verb.INSPECT}),
+        "reader": frozenset({*_ANYBODY, Verb.READ}),
+        "writer": frozenset({*_ANYBODY, Verb.READ, Verb.PUSH}),
+        "maintainer": frozenset({*_ANYBODY, Verb.READ, Verb.PUSH, Verb.SET_REFS, Verb.INSPECT}),
+        "gc-operator": frozenset({*_ANYBODY, Verb.READ, Verb.INSPECT}),
+        "auditor": frozenset({*_ANYBODY, Verb.INSPECT, Verb.AUDIT}),
         "admin": frozenset(Verb),
     }
 )
@@ -36,7 +41,7 @@ ROLES: Mapping[str, frozenset[Verb]] = MappingProxyType(
 POLICY: Mapping[str, Verb] = MappingProxyType(
     {
         "Repositories.Create": Verb.CREATE,
-        "Repositories.Describe": Verb.READ,
+        "Repositories.Describe": Verb.OPEN,
         "Repositories.Stats": Verb.READ,
         "Versions.Resolve": Verb.READ,
         "Versions.Get": Verb.READ,
@@ -59,6 +64,7 @@ POLICY: Mapping[str, Verb] = MappingProxyType(
         "Jobs.Diff": Verb.READ,
         "Jobs.Distance": Verb.READ,
         "Jobs.Verify": Verb.INSPECT,
+        "Jobs.Audit": Verb.AUDIT,
         "Access.CreateToken": Verb.GRANT,
         "Access.ListTokens": Verb.GRANT,
         "Access.RevokeToken": Verb.GRANT,
@@ -76,6 +82,7 @@ AUDITED = frozenset(
         "Jobs.Diff",
         "Jobs.Distance",
         "Jobs.Verify",
+        "Jobs.Audit",
     }
 )
 """Rpcs that are noted where reads are: those that give away what is stored, and those that change it, for the log knows
@@ -131,7 +138,7 @@ def authorize(principal: Principal, verb: Verb, resource: Resource) -> None:
     allowed = ROLES.get(principal.role, frozenset())
     if resource.repository is not None:
         here = any(fnmatchcase(resource.repository, glob) for glob in principal.repositories)
-        if not here or allowed.isdisjoint({Verb.READ, Verb.INSPECT}):
+        if not here or Verb.OPEN not in allowed:
             raise repository_not_found(resource.repository)
     if verb not in allowed:
         raise PermissionDeniedError(f"not allowed: a {principal.role} may not {verb.value}", kind="not_allowed")

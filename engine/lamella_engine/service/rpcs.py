@@ -2,12 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
+from lamella_engine.auditing import stored
 from lamella_engine.checkpoints import check_attachment_paths
 from lamella_engine.content_store.acting import acting_as, now
 from lamella_engine.content_store.packed import PackedStore
@@ -36,6 +37,7 @@ from lamella_engine.wire import (
     decode_cells,
     decode_planned,
     encode_answer,
+    encode_object,
     encode_parents,
     encode_reading,
     encode_version,
@@ -43,13 +45,15 @@ from lamella_engine.wire import (
     parse,
 )
 
+Item = TypeVar("Item")
+
 PLANNED_AT_ONCE = 4096
 """Most cells of a PlanRequest."""
 
 # Cells whose chains are answered in one message of Locate.
 _LOCATED_AT_ONCE = 1024
 
-# Names of tensors in one message.
+# Names in one message, and their characters.
 _NAMES_AT_ONCE, _NAMES_NBYTES = 10_000, 512 << 10
 
 # How often a job says how far it has come.
@@ -108,12 +112,13 @@ class Rpcs:
             audit = self._audits.get(store) or self._audits.setdefault(store, ReadAudit(store))
         audit.note(Read(now(), call.principal.name, call.peer, rpc, what, "ALLOWED"))
 
-    def flush_audits(self, *, older_than_s: float = 0.0) -> None:
-        """Write what has been noted, if it has waited so long."""
+    def keep_audits(self, *, written_s: float = 0.0, vouched_s: float = 0.0) -> None:
+        """Write what was noted so long ago, and have logs vouch for what was written so long ago."""
         with self._audits_lock:
             audits = list(self._audits.values())
         for audit in audits:
-            audit.flush(older_than_s=older_than_s)
+            audit.flush(older_than_s=written_s)
+            audit.vouch(older_than_s=vouched_s)
 
     # -- repositories -------------------------------------------------------------------------------------------------
 
@@ -166,14 +171,16 @@ class Rpcs:
         store = self._repositories.open(request.repository)
         return map(_version, store.ancestors(_version_id(request.id)))
 
-    def versions_models(self, request: pb.RepositoryRequest, call: Call) -> pb.ModelsReply:
-        """Return the names of all models."""
-        return pb.ModelsReply(models=self._repositories.open(request.repository).models())
+    def versions_models(self, request: pb.RepositoryRequest, call: Call) -> Iterator[pb.ModelsReply]:
+        """Yield the names of all models."""
+        models = self._repositories.open(request.repository).models()
+        return (pb.ModelsReply(models=some) for some in _by_message(models, nbytes=len))
 
-    def versions_refs(self, request: pb.RefsRequest, call: Call) -> pb.RefsReply:
-        """Return the refs of a model."""
+    def versions_refs(self, request: pb.RefsRequest, call: Call) -> Iterator[pb.RefsReply]:
+        """Yield the refs of a model."""
         refs = self._repositories.open(request.repository).refs(request.model)
-        return pb.RefsReply(refs=[pb.Ref(name=ref.name, kind=ref.kind, number=ref.number) for ref in refs])
+        for some in _by_message(refs, nbytes=lambda ref: len(ref.name)):
+            yield pb.RefsReply(refs=[pb.Ref(name=ref.name, kind=ref.kind, number=ref.number) for ref in some])
 
     def versions_update_refs(self, request: pb.UpdateRefsRequest, call: Call) -> pb.Empty:
         """Set or delete refs."""
@@ -308,13 +315,13 @@ class Rpcs:
 
     def pushes_part(self, request: pb.PushRequest, call: Call) -> pb.PartReply:
         """End a push as a part of another one."""
-        _, session = self._session(request.repository, request.push, call)
-        return pb.PartReply(part=self._tokens.sealed(request.repository, session.part()))
+        store, session = self._session(request.repository, request.push, call)
+        return pb.PartReply(part=self._tokens.sealed(store.log.state.genesis.repository, session.part()))
 
     def pushes_join(self, request: pb.JoinRequest, call: Call) -> pb.Empty:
         """Take over what a part has stored."""
-        _, session = self._session(request.repository, request.push, call)
-        session.join(self._tokens.unsealed(request.repository, request.part))
+        store, session = self._session(request.repository, request.push, call)
+        session.join(self._tokens.unsealed(store.log.state.genesis.repository, request.part))
         return pb.Empty()
 
     def pushes_outcome(self, request: pb.PushRequest, call: Call) -> pb.OutcomeReply:
@@ -336,7 +343,7 @@ class Rpcs:
         store = self._repositories.open(request.repository)
         found = LocalJobs(store, self._executor).diff(store.resolve(request.a), store.resolve(request.b))
         names = ((field, name) for field in found.__dataclass_fields__ for name in getattr(found, field))
-        for some in batches(names, _NAMES_AT_ONCE, nbytes=lambda item: len(item[1]), most_nbytes=_NAMES_NBYTES):
+        for some in _by_message(names, nbytes=lambda item: len(item[1])):
             reply = pb.DiffReply()
             for field, name in some:
                 getattr(reply, field).append(name)
@@ -370,6 +377,13 @@ class Rpcs:
                     yield _verified(report, done=False)
                     told = time.monotonic()
         yield _verified(report, done=True)
+
+    def jobs_audit(self, request: pb.AuditRequest, call: Call) -> Iterator[pb.AuditReply]:
+        """Yield what is stored of who did what."""
+        store = self._repositories.open(request.repository)
+        with self._readers.taken(call.principal.name):
+            for name, data in stored(store.objects, request.after):
+                yield from encode_object(name, data)
 
     # -- access -------------------------------------------------------------------------------------------------------
 
@@ -406,6 +420,11 @@ def _handed_in() -> Iterator[None]:
         yield
     except CorruptionError as error:
         raise InvalidInputError(error.message, kind=error.kind) from error
+
+
+def _by_message(items: Iterable[Item], *, nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield as many items at a time as go into one message; ``nbytes`` says how long the name of one is."""
+    return batches(items, _NAMES_AT_ONCE, nbytes=nbytes, most_nbytes=_NAMES_NBYTES)
 
 
 def _version(recorded: Recorded) -> pb.Version:

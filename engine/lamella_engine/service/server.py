@@ -27,7 +27,7 @@ from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.access import AUDITED, LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
-from lamella_engine.service.audit import SEGMENT_S
+from lamella_engine.service.audit import SEGMENT_S, VOUCHED_S
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.tokens import Tokens
@@ -56,6 +56,9 @@ _SWEEP_S = 30.0
 
 RETRY_AFTER_MS = 1000
 """When whoever was sent away as one too many should come again; clients add jitter."""
+
+# Kinds of LimitError that say so: what is too long, or too much for one push, is that the next time too.
+_PASSING = frozenset({"busy", "too_many_calls", "too_many_pushes"})
 
 _OPTIONS = (
     *CHANNEL_OPTIONS,
@@ -206,7 +209,7 @@ class Server:
         self._stopped.set()
         self._health.serving = False
         self._grpc.stop(grace_s).wait()
-        self._rpcs.flush_audits()
+        self._rpcs.keep_audits()
         self._stalls.close()
         self._executor.close()
 
@@ -223,7 +226,7 @@ class Server:
         while not self._stopped.wait(_SWEEP_S):
             with suppress(LamellaError):
                 self._rpcs.sessions.sweep()
-            self._rpcs.flush_audits(older_than_s=SEGMENT_S)
+            self._rpcs.keep_audits(written_s=SEGMENT_S, vouched_s=VOUCHED_S)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -481,7 +484,7 @@ def _about(message: Any) -> str:
     """Return what of a repository a message asks for, for people."""
     if isinstance(message, pb.UpdateRefsRequest):
         return " ".join(f"{item.model}@{item.name}" for item in message.updates)
-    names = ("revision", "version", "push", "a", "b")
+    names = ("revision", "version", "push", "a", "b", "after")
     return " ".join(str(value) for name in names if (value := getattr(message, name, "")))
 
 
@@ -501,7 +504,7 @@ def _check_time(deadline: float) -> None:
 
 def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     trailers: list[tuple[str, str | bytes]] = [(ERROR_TRAILER, encode_error(failure))]
-    if isinstance(failure, LimitError):
+    if isinstance(failure, LimitError) and failure.kind in _PASSING:
         trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
     context.set_trailing_metadata(tuple(trailers))
     # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for

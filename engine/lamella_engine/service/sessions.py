@@ -4,11 +4,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from lamella_engine import codecs
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
@@ -25,7 +27,9 @@ from lamella_engine.errors import (
 )
 from lamella_engine.format.version import Description
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId
+from lamella_engine.service.slots import Slots
 from lamella_engine.sketches import Sketch
+from lamella_engine.version_files import layouts
 from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
 
 IDLE_S = 600.0
@@ -45,6 +49,13 @@ FILLED_NBYTES = 256 << 20
 
 MAX_PLANNED = 1 << 21
 """Cells of one push: 8 TB of weights. A server remembers some hundred bytes of each until the push ends."""
+
+MAX_HEADERS_NBYTES = 32 << 20
+"""Headers of the safetensors files of one version, together: of some 300,000 tensors, where the largest models have
+100,000. They are parsed before it is recorded, which took 27 us and 650 bytes of memory a tensor on one core."""
+
+# Versions whose headers are parsed at a time: Python does it in one thread after the other, and it takes memory.
+_CHECKERS = 2
 
 # Batches of a plan whose answers are kept, in case a reply was lost.
 _ANSWERS_KEPT = 64
@@ -68,9 +79,13 @@ class Session:
         Name of the principal whose push it is.
     crowded
         Tells whether all pushes together hold too much.
+    checkers
+        One is held while headers are read.
     """
 
-    def __init__(self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: PackedStore, push: PackedPush, owner: str, crowded: Callable[[], bool], checkers: Slots
+    ) -> None:
         self.push = push
         self.owner = owner
         self.used = time.monotonic()
@@ -80,6 +95,7 @@ class Session:
         """Whether it was given up, or what is stored of it is not known any more: then all has to come again."""
         self._may_be_recorded = False
         self._crowded = crowded
+        self._checkers = checkers
         self._store = store
         self._turn = threading.Condition(threading.RLock())
         self._planned = 0
@@ -242,14 +258,16 @@ class Session:
         return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
 
     def commit(self, description: Description) -> Recorded:
-        """Record the version; a repeated call returns it again."""
+        """Record the version, if a checkout could write its files; a repeated call returns it again."""
         with self._our_turn():
             if self.recorded is None:
+                headers_nbytes = _headers_nbytes(description)
                 self._store_batch(last=True)
                 before, self._may_be_recorded = self._may_be_recorded, True
                 try:
-                    self.recorded = self.push.commit(description)
-                except (ConflictError, InvalidInputError):  # of others nobody knows what they left, then or before
+                    self.recorded = self.push.commit(description, check=partial(self._check_files, headers_nbytes))
+                except (ConflictError, InvalidInputError, LimitError):
+                    # Of others nobody knows what they left, then or before.
                     self._may_be_recorded = before
                     raise
                 except StorageError as error:
@@ -271,6 +289,10 @@ class Session:
         with self._our_turn():
             self.push.join(part)
 
+    def _check_files(self, headers_nbytes: int, manifest: Manifest) -> None:
+        with self._checkers.taken(self.owner) if headers_nbytes else nullcontext():
+            layouts(manifest)
+
     def abandon(self) -> None:
         """Give up, unless it has been committed, or may have been; calls that wait for their turn find it gone."""
         with self._turn:
@@ -280,11 +302,24 @@ class Session:
                 self.push.abandon()
 
 
+def _headers_nbytes(description: Description) -> int:
+    """Return how long the headers of a version's files are; raises LimitError if reading them would take long."""
+    nbytes = sum(item.nbytes for item in description.attachments if item.role == "safetensors_header")
+    if nbytes > MAX_HEADERS_NBYTES:
+        raise LimitError(
+            f"the headers of the files take {nbytes} bytes, and {MAX_HEADERS_NBYTES} are the limit here: push fewer "
+            "tensors at a time, or from memory",
+            kind="headers_limit",
+        )
+    return nbytes
+
+
 class Sessions:
     """The pushes of one server process. Safe for several threads."""
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[PackedStore, PushId], Session] = {}
+        self._checkers = Slots(_CHECKERS)
         self._lock = threading.Lock()
 
     def begin(
@@ -318,7 +353,8 @@ class Sessions:
         # What this session writes has names of its own: the same push may be under way at another server.
         push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
         with self._lock:
-            return self._sessions.setdefault((store, push_id), Session(store, push, owner, self._crowded)), 0
+            session = Session(store, push, owner, self._crowded, self._checkers)
+            return self._sessions.setdefault((store, push_id), session), 0
 
     def _check_room(self, owner: str) -> None:
         recorded = [key for key, session in self._sessions.items() if session.recorded is not None]

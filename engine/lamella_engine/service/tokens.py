@@ -140,7 +140,7 @@ class Tokens:
         self._forget(id)
 
     def sealed(self, repository: str, data: bytes) -> bytes:
-        """Return bytes that a client is to keep and give back, at whichever server of this root."""
+        """Return bytes that a client is to give back, at whichever server of this root, for a repository by its id."""
         return self._seal(repository, data) + data
 
     def unsealed(self, repository: str, sealed: bytes) -> bytes:
