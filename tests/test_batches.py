@@ -1,4 +1,4 @@
-"""Shares that are stored in batches, by workers that ask one another for pieces, make the version that one push makes."""
+"""Shares that are stored in batches, by workers that ask each other for pieces, make the version that one push makes."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -98,10 +98,12 @@ def test_a_batch_whose_pieces_cannot_be_had_fails_and_can_be_stored_later(monkey
     def gone(wanted: Mapping[int, Sequence[Piece]]) -> dict[int, Buffer]:
         raise StorageError("gone", kind="worker_lost", transient=True)
 
-    with monkeypatch.context() as patched, pytest.raises(StorageError) as caught:
-        patched.setattr(workers, "fetch", gone)
+    reachable = workers.fetch
+    monkeypatch.setattr(workers, "fetch", gone)
+    with pytest.raises(StorageError) as caught:
         workers.store(lacking)
     assert caught.value.kind == "worker_lost"
+    monkeypatch.setattr(workers, "fetch", reachable)
     repo.record(workers.shared, [workers.store(assignment) for assignment in workers.assignments])
     assert bits(repo.checkout("m@main")) == bits(tensors)
 

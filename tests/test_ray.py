@@ -1,6 +1,6 @@
 """A checkpoint in pieces on the nodes of a Ray cluster becomes one version, whoever dies meanwhile.
 
-``LAMELLA_RAY_KILLS`` says how many pushes lose an encoder at a random moment: 10 by default, 1000 in a campaign.
+``LAMELLA_RAY_KILLS`` says how many pushes are to lose an encoder at a random moment: 10 by default, 1000 in a campaign.
 """
 
 import os
@@ -246,27 +246,28 @@ class Killer:
         self.lived_s = time.monotonic() - born
 
 
-def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str) -> None:
+@pytest.mark.parametrize("campaign", range(-(-KILLS // 10)))
+def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str, campaign: int) -> None:
     with Killer(nodes, within_s=None) as spared:
         lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place)
     killed = 0
-    for seed in range(1, KILLS + 1):
-        tensors = weights(seed)
+    for number in range(1, 11):
+        tensors = weights(seed=10 * campaign + number)
         shards = lent(nodes, tensors, 2)
         completed = False
         with Killer(nodes, spared.lived_s) as killer, suppress(StorageError):
-            lamella.ray.push(shards, "llm@main", place, message=f"step {seed}")
+            lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
             completed = True
         killed += killer.killed
         if not completed:
-            lamella.ray.push(shards, "llm@main", place, message=f"step {seed}")
+            lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
         with lamella.open(place) as repo:
-            assert repo.version("llm@main").number == seed + 1, killer.moment_s
+            assert repo.version("llm@main").number == 1 + number, killer.moment_s
             assert bits(repo.checkout("llm@main")) == bits(tensors), killer.moment_s
-    assert killed > KILLS // 4
+    assert killed > 2
     with lamella.open(place) as repo:
         assert repo.verify(deep=True).ok
-        assert repo.stats().versions == KILLS + 1
+        assert repo.stats().versions == 11
 
 
 def test_what_had_arrived_is_not_sent_again(nodes: Nodes, place: str) -> None:
