@@ -1,4 +1,4 @@
-"""Shares that are stored in batches, by workers that ask each other for pieces, make the version that one push makes."""
+"""Shares stored in batches, by workers that ask each other for pieces, make the version that one push makes."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
