@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support import Array
 
 from lamella.ray import Group, Place, Shard
+from lamella.ray.refs import got
 
 STORE_NBYTES = 80 << 20
 """Of each node's object store: about as small as Ray lets it be."""
@@ -35,7 +36,7 @@ class Holder:
         return Shard.of_file(path, places=places)
 
     def give(self, group: Group, rank: int, tensors: Any, places: Mapping[str, Place], target: str, key: str) -> str:
-        version: str = ray.get(group.push(rank, [self.shard(tensors, places)], target, key=key, message=f"by {rank}"))
+        version: str = got(group.push(rank, [self.shard(tensors, places)], target, key=key, message=f"by {rank}"))
         return version
 
 
@@ -58,7 +59,9 @@ class Nodes:
     def new_holder(self, number: int) -> Any:
         """Start a :class:`Holder` on a node."""
         new: Any = ray.remote(num_cpus=0)(Holder)
-        return new.options(scheduling_strategy=NodeAffinitySchedulingStrategy(self.ids[number], soft=False)).remote()
+        return new.options(
+            max_concurrency=2, scheduling_strategy=NodeAffinitySchedulingStrategy(self.ids[number], soft=False)
+        ).remote()
 
     def encoders(self) -> dict[int, int]:
         """Return the processes of encoders at work: process id -> number of the node."""

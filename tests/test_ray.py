@@ -408,6 +408,7 @@ def test_a_driver_that_is_killed_leaves_nothing_visible(nodes: Nodes, place: str
 def test_a_group_of_workers_makes_one_version_each_time(nodes: Nodes, place: str) -> None:
     group = Group(place, 2)
     plain = new_repository()
+    lost = nodes.holders[0].give.remote(group, 0, *parts(weights(), 2)[0], "llm@main", "step 0")
     for key, step in (("step 1", 0.0), ("step 2", 1e-3)):
         tensors = weights(step=step)
         held = parts(tensors, 2)
@@ -420,6 +421,9 @@ def test_a_group_of_workers_makes_one_version_each_time(nodes: Nodes, place: str
         assert ids == {version.id}
         assert version.parameters_id == plain.push(tensors, "llm@main").parameters_id
         assert version.message == "by 0"
+    with pytest.raises(StorageError) as caught:
+        got(lost)
+    assert caught.value.kind == "worker_lost"
 
 
 def test_what_a_push_raises_is_raised_to_every_worker_of_a_group(nodes: Nodes, place: str) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import ray
 
 from lamella.ray.pushes import push
 from lamella.ray.shards import Shard
+from lamella_engine.errors import StorageError
 
 
 class Group:
@@ -38,14 +40,15 @@ class Group:
             As :func:`push` takes them; ``target`` is the same for all.
         key
             What all workers call this version, such as ``"step 2000"``. A worker that was started again may give its
-            shards once more under it.
+            shards once more under it. What some gave and others did not is let go of when all have given a later one.
         **notes
             ``message``, ``metrics``, ``recipe``, ``files`` and ``parent`` of :func:`push`; those of worker 0 count.
 
         Returns
         -------
         ray.ObjectRef of str
-            The id of the version; ``ray.get`` of it waits, and raises what :func:`push` does.
+            The id of the version; ``ray.get`` of it waits, and raises what :func:`push` does, or StorageError
+            (``worker_lost``) if others did not give theirs.
         """
         return self._coordinator.push.remote(key, rank, list(shards), target, notes)
 
@@ -72,11 +75,20 @@ class _Coordinator:
         gathering = self._gatherings.setdefault(key, _Gathering())
         gathering.given[rank] = shards, notes
         if gathering.given.keys() == set(range(self._size)):
+            for stale in takewhile(lambda begun: begun != key, list(self._gatherings)):
+                self._gatherings.pop(stale).pushed.set_exception(_not_given(stale))
             del self._gatherings[key]
             whole = [shard for some, _ in gathering.given.values() for shard in some]
             pushing = asyncio.to_thread(_pushed, whole, target, self._repo, gathering.given[0][1])
             gathering.pushed.set_result(asyncio.ensure_future(pushing))
         return await asyncio.shield(await asyncio.shield(gathering.pushed))
+
+
+def _not_given(key: str) -> StorageError:
+    return StorageError(
+        f"some workers did not give their shards of {key!r}, and all gave later ones: were they started again?",
+        kind="worker_lost",
+    )
 
 
 _new_coordinator: Any = ray.remote(num_cpus=0)(_Coordinator)
