@@ -43,6 +43,7 @@ PEERS ?= build/peers
 bench: .venv/built  ## Push and checkout, the codec, and whole repositories, against what people use today.
 	.venv/bin/python -m benchmarks.push_checkout
 	.venv/bin/python -m benchmarks.service
+	.venv/bin/python -m benchmarks.stalls
 	.venv/bin/python -m benchmarks.codec $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 	.venv/bin/python -m benchmarks.peers $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 

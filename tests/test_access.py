@@ -28,7 +28,8 @@ from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service import server as server_module
 from lamella_engine.service import tokens as tokens_module
 from lamella_engine.service.access import NOBODY, POLICY, Principal
-from lamella_engine.service.server import Answered, Server, Tls
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Answered, Server
 from lamella_engine.service.tokens import FRESH_S, Tokens
 from lamella_engine.wire import METHODS
 
@@ -341,7 +342,7 @@ def nobodies(world: World) -> dict[str, tuple[tuple[str, str | bytes], ...]]:
         "a binary header": (("authorization-bin", f"Bearer {good}".encode()),),
         "twice": bearer(good) * 2,
         "with another": bearer(good) + bearer(revoked),
-        "a certificate's": bearer("certificate admin"),
+        "a certificate's": bearer("certificate cn:admin"),
         "its hash": bearer(tokens.list()[0].id),
     }
 
@@ -714,6 +715,7 @@ class Mutual:
 
     address: str
     authority: Authority
+    tokens: Tokens
 
     def who(self, certificate: str, names: tuple[str, ...] = (), *, token: str = "", **issue: Any) -> pb.Token:
         pem = issue.pop("authority", self.authority).issue(certificate, names, **issue)
@@ -730,9 +732,9 @@ def mutual(tmp_path_factory) -> Iterator[Mutual]:
     ca.write_bytes(authority.certificate)
     with tls_server(directory, authority, client_ca=ca) as server:
         tokens = Tokens(open_objects(str(directory / "root")))
-        assert tokens.create("trainer", "writer", repositories=["team/*"], certificate="trainer-7")[0] == ""
-        tokens.create("follower", "reader", certificate="follower.example.org")
-        yield Mutual(server.address, authority)
+        assert tokens.create("trainer", "writer", repositories=["team/*"], certificate="cn:trainer-7")[0] == ""
+        tokens.create("follower", "reader", certificate="dns:follower.example.org")
+        yield Mutual(server.address, authority, tokens)
 
 
 def test_a_certificate_stands_for_whom_a_grant_names(mutual: Mutual):
@@ -742,10 +744,57 @@ def test_a_certificate_stands_for_whom_a_grant_names(mutual: Mutual):
 
 
 def test_a_certificate_without_a_grant_is_nobody(mutual: Mutual):
-    for name in ("stranger", "trainer", "trainer-7 ", "certificate trainer-7", "*"):
+    for name in ("stranger", "trainer", "trainer-7 ", "certificate trainer-7", "cn:trainer-7", "*"):
         with pytest.raises(Failure) as failure:
             mutual.who(name)
         assert (failure.value.status, failure.value.kind) == NOT_ALLOWED
+
+
+NAMES = (
+    "dns:host.example.org",
+    "uri:spiffe://example.org/host",
+    "email:host@example.org",
+    "ip:192.0.2.7",
+    "ip:2001:db8::7",
+)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "cn:host"])
+def test_a_name_of_any_kind_may_be_granted(mutual: Mutual, name: str):
+    mutual.tokens.create(f"who has {name}", "reader", certificate=name)
+    kind, _, rest = name.partition(":")
+    found = mutual.who(rest) if kind == "cn" else mutual.who("whatever", (rest,))
+    assert found.principal == f"who has {name}"
+
+
+@pytest.mark.parametrize(
+    ("granted", "common_name", "names"),
+    [
+        ("dns:a.example.org", "a.example.org", ()),
+        ("cn:b.example.org", "whatever", ("b.example.org",)),
+        ("uri:spiffe://example.org/c", "spiffe://example.org/c", ()),
+        ("cn:spiffe://example.org/d", "whatever", ("spiffe://example.org/d",)),
+        ("email:e@example.org", "e@example.org", ()),
+        ("ip:192.0.2.8", "192.0.2.8", ()),
+        ("dns:192.0.2.9", "whatever", ("192.0.2.9",)),
+        ("dns:f.example.org", "dns:f.example.org", ()),
+        ("cn:dns:g.example.org", "whatever", ("g.example.org",)),
+    ],
+)
+def test_a_name_of_another_kind_is_another_name(mutual: Mutual, granted: str, common_name: str, names: tuple[str, ...]):
+    mutual.tokens.create("somebody", "admin", certificate=granted)
+    with pytest.raises(Failure) as failure:
+        mutual.who(common_name, names)
+    assert (failure.value.status, failure.value.kind) == NOT_ALLOWED
+
+
+@pytest.mark.parametrize(
+    "name", ["host", "cn:", ":host", "CN:host", "san:host", "dns:a\nb", "host.example.org:443", " "]
+)
+def test_a_grant_is_for_a_name_of_a_kind(tokens: Tokens, name: str):
+    with pytest.raises(InvalidInputError) as error:
+        tokens.create("ann", "reader", certificate=name)
+    assert error.value.kind == "bad_certificate_name"
 
 
 def test_a_token_goes_before_a_certificate(mutual: Mutual):
@@ -769,19 +818,46 @@ def test_no_certificate_does_not_connect_where_one_is_wanted(mutual: Mutual):
     assert failure.value.status is Status.UNAVAILABLE
 
 
+def test_of_a_token_is_believed_what_was_found_when_it_was_looked_up(tokens: Tokens):
+    secret, grant = tokens.create("ann", "reader")
+    stranger, _ = Tokens(MemoryObjects()).create("bob", "admin")
+    with at_time(1000.0):
+        for wrong in ("", "lml_wrong", secret[:-1], secret.upper()):
+            assert tokens.believed(wrong) is False
+        assert tokens.believed(secret) is tokens.believed(stranger) is None  # which nobody has looked for yet
+        assert tokens.principal(secret).name == "ann"
+        assert tokens.principal(stranger) is NOBODY
+        assert (tokens.believed(secret), tokens.believed(stranger)) == (True, False)
+    with at_time(1000.0 + FRESH_S):
+        assert (tokens.believed(secret), tokens.believed(stranger)) == (True, None)
+        tokens.revoke(grant.id)
+        assert tokens.believed(secret) is None
+        assert tokens.principal(secret) is NOBODY
+        assert tokens.believed(secret) is False
+
+
+def test_tokens_that_nobody_gave_drive_out_none_that_somebody_has(tokens: Tokens):
+    secret, _ = tokens.create("ann", "reader")
+    assert tokens.principal(secret).name == "ann"
+    for number in range(10_002):
+        tokens._look_up(f"{number:016x}")
+    assert len(tokens._known) < 10_000
+    assert tokens.believed(secret)
+
+
 def test_a_certificate_has_one_grant_for_ever(tokens: Tokens):
     """What was given out once may be in somebody's log; after a revocation the name must not come alive again."""
-    _, grant = tokens.create("ann", "reader", certificate="machine-1")
+    _, grant = tokens.create("ann", "reader", certificate="cn:machine-1")
     tokens.revoke(grant.id)
-    assert tokens.principal_of_certificate("machine-1") is NOBODY
+    assert tokens.principal_of_certificate("cn:machine-1") is NOBODY
     with pytest.raises(AlreadyExistsError):
-        tokens.create("bob", "admin", certificate="machine-1")
+        tokens.create("bob", "admin", certificate="cn:machine-1")
 
 
 def test_a_grant_for_a_certificate_that_has_called_before_holds_at_once(tokens: Tokens):
-    assert tokens.principal_of_certificate("machine-1") is NOBODY
-    tokens.create("ann", "reader", certificate="machine-1")
-    assert tokens.principal_of_certificate("machine-1").name == "ann"
+    assert tokens.principal_of_certificate("cn:machine-1") is NOBODY
+    tokens.create("ann", "reader", certificate="cn:machine-1")
+    assert tokens.principal_of_certificate("cn:machine-1").name == "ann"
 
 
 @pytest.mark.parametrize("wrong", ["expired", "self-signed", "another host"])

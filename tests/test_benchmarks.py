@@ -19,13 +19,16 @@ from benchmarks import (
     coders,
     corpora,
     distance,
+    flood,
     gpt,
+    gpu,
     memory,
     minilm,
     partial,
     peers,
     push_checkout,
     service,
+    stalls,
 )
 from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
@@ -210,6 +213,15 @@ def test_what_a_gpt_expects_of_the_next_byte_adds_up_to_one():
     assert np.exp(guesses).sum() == pytest.approx(1, abs=1e-3)
 
 
+def test_a_client_is_measured_in_quiet_and_in_every_flood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flood, "WARM_UP_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = flood.measure(tmp_path, seconds=0.0, spell_s=0.2, floods=list(flood.FLOODS), rate=100.0)
+    assert {name for name, _ in told.seconds} == set(flood.FLOODS) == set(told.attempts)
+    assert all(seconds.quiet or seconds.flooded for seconds in told.seconds.values())
+    Console(file=io.StringIO()).print(flood.table(told))
+
+
 def test_a_service_is_compared_and_everybody_is_answered(
     family: tuple[Checkpoint, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -304,6 +316,25 @@ def test_a_peer_that_gives_back_other_bits_is_found_out(family: tuple[Checkpoint
     assert peers.what_came_back(sources, tmp_path) == "changed"
     (tmp_path / "base").write_bytes(source.read_bytes())
     assert peers.what_came_back(sources, tmp_path) == "file"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that it is alone and overwrites
+def test_every_contender_of_a_pause_saves_in_every_round(tmp_path: Path):
+    state = gpt.initial(SHAPE, "pauses")
+    alone, busy = stalls.measure(state, tmp_path, rounds=3)
+    assert list(busy) == ["memcpy", "lamella"]
+    assert {len(pauses.others) for pauses in (*alone.values(), *busy.values())} == {2}
+    # One push a round alone, two beside one another for each of both contenders, less those beside the memcpy.
+    repo = lamella.open(str(tmp_path / "repository"))
+    assert len(list(repo.log("gpt@main"))) == 3 + 3 * 3
+    assert stalls.table(alone, "").row_count == len(alone)
+
+
+def test_without_a_gpu_it_is_said_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="nothing was run and nothing measured"):
+        gpu.main()
 
 
 def test_every_part_is_the_same_from_a_file_and_from_a_repository(family: tuple[Checkpoint, ...], tmp_path: Path):

@@ -284,6 +284,30 @@ def test_a_token_is_printed_alone(tmp_path: Path, call):
     assert len(out) == 53
 
 
+def push_small(client: WireClient, times: int) -> None:
+    for number in range(times):
+        push_by_wire(client, "team", "m@main", {"w": noise(number, 100)})
+
+
+def test_a_service_has_the_quotas_that_it_is_given(tmp_path: Path):
+    with (
+        served(tmp_path, *INSECURE, "--max-uncommitted", "2KiB", "--max-daily", "4KiB") as service,
+        WireClient(service.document["address"]) as client,
+    ):
+        client.call("Repositories.Create", pb.CreateRequest(repository="team", max_depth=8))
+        with pytest.raises(Failure) as uncommitted:
+            push_by_wire(client, "team", "m@main", {"w": noise(1, 600)})
+        with pytest.raises(Failure) as daily:
+            push_small(client, 6)
+    assert (uncommitted.value.kind, uncommitted.value.error.context["limit_nbytes"]) == ("uncommitted_quota", 2 << 10)
+    assert (daily.value.kind, daily.value.error.context["limit_nbytes"]) == ("daily_quota", 4 << 10)
+
+
+@pytest.mark.parametrize("size", ["", "1", "GiB", "1GB", "-1GiB", "1.5GiB", "1 GiB", "0x1GiB"])
+def test_a_size_without_a_unit_or_with_another_is_none(tmp_path: Path, call, size: str):
+    assert call("serve", "--root", tmp_path, *INSECURE, f"--max-daily={size}")[0] == 2
+
+
 def test_a_certificate_takes_the_place_of_a_secret(tmp_path: Path, answer, call):
     create = (
         "token",
@@ -295,12 +319,13 @@ def test_a_certificate_takes_the_place_of_a_secret(tmp_path: Path, answer, call)
         "--role",
         "reader",
         "--certificate",
-        "host-7",
+        "dns:host-7",
     )
     made = answer(*create)
     assert made["secret"] is None
     assert call(*create)[0] == 4
-    code, out, _ = call(*create[:-1], "host-8")
+    assert call(*create[:-1], "host-8")[0] == 2
+    code, out, _ = call(*create[:-1], "dns:host-8")
     assert code == 0
     assert out.startswith("granted ")
 
@@ -338,3 +363,22 @@ def test_a_token_that_makes_no_sense_is_usage(tmp_path: Path, call, monkeypatch,
     monkeypatch.chdir(tmp_path)
     code, out, err = call(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_memory_that_a_service_frees_is_there_when_it_wants_some_again():
+    program = """
+import resource
+from lamella_engine.service.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [b"x" * (2 << 20) for _ in range(20)]
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+print(faults(), faults())
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    first, again = map(int, said.split())
+    assert again < first // 100

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from threading import Barrier, local
+from threading import Barrier, Thread, local
 
 import numpy as np
 import pytest
@@ -444,19 +444,20 @@ def test_an_object_too_long_to_be_got_whole_has_a_size(objects: Objects, monkeyp
 
 
 def test_a_probe_that_cannot_start_all_its_threads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[object] = []
+    started: list[Thread] = []
 
-    def submit(pool: ThreadPoolExecutor, *call: object) -> object:
+    def start(thread: Thread) -> None:
         if len(started) == 2:
             raise KeyboardInterrupt
-        started.append(real(pool, *call))  # type: ignore[arg-type]
-        return started[-1]
+        real(thread)
+        started.append(thread)
 
-    real = ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    real = Thread.start
+    monkeypatch.setattr(Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
         probe(MemoryObjects())
     assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_the_probe_passes_on_the_failure_of_a_store_it_cannot_judge() -> None:

@@ -16,11 +16,14 @@ from support import Array, bits, names_of, new_repository, open_again, store_of
 from workers import Held, cut, push_shared, shard, split, structure_of
 
 from lamella_engine.boxes import Box, box_of
+from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.dtypes import dtype_named
 from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError, TensorNotFoundError
+from lamella_engine.exchanging import Alone
 from lamella_engine.model import Cell, TensorSpec
 from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.repository import Repository
+from lamella_engine.service.quotas import PUSHES_OF_ONE
 from lamella_engine.sharding import ROUND_NBYTES, Share, share_out
 
 
@@ -349,10 +352,6 @@ def test_a_tensor_that_changes_meanwhile_fails_the_push() -> None:
     repo = new_repository()
     tensor = torch.zeros(1000, 100)
 
-    class Changing:
-        def __call__(self, worker: int, mine: Repository) -> Repository:
-            return mine
-
     store = store_of(repo)
     real = store.begin
 
@@ -398,14 +397,35 @@ def test_what_is_no_part_is_refused(part: bytes) -> None:
     assert caught.value.kind == "bad_part"
 
 
+def begun(repo: Repository, **options: Any) -> Any:
+    return repo._store.begin("m", "main", parent=None, push_id=new_push_id(), **options)
+
+
+def test_a_push_that_ended_as_a_part_is_over_and_says_the_same_again() -> None:
+    repo = new_repository()
+    push = begun(repo, part=True)
+    part = push.part()
+    assert push.part() == part
+    push.abandon()
+    later = begun(repo)
+    later.join(part)
+    later.join(part)
+    later.abandon()
+
+
+def test_parts_that_have_ended_hold_no_room_for_pushes() -> None:
+    repo = new_repository()
+    for _ in range(PUSHES_OF_ONE + 1):
+        begun(repo, part=True).part()
+    repo.push({"w": np.zeros(3)}, "m@main")
+
+
 def test_a_part_whose_pack_is_gone_cannot_be_joined() -> None:
     objects = MemoryObjects()
     repo = new_repository(objects)
     tensors = {"w": np.random.default_rng(0).standard_normal((100, 100))}
     held: list[Held] = [[("w", ((0, 100), (0, 100)), tensors["w"])]]
     shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 1)
-    from lamella_engine.exchanging import Alone
-
     part = repo.store_part(shared.assignments[0], lambda: held[0], Alone())
     for name in names_of(objects):
         if name.startswith("packs/"):

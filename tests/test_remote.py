@@ -41,7 +41,7 @@ from lamella_engine.remote.place import Credentials, Place, parse_url
 from lamella_engine.remote.push import WINDOW_NBYTES, RemotePush
 from lamella_engine.remote.store import _Pages
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service import rpcs, sessions
+from lamella_engine.service import quotas, rpcs, sessions
 from lamella_engine.service.server import Server
 from lamella_engine.service.sessions import Session, Sessions
 
@@ -653,6 +653,53 @@ def test_what_was_pushed_is_the_base_of_the_next_push(far, proxy):
     assert bits(far.checkout("bert@v2")) == bits(second)
 
 
+def test_every_second_version_of_a_run_is_kept_as_deltas(far, proxy, tmp_path):
+    versions = [{f"w{number}": noise(number, 1024, 1024) for number in range(4)}]
+    kept = []
+    for number in range(4):
+        far.push(versions[-1], "bert@main")
+        kept.append(sum(path.stat().st_size for path in cached_files(tmp_path)))
+        versions.append(nudged(versions[-1], seed=number))
+    whole = 4 * (4 << 20)
+    added = np.diff([0, *kept]) / whole
+    assert [round(share) for share in added] == [1, 0, 1, 0]
+    assert max(added[1], added[3]) < 0.05
+    before = proxy.sent
+    far.push(versions[4], "bert@main")  # its base is a delta here
+    assert proxy.sent - before < 0.05 * whole
+    before = proxy.received
+    with lamella.open(f"grpc://{proxy.address}/team") as again:
+        for number, version in enumerate(versions, 1):
+            assert bits(again.checkout(f"bert@v{number}")) == bits(version)
+    assert proxy.received - before < 0.01 * whole
+
+
+@pytest.mark.parametrize("harm", ["flip", "header", "cut", "empty", "base"])
+def test_a_damaged_delta_in_the_cache_is_as_good_as_none(far, proxy, tmp_path, harm):
+    first = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
+    second = nudged(first)
+    third = nudged(second, seed=3)
+    far.push(first, "bert@main")
+    far.push(second, "bert@main")
+    deltas = [path for path in cached_files(tmp_path) if path.suffix == ".delta"]
+    assert len(deltas) == 4
+    for path in deltas:
+        data = bytearray(path.read_bytes())
+        if harm == "base":
+            path.parent.parent.joinpath(data[:1].hex(), data[:32].hex()).unlink()
+        elif harm in ("flip", "header"):
+            data[len(data) // 2 if harm == "flip" else 35] ^= 0xFF
+            path.write_bytes(data)
+        else:
+            path.write_bytes({"cut": data[:-1], "empty": b""}[harm])
+    before = proxy.sent
+    far.push(third, "bert@main")
+    assert proxy.sent - before > 0.5 * 4 * (4 << 20)
+    with lamella.open(f"grpc://{proxy.address}/team") as again:
+        assert bits(again.checkout("bert@v2")) == bits(second)
+        assert bits(again.checkout("bert@v3")) == bits(third)
+
+
 def test_without_a_cache_chunks_are_sent_whole_and_stored_as_deltas(uncached, far, proxy, tmp_path, local):
     weights = {f"w{number}": noise(number, 1024, 1024) for number in range(4)}
     second = nudged(weights)
@@ -742,7 +789,7 @@ def test_a_size_that_is_no_number_is_refused(monkeypatch, size):
 
 
 def test_a_trainer_may_push_as_often_as_it_likes(repo, monkeypatch):
-    monkeypatch.setattr(sessions, "MAX_SESSIONS", 40)
+    monkeypatch.setattr(quotas, "PUSHES_OF_ONE", 10)
     monkeypatch.setattr(sessions, "RECORDED_KEPT", 5)
     for number in range(15):
         repo.push({"w": np.array([number])}, "m@main")

@@ -1,6 +1,9 @@
 """The server: whose turn it is, which repositories there are, what a push remembers, and what abuse it survives."""
 
+import gc
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -44,10 +47,13 @@ from lamella_engine.maintenance import verify
 from lamella_engine.model import Cell, ChunkId
 from lamella_engine.opening import open_repository
 from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service import repositories as repositories_module
+from lamella_engine.service import rpcs as rpcs_module
 from lamella_engine.service import sessions as sessions_module
+from lamella_engine.service.quotas import PUSHES_OF_ONE, Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.server import Server
-from lamella_engine.service.sessions import MAX_SESSIONS, Session, Sessions
+from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
 from lamella_engine.wire import (
     FLOATING,
@@ -182,6 +188,37 @@ def test_a_directory_that_is_no_repository_is_none(repositories: Repositories, t
     assert str(tmp_path) not in error.value.message
 
 
+def test_repositories_that_nothing_uses_are_closed_but_for_the_newest(
+    repositories: Repositories, monkeypatch: pytest.MonkeyPatch
+):
+    """At once, not when garbage is collected next."""
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 2)
+    opened = [weakref.ref(repositories.create(name, max_depth=3)) for name in "abc"]
+    assert [store() is None for store in opened] == [True, False, False]
+    assert repositories.open("a").log.state.genesis.max_depth == 3
+    assert repositories.open("c") is opened[2]()
+    assert opened[1]() is None
+
+
+def test_a_repository_that_somebody_holds_is_not_opened_a_second_time(
+    repositories: Repositories, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    held = repositories.create("held", max_depth=3)
+    for number in range(5):
+        repositories.create(f"r{number}", max_depth=3)
+        assert repositories.open("held") is held
+
+
+def test_closed_repositories_hold_no_files(repositories: Repositories, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    open_files = []
+    for number in range(6):
+        repositories.create(f"r{number}", max_depth=3)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    assert open_files[1:] == [open_files[1]] * 5
+
+
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = {"a": noise(1, 5000), "b": noise(2, 3000)}
@@ -221,7 +258,7 @@ def objects_of(store: PackedStore) -> set[str]:
 
 
 def test_a_push_that_is_begun_twice_is_one(store: PackedStore):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, taken = begin(sessions, store, push)
     records = planned(session).records()
     assert taken == 0
@@ -234,7 +271,7 @@ def test_a_push_that_is_begun_twice_is_one(store: PackedStore):
 
 
 def test_a_plan_that_is_repeated_is_answered_alike(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     answers = session.plan(0, cells)
     assert all(answer is not None for answer in answers)
@@ -243,7 +280,7 @@ def test_a_plan_that_is_repeated_is_answered_alike(store: PackedStore):
 
 
 def test_batches_that_overtake_each_other_are_planned_in_order(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     with ThreadPoolExecutor(3) as pool:
         late = [pool.submit(session.plan, first, cells[first : first + 1]) for first in (2, 1)]
@@ -254,7 +291,7 @@ def test_batches_that_overtake_each_other_are_planned_in_order(store: PackedStor
 @pytest.mark.parametrize("first", [0, 1])
 def test_cells_that_are_planned_out_of_turn_are_refused(store: PackedStore, monkeypatch, first: int):
     monkeypatch.setattr(sessions_module, "_ORDER_PATIENCE_S", 0.0)
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     if not first:
         session.plan(0, cells[:2])
@@ -265,7 +302,7 @@ def test_cells_that_are_planned_out_of_turn_are_refused(store: PackedStore, monk
 
 def test_a_push_has_so_many_cells_at_most(store: PackedStore, monkeypatch):
     monkeypatch.setattr(sessions_module, "MAX_PLANNED", 2)
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = [Planned(Cell("w", number), ChunkId(bytes([number]) * 32)) for number in range(3)]
     session.plan(0, cells[:2])
     with pytest.raises(LimitError) as caught:
@@ -274,7 +311,7 @@ def test_a_push_has_so_many_cells_at_most(store: PackedStore, monkeypatch):
 
 
 def test_bytes_that_leave_a_gap_are_refused_and_those_that_came_before_are_skipped(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     records = taken.records()
     session.receive(0, memoryview(records[:1000]))
@@ -288,7 +325,7 @@ def test_bytes_that_leave_a_gap_are_refused_and_those_that_came_before_are_skipp
 
 
 def test_a_stream_that_breaks_is_taken_up_where_the_last_answer_was(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     records = taken.records()
@@ -315,7 +352,7 @@ def wrong(taken: Any, kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["wrong_blob", "wrong_base", "unplanned_blob"])
 def test_a_blob_that_is_not_what_was_asked_for_is_refused_and_the_push_goes_on(store: PackedStore, kind: str):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     with pytest.raises(InvalidInputError) as error:
         write(session, wrong(taken, kind))
@@ -328,7 +365,7 @@ def test_a_blob_that_is_not_what_was_asked_for_is_refused_and_the_push_goes_on(s
 
 
 def test_bytes_that_are_no_record_are_refused_and_damaged_ones_may_come_again(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     taken = planned(session)
     with pytest.raises(InvalidInputError) as invalid:
         write(session, b"\xff" * 200)
@@ -342,7 +379,7 @@ def test_bytes_that_are_no_record_are_refused_and_damaged_ones_may_come_again(st
 
 
 def test_a_push_that_is_begun_anew_plans_and_writes_everything_again(store: PackedStore):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     write(session, planned(session).records())
     again, taken = begin(sessions, store, push, again=True)
@@ -356,7 +393,7 @@ def test_a_push_that_is_begun_anew_plans_and_writes_everything_again(store: Pack
 
 def test_a_call_that_waited_while_its_push_was_given_up_changes_nothing(store: PackedStore):
     """Else a commit that comes late would record a version whose packs are deleted."""
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     taken = planned(session)
     write(session, taken.records())
@@ -375,7 +412,7 @@ def test_a_call_that_waited_while_its_push_was_given_up_changes_nothing(store: P
 
 
 def test_a_batch_that_waits_for_its_turn_ends_with_its_push(store: PackedStore):
-    session, _ = begin(Sessions(), store, new_push_id())
+    session, _ = begin(Sessions(Quotas()), store, new_push_id())
     cells = take_apart(WEIGHTS, "m", session.push.id).planned
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(session.plan, 1, cells[1:])
@@ -386,7 +423,7 @@ def test_a_batch_that_waits_for_its_turn_ends_with_its_push(store: PackedStore):
 
 
 def test_a_plan_that_failed_half_way_is_begun_again(store: PackedStore, monkeypatch: pytest.MonkeyPatch):
-    sessions, push = Sessions(), new_push_id()
+    sessions, push = Sessions(Quotas()), new_push_id()
     session, _ = begin(sessions, store, push)
     plan = session.push.plan
 
@@ -406,7 +443,7 @@ def test_a_plan_that_failed_half_way_is_begun_again(store: PackedStore, monkeypa
 
 
 def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     write(session, taken.records())
@@ -415,7 +452,10 @@ def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
     session.abandon()
     assert objects_of(store)
     # ... and by a client that had to begin again, at this server or another
-    for again, _ in (begin(sessions, store, session.push.id, again=True), begin(Sessions(), store, session.push.id)):
+    for again, _ in (
+        begin(sessions, store, session.push.id, again=True),
+        begin(Sessions(Quotas()), store, session.push.id),
+    ):
         assert again is not session
     assert store.pushed(session.push.id) == recorded
 
@@ -423,7 +463,7 @@ def test_a_commit_whose_answer_was_lost_is_repeated(store: PackedStore):
 @pytest.mark.parametrize("then", [InvalidInputError("no"), ConflictError("no")])
 def test_what_may_have_been_recorded_is_never_deleted(store: PackedStore, monkeypatch, then: Exception):
     """The commit went through and its answer was lost; what is said of a later one is said of that one alone."""
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     session, _ = begin(sessions, store, new_push_id())
     taken = planned(session)
     write(session, taken.records())
@@ -454,7 +494,7 @@ def problems(store: PackedStore) -> list[str]:
 
 
 def test_a_push_that_lost_its_race_leaves_nothing(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     pushes = [begin(sessions, store, new_push_id())[0] for _ in range(2)]
     versions = [planned(session, message=str(number)) for number, session in enumerate(pushes)]
     for session, taken in zip(pushes, versions, strict=True):
@@ -467,7 +507,7 @@ def test_a_push_that_lost_its_race_leaves_nothing(store: PackedStore):
 
 
 def test_what_nobody_calls_for_is_swept_and_what_is_used_stays(store: PackedStore):
-    sessions = Sessions()
+    sessions = Sessions(Quotas())
     idle, used = (begin(sessions, store, new_push_id())[0] for _ in range(2))
     write(idle, planned(idle).records())
     idle.push._writer.finish()
@@ -481,9 +521,9 @@ def test_what_nobody_calls_for_is_swept_and_what_is_used_stays(store: PackedStor
     assert sessions.get(store, "ann", used.push.id) is used
 
 
-def test_one_principal_has_a_quarter_of_the_pushes_at_most(store: PackedStore):
-    sessions = Sessions()
-    for _ in range(MAX_SESSIONS // 4):
+def test_one_principal_has_so_many_pushes_at_most(store: PackedStore):
+    sessions = Sessions(Quotas())
+    for _ in range(PUSHES_OF_ONE):
         begin(sessions, store, new_push_id())
     with pytest.raises(LimitError) as error:
         begin(sessions, store, new_push_id())
@@ -499,7 +539,7 @@ def test_a_full_blob_that_was_offered_a_base_is_encoded_against_it(store: Packed
     """By the server, as the client cannot: it does not have the base."""
     stored = {}
     for flags in (FLOATING, FLOATING | TRIED_BASE):
-        sessions, branch = Sessions(), f"tried-{flags & TRIED_BASE}"
+        sessions, branch = Sessions(Quotas()), f"tried-{flags & TRIED_BASE}"
         for number, tensor in enumerate((BASE, NEAR)):
             session, _ = begin(sessions, store, new_push_id(), branch=branch)
             taken = planned(session, {"w": tensor + np.float32(flags)}, message=str(flags))
@@ -525,7 +565,7 @@ def test_a_full_blob_that_was_offered_a_base_is_encoded_against_it(store: Packed
 def test_a_blob_is_taken_whatever_its_sender_says_of_its_lanes(width: int, floating: bool, shorter: int):
     store, data = store_of(new_repository()), BASE.tobytes()[: 4096 - 8 * shorter]
     for number, chunk in enumerate((BASE.tobytes()[:4096], data[:-8] + bytes(8))):
-        session, _ = begin(Sessions(), store, new_push_id())
+        session, _ = begin(Sessions(Quotas()), store, new_push_id())
         (missing,) = session.plan(0, [first_cell(chunk)])
         assert missing is not None
         flags = FLOATING if floating else 0
@@ -603,6 +643,24 @@ def test_two_servers_share_a_repository_and_a_push_can_go_on_at_the_other(tmp_pa
         recorded = b.call("Pushes.Commit", commit)
         assert recorded.number == 3
         assert a.call("Pushes.Outcome", pb.PushRequest(repository="team", push=push)).version == recorded
+
+
+def test_a_push_and_a_follower_keep_their_repository_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    monkeypatch.setattr(rpcs_module, "_WATCH_S", 60.0)  # so that only the commit itself wakes a follower
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        for name in ("team", "other"):
+            client.call("Repositories.Create", pb.CreateRequest(repository=name, max_depth=8))
+        push_by_wire(client, "team", "m@main", {"w": BASE})
+        request = pb.WatchRequest(repository="team", model="m", ref="main").SerializeToString()
+        stream = client.channel.unary_stream(METHODS["Versions.Watch"].path)(request, timeout=30.0)
+        assert pb.Version.FromString(next(stream)).number == 1
+        commit = prepare_by_wire(client, "team", "m@main", {"w": NEAR}, new_push_id())
+        push_by_wire(client, "other", "m@main", {"w": NEAR})
+        gc.collect()
+        assert client.call("Pushes.Commit", commit).number == 2
+        assert pb.Version.FromString(next(stream)).number == 2
+        stream.cancel()
 
 
 def test_a_follower_is_told_of_versions_as_they_come(client: WireClient):

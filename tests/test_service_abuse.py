@@ -2,6 +2,8 @@
 
 import socket
 import threading
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,11 +17,15 @@ from hypothesis import strategies as st
 from service import Failure, WireClient, failure_of, prepare_by_wire, push_by_wire, serving, take_apart, write_messages
 from support import noise
 
+import lamella
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.format.version import version_id
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.server import Server, Tls
+from lamella_engine.service import admission
+from lamella_engine.service.admission import CALLS
+from lamella_engine.service.listening import Tls
+from lamella_engine.service.server import Answered, Server
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.wire import MAX_MESSAGE_NBYTES, METHODS
 
@@ -132,8 +138,10 @@ def test_streams_without_number_that_say_nothing_leave_others_their_share(addres
         calls = []
         for number in range(6):
             client = stack.enter_context(channel(address))
-            for _ in range(120):
-                if number % 2:
+            for turn in range(120):
+                if turn % 3 == 0:  # an rpc that takes one message, which never comes
+                    calls.append(client.stream_unary(METHODS["Versions.Models"].path).future(silent(end), timeout=60.0))
+                elif number % 2:
                     calls.append(client.unary_stream(METHODS["Versions.Watch"].path)(watch, timeout=60.0))
                 else:
                     calls.append(client.stream_stream(METHODS["Pushes.Write"].path)(silent(end), timeout=60.0))
@@ -145,12 +153,14 @@ def test_streams_without_number_that_say_nothing_leave_others_their_share(addres
             call.cancel()
 
 
+WRONG = [("authorization", "Bearer lml_wrong")]
+
+
 def test_streams_of_nobody_hold_nothing(address: str, served):
-    wrong = [("authorization", "Bearer lml_wrong")]
     end = threading.Event()
     with channel(address) as client:
         calls = [
-            client.stream_stream(METHODS["Pushes.Write"].path)(silent(end), timeout=60.0, metadata=wrong)
+            client.stream_stream(METHODS["Pushes.Write"].path)(silent(end), timeout=60.0, metadata=WRONG)
             for _ in range(400)
         ]
         health = health_pb2_grpc.HealthStub(client)
@@ -161,6 +171,111 @@ def test_streams_of_nobody_hold_nothing(address: str, served):
             assert call.code() is not Status.DEADLINE_EXCEEDED
         answers_others(served)
         end.set()
+
+
+class Held:
+    """Observes calls, and holds up the thread of one of nobody until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.holds = threading.Event()
+
+    def __call__(self, answered: Answered) -> None:
+        if not answered.principal:
+            self.holds.set()
+            assert self.go_on.wait(60.0)
+
+
+def test_calls_of_nobody_take_no_thread_of_others(tmp_path):
+    """More of them than there are threads, of which none is refused yet."""
+    observe, number = Held(), 2 * CALLS
+    with serving(tmp_path, observe=observe) as server, ExitStack() as stack:
+        stack.callback(observe.go_on.set)
+        with WireClient(server.address) as good:
+            good.call("Repositories.Create", pb.CreateRequest(repository="team", max_depth=8))
+            calls = []
+            for at in range(number):
+                if at % 100 == 0:
+                    client = stack.enter_context(channel(server.address))
+                ask = client.unary_unary(METHODS["Versions.Models"].path)
+                calls.append(ask.future(TEAM.SerializeToString(), timeout=60.0, metadata=WRONG))
+            assert observe.holds.wait(60.0)
+            for at in range(20):
+                push_by_wire(good, "team", f"m{at}@main", WEIGHTS)
+            assert not any(call.done() for call in calls)
+            observe.go_on.set()
+            assert {call.code() for call in calls} == {Status.PERMISSION_DENIED}
+
+
+def made_up(number: int) -> list[tuple[str, str]]:
+    """Return metadata with a token that is whole, and that nobody was given."""
+    body = f"lml_{number:040x}"
+    return [("authorization", f"Bearer {body}{zlib.crc32(body.encode()):08x}")]
+
+
+def test_calls_with_tokens_that_are_made_up_take_no_thread_of_others(tmp_path):
+    observe, number = Held(), 2 * CALLS
+    with serving(tmp_path, observe=observe) as server, ExitStack() as stack:
+        stack.callback(observe.go_on.set)
+        secret, _ = Tokens(open_objects(str(tmp_path))).create("good", "admin")
+        good = stack.enter_context(WireClient(server.address, token=secret))
+        good.call("Repositories.Create", pb.CreateRequest(repository="team", max_depth=8))
+        calls = []
+        for at in range(number):
+            if at % 100 == 0:
+                client = stack.enter_context(channel(server.address))
+            ask = client.unary_unary(METHODS["Versions.Models"].path)
+            calls.append(ask.future(TEAM.SerializeToString(), timeout=60.0, metadata=made_up(at)))
+        assert observe.holds.wait(60.0)
+        for at in range(20):
+            push_by_wire(good, "team", f"m{at}@main", WEIGHTS)
+        assert not any(call.done() for call in calls)
+        observe.go_on.set()
+        assert {call.code() for call in calls} == {Status.PERMISSION_DENIED}
+
+
+def test_of_too_many_newcomers_the_last_come_again_when_they_are_known(tmp_path, monkeypatch):
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(admission, "_NEWCOMERS", 0)
+        secret, _ = Tokens(open_objects(str(tmp_path))).create("ann", "reader")
+        with WireClient(server.address, token=secret) as client:
+            with pytest.raises(Failure) as failure:
+                client.call("Access.WhoAmI", pb.Empty())
+            assert failure.value.kind == "busy"
+            assert client.call("Access.WhoAmI", pb.Empty()).principal == "ann"
+
+
+def test_of_too_many_calls_of_nobody_the_last_are_sent_away_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "_STRANGERS", 3)
+    observe = Held()
+    with serving(tmp_path, observe=observe) as server, channel(server.address) as client:
+        ask = client.unary_unary(METHODS["Versions.Models"].path)
+        calls, ended = [ask.future(b"", timeout=60.0, metadata=WRONG) for _ in range(6)], threading.Semaphore(0)
+        for call in calls:
+            call.add_done_callback(lambda call: ended.release())
+        for _ in range(3):
+            assert ended.acquire(timeout=60.0)
+        observe.go_on.set()
+        codes = Counter(call.code() for call in calls)
+    assert codes == {Status.UNIMPLEMENTED: 3, Status.PERMISSION_DENIED: 3}
+
+
+def test_who_comes_when_all_threads_are_taken_is_asked_to_come_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "CALLS", 1)
+    with serving(tmp_path) as server, WireClient(server.address) as client:
+        client.call("Repositories.Create", pb.CreateRequest(repository="team", max_depth=8))
+        push_by_wire(client, "team", "m@main", WEIGHTS)
+        watch = pb.WatchRequest(repository="team", model="m", ref="main").SerializeToString()
+        stream = client.channel.unary_stream(METHODS["Versions.Watch"].path)(watch, timeout=60.0)
+        next(stream)
+        for rpc, message in (("Versions.Models", TEAM), ("Pushes.Write", []), ("Versions.Watch", watch)):
+            with pytest.raises(Failure) as failure:
+                client.call(rpc, message)
+            assert (failure.value.status, failure.value.kind) == (Status.RESOURCE_EXHAUSTED, "busy")
+            assert failure.value.trailers["retry-after-ms"]
+        stream.cancel()
+        with lamella.open(f"grpc://{server.address}/team") as repo:  # which comes again by itself
+            assert repo.version("m@main").number == 1
 
 
 def test_a_stream_that_ends_within_a_record_has_what_came_whole(address: str):

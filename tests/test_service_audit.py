@@ -1,6 +1,7 @@
 """What a service notes of who did what, and what it signs."""
 
 import dataclasses
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from lamella_engine.errors import CorruptionError, InvalidInputError, Permission
 from lamella_engine.format.entry import decode_entry, encode_entry
 from lamella_engine.remote.jobs import RemoteJobs
 from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service import repositories as repositories_module
 from lamella_engine.service.server import Server
 from lamella_engine.signing import generate_key
 from lamella_engine.wire import decode_objects
@@ -55,6 +57,33 @@ def test_what_is_read_and_changed_through_a_service_is_noted_with_who_and_from_w
     segment.write_bytes(segment.read_bytes().replace(b"ana", b"eve"))
     assert run(["-C", str(root / "team"), "audit", "--json"]) == CorruptionError.exit_code
     assert json.loads(capsys.readouterr().out)["problems"]
+
+
+def test_what_was_noted_of_a_repository_that_was_closed_since_is_vouched_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repositories_module, "KEPT_OPEN", 1)
+    monkeypatch.setenv("LAMELLA_CACHE_NBYTES", "0")
+    with serving(tmp_path / "root", audit=True) as server:
+        urls = [f"grpc://{server.address}/{name}" for name in ("team", "other")]
+        repos = [lamella.init(url) for url in urls]
+        for turn in range(3):
+            for repo in repos:
+                repo.push({"w": noise(turn, 300)}, "m@main")
+                repo.checkout("m@main")
+                server._rpcs.flush_audits()
+            server._rpcs.sessions.sweep(idle_s=0)
+            gc.collect()
+            assert len(server._rpcs._repositories._open) == 1
+        for repo in repos:
+            repo.push({"w": noise(3, 300)}, "m@main")
+            repo.close()
+    for name in ("team", "other"):
+        account = lamella.open(tmp_path / "root" / name).audit()
+        assert account.problems == []
+        assert [read.rpc for read in account.reads].count("Versions.Read") >= 3
+        assert account.unvouched <= 1  # of the last push
+        assert len({path.name.split("-")[0] for path in (tmp_path / "root" / name / "audit").iterdir()}) == 1
 
 
 def test_without_the_setting_nothing_is_noted(tmp_path: Path) -> None:

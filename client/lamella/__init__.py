@@ -8,6 +8,7 @@ array([0., 0.], dtype=float32)
 """
 
 from lamella_engine.auditing import Act, NotedRead
+from lamella_engine.background import PushHandle
 from lamella_engine.cost import Cost
 from lamella_engine.distance import Distance
 from lamella_engine.errors import (
@@ -55,6 +56,7 @@ __all__ = [
     "PermissionDeniedError",
     "Problem",
     "Progress",
+    "PushHandle",
     "RefInfo",
     "RefNotFoundError",
     "Repository",

@@ -46,7 +46,7 @@ class Alone:
         raise AssertionError("there is no other worker")
 
 
-Read = Callable[[bytearray | None], Buffer]
+Read = Callable[[memoryview | None], Buffer]
 """Returns the bytes of a cell; may use the memory it is given."""
 
 Fetch = Callable[[Mapping[int, Sequence[Piece]]], Mapping[int, Buffer]]
@@ -115,7 +115,7 @@ class Fetched:
     def close(self) -> None:
         """See :class:`Elsewhere`. There is nothing that others wait for."""
 
-    def _read(self, cell: Cell, memory: bytearray | None) -> Buffer:
+    def _read(self, cell: Cell, memory: memoryview | None) -> Buffer:
         wanted: dict[int, list[Piece]] = {}
         for worker, piece in self._brought[cell]:
             wanted.setdefault(worker, []).append(piece)
@@ -229,7 +229,7 @@ class Mail:
             self._changed.notify_all()
 
 
-def _given(data: Buffer, memory: bytearray | None) -> Buffer:
+def _given(data: Buffer, memory: memoryview | None) -> Buffer:
     return data
 
 

@@ -90,6 +90,7 @@ class ThreadExecutor:
         self._threads = min(cores, tasks)
         self._pool = self._new_pool()
         self._process = os.getpid()
+        self._closed = False
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._threads, thread_name_prefix="lamella")
@@ -125,10 +126,13 @@ class ThreadExecutor:
         try:
             return self._pool.submit(function)
         except RuntimeError:
+            if not self._closed:  # the interpreter ends and its pools have ended: what still runs does without them
+                return InlineExecutor().submit(function)
             raise InvalidInputError("this repository was closed: open it again", kind="closed") from None
 
     def close(self) -> None:
         """See :class:`Executor`."""
+        self._closed = True
         self._pool.shutdown()
 
 

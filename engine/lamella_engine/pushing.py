@@ -302,9 +302,9 @@ def row_of(chunk: Chunk) -> bytes:
     return bytes(chunk.data) if len(chunk.data) <= INLINE_NBYTES else chunk.id
 
 
-def _page(data: bytes, memory: bytearray | None) -> Buffer:
+def _page(data: bytes, memory: memoryview | None) -> Buffer:
     return data
 
 
-def _piece(item: Attachment, start: int, stop: int, memory: bytearray | None) -> Buffer:
+def _piece(item: Attachment, start: int, stop: int, memory: memoryview | None) -> Buffer:
     return item.read(start, stop)

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from lamella_engine.auditing import Act, NotedRead
+from lamella_engine.background import Background, PushHandle
 from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
-from lamella_engine.checkpoints import open_checkpoint
+from lamella_engine.checkpoints import Checkpoint, open_checkpoint
 from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.packed import PackedStore
@@ -17,7 +19,7 @@ from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.errors import InvalidInputError, LamellaError
 from lamella_engine.exchanging import Exchange, Fetch
 from lamella_engine.executor import Executor
 from lamella_engine.filling import fill_boxes
@@ -47,18 +49,59 @@ class Repository:
         self._executor = executor
         self._jobs = jobs
         self._reader = Reader(store, executor)
+        self._background = Background()
 
     def __enter__(self) -> "Repository":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except LamellaError:
+            if kind is None:  # else another error is on its way, and this one has been logged
+                raise
 
     def close(self) -> None:
-        """Release threads and files. Idempotent; nothing needs it to be durable."""
-        self._store.close()
+        """Wait for pushes that go on, then release threads, memory and files. Idempotent; no version needs it.
+
+        Raises what a push with ``wait=False`` failed with, if nobody has asked it.
+        """
+        try:
+            self._background.close()
+        finally:
+            self._store.close()
 
     # -- in ------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def push(
+        self,
+        source: "Mapping[str, Any] | str | PathLike[str]",
+        target: str,
+        *,
+        message: str = "",
+        parent: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        recipe: Any = None,
+        files: Mapping[str, bytes] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        wait: Literal[True] = True,
+    ) -> Version: ...
+
+    @overload
+    def push(
+        self,
+        source: "Mapping[str, Any] | str | PathLike[str]",
+        target: str,
+        *,
+        message: str = "",
+        parent: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        recipe: Any = None,
+        files: Mapping[str, bytes] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        wait: Literal[False],
+    ) -> PushHandle: ...
 
     def push(
         self,
@@ -71,7 +114,8 @@ class Repository:
         recipe: Any = None,
         files: Mapping[str, bytes] | None = None,
         progress: Callable[[Progress], None] | None = None,
-    ) -> Version:
+        wait: bool = True,
+    ) -> Version | PushHandle:
         """Store a checkpoint as a new version at the tip of a branch.
 
         Parameters
@@ -94,12 +138,20 @@ class Repository:
         files
             Contents by path of more files to keep with the version.
         progress
-            Is called, in this thread, with how far the push is.
+            Is called, in the thread that pushes, with how far it is.
+        wait
+            Whether to return when the version is recorded; otherwise when the tensors have been copied, and the push
+            goes on by itself. Pushes of a repository that nobody waits for are done one after the other, in the order
+            of the calls, each on the head that the one before has left; at most two have copies of their tensors at a
+            time, and a third waits for room. A path or a group is not copied, and must stay as it is.
 
         Returns
         -------
         Version
             The new version; or the branch's head, if that is equal in tensors, files, metrics, recipe and message.
+        PushHandle
+            Without ``wait``: tells when the tensors may change, and when there is a version. A failure that nobody
+            asks for is logged, and raised by the next push to the branch, instead of it, or by :meth:`close`.
 
         Raises
         ------
@@ -113,17 +165,21 @@ class Repository:
         model, branch = parse_target(target)
         notes = _notes(message, metrics, recipe)
         attached = _attachments(files)
-        with open_checkpoint(source) as checkpoint:
-            if not checkpoint.structure and not checkpoint.attachments and not attached:
-                raise InvalidInputError(
-                    "there is nothing to push: the source has neither tensors nor files: check what was given",
-                    kind="empty_source",
-                )
-            check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
-            base = None if parent is None else self._store.resolve(parent)
-            push = self._begin(model, branch, base)
+        if wait:
+            self._background.settle(model, branch)
+        else:
+            self._background.raise_failure(model, branch)
+
+        def record(checkpoint: Checkpoint) -> Version:
+            push = self._begin(model, branch, None if parent is None else self._store.resolve(parent))
             recorded = push_checkpoint(push, checkpoint, self._executor, notes, files=attached, progress=progress)
-        return Version(recorded, self._reader)
+            return Version(recorded, self._reader)
+
+        checkpoint = _open_source(source, attached)
+        if not wait:
+            return self._background.start(model, branch, checkpoint, record)
+        with checkpoint:
+            return record(checkpoint)
 
     def transaction(
         self,
@@ -159,6 +215,7 @@ class Repository:
         """
         model, branch = parse_target(target)
         notes = _notes(message, metrics, recipe)
+        self._background.settle(model, branch)
         base = None if parent is None else self._store.resolve(parent)
         return Transaction(self._reader, self._executor, notes, lambda: self._begin(model, branch, base))
 
@@ -504,6 +561,20 @@ def _another_model(revision: str | None, actual: str, wanted: str) -> InvalidInp
     )
 
 
+def _open_source(source: object, attached: Sequence[Attachment]) -> Checkpoint:
+    """Open what is to be pushed, if it can be a version together with files that are given beside it."""
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(source))
+        if not checkpoint.structure and not checkpoint.attachments and not attached:
+            raise InvalidInputError(
+                "there is nothing to push: the source has neither tensors nor files: check what was given",
+                kind="empty_source",
+            )
+        check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
+        opened.pop_all()
+    return checkpoint
+
+
 def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
     for path, data in dict(files or {}).items():
         if not isinstance(path, str) or not isinstance(data, bytes):
@@ -512,8 +583,9 @@ def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
 
 
 def _notes(message: str, metrics: Mapping[str, float] | None, recipe: Any) -> Notes:
-    canonical.dumps([recipe])  # as deep as it will stand; refused now, not after the upload
-    return Notes(message=_text(message), metrics=_metrics(metrics), recipe=recipe)
+    # As deep as it will stand; refused now, not after the upload, and a copy, which does not change meanwhile.
+    (copied,) = canonical.loads(canonical.dumps([recipe]), what="a recipe")
+    return Notes(message=_text(message), metrics=_metrics(metrics), recipe=copied)
 
 
 def _text(message: str) -> str:

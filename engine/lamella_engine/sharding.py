@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,7 @@ ROUND_NBYTES = 32 << 20
 _NEARLY = 7 / 8
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a cell."""
 
     cell: Cell
@@ -71,21 +71,22 @@ class Share:
         return sum(piece.nbytes for piece in pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class _Lying:
-    """How a cell lies with workers: which boxes of it, and who has each."""
+class _Lying(NamedTuple):
+    """How a cell lies with workers."""
 
     boxes: tuple[tuple[Box, tuple[int, ...], int], ...]
-    """Box, who has it, its bytes."""
+    """Each box of the cell, who has it, and its bytes."""
+    candidates: tuple[int, ...]
+    """The workers that have most of the cell, or nearly."""
 
-    def candidates(self) -> list[int]:
-        """Return the workers that have most of the cell, or nearly."""
-        held: defaultdict[int, int] = defaultdict(int)
-        for _, workers, nbytes in self.boxes:
-            for worker in workers:
-                held[worker] += nbytes
-        most = max(held.values())
-        return sorted(worker for worker, nbytes in held.items() if nbytes >= most * _NEARLY)
+
+def _lie(boxes: Sequence[tuple[Box, tuple[int, ...], int]]) -> _Lying:
+    held: defaultdict[int, int] = defaultdict(int)
+    for _, workers, nbytes in boxes:
+        for worker in workers:
+            held[worker] += nbytes
+    most = max(held.values())
+    return _Lying(tuple(boxes), tuple(sorted(worker for worker, nbytes in held.items() if nbytes >= most * _NEARLY)))
 
 
 def share_out(
@@ -116,19 +117,18 @@ def share_out(
     layouts: dict[object, list[_Lying]] = {}
     lying: dict[str, list[_Lying]] = {}
     for spec in structure:
-        boxes = _boxes(holdings.get(spec.name, ()))
-        layout = (spec.shape, spec.dtype.bits, boxes)
+        held = tuple(holdings.get(spec.name, ()))
+        layout = (spec.shape, spec.dtype.bits, held)
         if layout not in layouts:  # the layers of a model are few kinds of tensors
-            layouts[layout] = _lying(spec, boxes)
+            layouts[layout] = _lying(spec, _boxes(held))
         lying[spec.name] = layouts[layout]
     for spec, number, follows in in_order(structure, companion_of, lambda spec: range(spec.grid.cell_count)):
         here = lying[spec.name][number]
         cell = Cell(spec.name, number)
-        candidates = here.candidates()
-        owner = min(candidates, key=lambda worker: (stored[worker], worker))
+        owner = min(here.candidates, key=stored.__getitem__)
         if follows:  # a chunk can be made against its companion only where that is
             beside = owners[Cell(companion_of[spec.name].name, number)]
-            owner = beside if beside in candidates else owner
+            owner = beside if beside in here.candidates else owner
         owners[cell] = owner
         stored[owner] += spec.grid.cell_nbytes(number)
         shares[owner].cells.setdefault(spec.name, []).append(number)
@@ -177,7 +177,7 @@ def _lying(spec: TensorSpec, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> li
             part = intersection(box, box_of(grid.region(number)))
             assert part is not None
             found[number].append((part, workers, box_nbytes(spec, part)))
-    return [_Lying(tuple(parts)) for parts in found]
+    return [_lie(parts) for parts in found]
 
 
 def _check_whole(spec: TensorSpec, boxes: Sequence[Box]) -> None:
@@ -229,7 +229,9 @@ class _Rounds:
         pieces: list[tuple[int, Piece]] = []
         for box, workers, nbytes in lying.boxes:
             if owner not in workers:
-                sender = min(workers, key=lambda worker: (self._latest[worker], self._sent[worker], worker))
+                sender = workers[0]
+                if len(workers) > 1:
+                    sender = min(workers, key=lambda worker: (self._latest[worker], self._sent[worker]))
                 pieces.append((sender, Piece(cell, box, nbytes)))
         if not pieces:
             return

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from lamella_engine import codecs
 from lamella_engine.chunking import MAX_CELL_NBYTES, POOLED_NBYTES
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Push
@@ -27,7 +29,7 @@ class Place:
 
     cell: Cell
     nbytes: int
-    read: Callable[[bytearray | None], Buffer]
+    read: Callable[[memoryview | None], Buffer]
     """Returns the bytes; may use the memory it is given."""
     width: int = 1
     floating: bool = False
@@ -35,7 +37,7 @@ class Place:
 
 
 def cell_place(
-    spec: TensorSpec, number: int, read: Callable[[bytearray | None], Buffer], companion: Place | None = None
+    spec: TensorSpec, number: int, read: Callable[[memoryview | None], Buffer], companion: Place | None = None
 ) -> Place:
     """Return the place of a tensor's cell."""
     nbytes = spec.grid.cell_nbytes(number)
@@ -49,7 +51,7 @@ class Chunk:
     place: Place
     id: ChunkId
     data: Buffer
-    memory: bytearray | None
+    memory: memoryview | None
     """The memory that ``data`` lies in, if it is to be used again."""
 
 
@@ -67,7 +69,7 @@ class Pipeline:
     def __init__(self, push: Push, executor: Executor) -> None:
         self._push = push
         self._executor = executor
-        self._free: list[bytearray] = []
+        self._free: list[memoryview] = []
         self.stored_nbytes = 0
         """Bytes, encoded, that the store was given."""
 
@@ -80,13 +82,13 @@ class Pipeline:
         data = place.read(memory)
         return Chunk(place, chunk_id(data), data, memory)
 
-    def _memory(self) -> bytearray:
+    def _memory(self) -> memoryview:
         try:
             return self._free.pop()
         except IndexError:
-            return bytearray(MAX_CELL_NBYTES)
+            return np.empty(MAX_CELL_NBYTES, np.uint8).data
 
-    def _release(self, memory: bytearray | None) -> None:
+    def _release(self, memory: memoryview | None) -> None:
         if memory is not None:
             self._free.append(memory)
 
@@ -127,8 +129,7 @@ class Pipeline:
     def _encode(self, wanted: tuple[Chunk, Missing]) -> Blob:
         chunk, missing = wanted
         place, nbytes = chunk.place, len(chunk.data)
-        self._push.keep(chunk.id, chunk.data)
-        memory: bytearray | None = None
+        memory: memoryview | None = None
         guide: Buffer | None = None
         if missing.companion is not None and place.companion is not None:
             memory = self._memory() if place.companion.nbytes >= POOLED_NBYTES else None
@@ -147,7 +148,9 @@ class Pipeline:
                 codecs.Against.BASE: missing.base,
                 codecs.Against.GUIDE: missing.companion,
             }[encoded.against]
+        again = partial(place.read, None)
+        blob = Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
+        self._push.keep(blob, chunk.data)
         self._release(chunk.memory)
         self._release(memory)
-        again = partial(place.read, None)
-        return Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
+        return blob

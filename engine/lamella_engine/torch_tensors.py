@@ -4,13 +4,16 @@
 can be told without it, because a program that holds a tensor has imported torch already.
 """
 
+import os
 import sys
+import weakref
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from lamella_engine.dtypes import DTYPES, Dtype, dtype_named
-from lamella_engine.errors import InvalidInputError
+from lamella_engine.errors import InvalidInputError, LimitError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,7 @@ def is_torch_tensor(value: object) -> "TypeGuard[torch.Tensor]":
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+@lru_cache
 def dtype_of_torch(dtype: "torch.dtype") -> Dtype:
     """Look a dtype up by its torch dtype; raises InvalidInputError (``unknown_dtype``)."""
     name = str(dtype).removeprefix("torch.")
@@ -109,6 +113,12 @@ def count_change(tensor: "torch.Tensor") -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
+def memory_of(tensor: "torch.Tensor") -> object:
+    """Return what is equal for tensors that are one memory, read alike, as tied parameters are."""
+    alike = tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), *alike
+
+
 def shares_memory(tensor: "torch.Tensor") -> bool:
     """Whether :func:`array_of` gives views of the tensor, not copies."""
     return tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
@@ -145,7 +155,7 @@ def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[A
     tensor
         Passed :func:`check_storable`. On any device; may require grad.
     slices
-        The part, one slice for each axis; for an opaque dtype one slice of the tensor's bytes.
+        The part, one slice for each axis; for an opaque dtype one slice of the tensor's bytes. None for the whole.
 
     Returns
     -------
@@ -160,20 +170,104 @@ def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[A
     """
     import torch
 
-    _check_alive(tensor)
-    dtype = dtype_of_torch(tensor.dtype)
     with torch.no_grad():
-        if dtype.opaque:
-            part = tensor.detach().view(torch.uint8).reshape(-1)[slices]
-        else:
-            part = tensor.detach()[slices].resolve_conj().resolve_neg()
+        part = _carried(tensor, slices)
         if part.device.type != "cpu":
             part = part.contiguous().cpu()
-        # NumPy knows few of torch's dtypes, but integers of every width. DLPack and not Tensor.numpy(), which would
-        # forbid the caller's storage ever to be resized, as FSDP does.
-        carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(part.itemsize)
-        array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part.view(carrier) if carrier else part)
+        # DLPack and not Tensor.numpy(), which would forbid the caller's storage ever to be resized, as FSDP does.
+        array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part)
+    dtype = dtype_of_torch(tensor.dtype)
     return array if dtype.numpy is None else array.view(dtype.numpy)
+
+
+def _carried(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "torch.Tensor":
+    """Return a part, sliced as for :func:`array_of`, on the tensor's device and in a dtype that moves without change.
+
+    NumPy knows few of torch's dtypes, but integers of every width; and as integers, bools keep bits that make no bool.
+    """
+    import torch
+
+    _check_alive(tensor)
+    if dtype_of_torch(tensor.dtype).opaque:
+        return tensor.detach().view(torch.uint8).reshape(-1)[slices]
+    part = tensor.detach()[slices].resolve_conj().resolve_neg()
+    carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(part.itemsize)
+    return part.view(carrier) if carrier else part
+
+
+class Transfers:
+    """Copies from GPUs into memory of this machine, which go on beside what the GPUs do, on streams of their own.
+
+    A copy sees its tensor as it is when all that was queued on the current stream before has run. The tensor must
+    neither change nor be freed until :meth:`wait` has returned.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def begin(self, tensor: "torch.Tensor", out: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
+        """Begin to copy a tensor's little-endian bytes in C order.
+
+        Parameters
+        ----------
+        tensor
+            On a GPU; passed :func:`check_storable`.
+        out : uint8, 1-d, contiguous
+            As long as the tensor, aligned to its elements. If it is not pinned (:func:`pin`), the copy has ended when
+            this returns.
+
+        Raises
+        ------
+        InvalidInputError
+            The tensor's memory was freed (``freed_tensor``).
+        """
+        import torch
+
+        stream = self._streams.get(tensor.device)
+        if stream is None:
+            stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            source = _carried(tensor, ())
+            torch.from_numpy(out).view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to wait for."""
+        return bool(self._streams)
+
+    def wait(self) -> None:
+        """Wait for every copy that was begun."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+def pin(memory: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
+    """Lock pages of this machine's memory for as long as the array lives, so that a GPU writes to them by itself.
+
+    Registered, and not had from torch, which would round up to a power of two. Raises LimitError (``not_pinned``) if
+    the system does not allow so much.
+    """
+    import torch
+
+    address = memory.ctypes.data
+    # 1: cudaHostRegisterPortable, pinned for all GPUs.
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = int(runtime.cudaHostRegister(address, memory.nbytes, 1))
+    if error:
+        raise LimitError(
+            f"{memory.nbytes} bytes of memory cannot be pinned (CUDA error {error}): allow the process more locked "
+            "memory, or push with wait=True",
+            kind="not_pinned",
+        )
+    weakref.finalize(memory, _unpin, address, os.getpid()).atexit = False
+
+
+def _unpin(address: int, process: int) -> None:
+    import torch
+
+    if process == os.getpid():  # a fork has the memory, but not the GPU
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def to_torch(

@@ -42,6 +42,9 @@ CELLS_AT_ONCE = 65_536
 ERROR_TRAILER = "lamella-error-bin"
 RETRY_TRAILER = "retry-after-ms"
 
+RETRY_AFTER = "retry_after_ms"
+"""In the context of a LimitError: the same call may succeed after so many milliseconds."""
+
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
@@ -377,7 +380,7 @@ class RecordParser:
         if blob_digest(payload) != digest:
             raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
         of = ChunkId(base) if flags & HAS_BASE else None
-        return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of), flags
+        return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of, digest=digest), flags
 
     def chain_length(self) -> int | None:
         """Return the number of blobs of the next cell, or None until it has come."""

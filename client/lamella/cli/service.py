@@ -17,6 +17,7 @@ from lamella.cli.documents import answer, of_grant
 from lamella.cli.parameters import AsJson
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SIZES = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 
 def serve(
@@ -51,6 +52,13 @@ def serve(
     audit: Annotated[
         bool, typer.Option("--audit", help="Note in each repository who read or changed what, from where.")
     ] = False,
+    max_uncommitted: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="What one principal may store in pushes under way, 0 for any: 500GiB, 8TiB."),
+    ] = "1TiB",
+    max_daily: Annotated[
+        str, typer.Option(metavar="SIZE", help="What one principal may write in a day, 0 for any.")
+    ] = "0",
     as_json: AsJson = False,
 ) -> None:
     """Answer clients until a signal ends it, once what runs is done. Logs a line of JSON for each call to stderr."""
@@ -60,8 +68,12 @@ def serve(
             kind="usage",
         )
     with _needing("lamella[service]"):
+        from lamella_engine.service.listening import Tls
         from lamella_engine.service.logs import log_call, log_to
-        from lamella_engine.service.server import Answered, Server, Tls
+        from lamella_engine.service.memory import keep_freed_memory
+        from lamella_engine.service.quotas import Quotas
+        from lamella_engine.service.server import Answered, Server
+    keep_freed_memory()
     observers: list[Callable[[Answered], None]] = [log_call]
 
     def observe(answered: Answered) -> None:
@@ -86,6 +98,7 @@ def serve(
                 signing_key=signing_key,
                 require_signed=require_signed,
                 audit=audit,
+                quotas=Quotas(uncommitted_nbytes=_nbytes(max_uncommitted), daily_nbytes=_nbytes(max_daily)),
             )
         stack.callback(server.stop, grace_s=0)
         told = None
@@ -144,7 +157,11 @@ def token(
     ] = None,
     ttl: Annotated[str, typer.Option(metavar="TIME", help="How long it lasts: 90s, 15m, 12h, 30d; 0 for ever.")] = "0",
     certificate: Annotated[
-        str, typer.Option(metavar="NAME", help="A name in client certificates, which take the place of a secret.")
+        str,
+        typer.Option(
+            metavar="KIND:NAME",
+            help="Of client certificates, which take the place of a secret: dns:HOST, cn:NAME, uri:...",
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -192,6 +209,14 @@ def _seconds(text: str) -> int:
     if found is None:
         raise lamella.InvalidInputError(f"{text!r} is no time: write 90s, 15m, 12h, 30d or 0", kind="usage")
     return int(found[1]) * _UNITS[found[2] or "s"]
+
+
+def _nbytes(text: str) -> int:
+    """Return how many bytes a size such as ``8TiB`` has."""
+    found = re.fullmatch(r"0|(\d{1,9})([KMGT]iB)", text, re.ASCII)
+    if found is None:
+        raise lamella.InvalidInputError(f"{text!r} is no size: write 500GiB, 8TiB or 0", kind="usage")
+    return int(found[1] or 0) << _SIZES.get(found[2], 0)
 
 
 # Top-level modules of what may not be installed.

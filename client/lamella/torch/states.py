@@ -12,16 +12,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import escape
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from lamella_engine.background import PushHandle
 from lamella_engine.errors import CorruptionError, InvalidInputError, TensorNotFoundError
 from lamella_engine.model import Progress
 from lamella_engine.reading import Patterns, Selection, select
 from lamella_engine.repository import Repository
+from lamella_engine.torch_tensors import memory_of
 from lamella_engine.versions import Version
 
 STATE_FILE = "state.json"
@@ -47,6 +49,7 @@ class IncompatibleKeys(NamedTuple):
     """In the version, not in the module."""
 
 
+@overload
 def push(
     state: "torch.nn.Module | torch.optim.Optimizer | Mapping[Any, Any] | list[Any] | tuple[Any, ...]",
     repo: Repository,
@@ -58,7 +61,39 @@ def push(
     recipe: Any = None,
     files: Mapping[str, bytes] | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Version:
+    wait: Literal[True] = True,
+) -> Version: ...
+
+
+@overload
+def push(
+    state: "torch.nn.Module | torch.optim.Optimizer | Mapping[Any, Any] | list[Any] | tuple[Any, ...]",
+    repo: Repository,
+    target: str,
+    *,
+    message: str = "",
+    parent: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    recipe: Any = None,
+    files: Mapping[str, bytes] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    wait: Literal[False],
+) -> PushHandle: ...
+
+
+def push(
+    state: "torch.nn.Module | torch.optim.Optimizer | Mapping[Any, Any] | list[Any] | tuple[Any, ...]",
+    repo: Repository,
+    target: str,
+    *,
+    message: str = "",
+    parent: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    recipe: Any = None,
+    files: Mapping[str, bytes] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    wait: bool = True,
+) -> Version | PushHandle:
     """Store a module, an optimizer or any nested state as a new version at the tip of a branch.
 
     Parameters
@@ -67,7 +102,7 @@ def push(
         A module or an optimizer, whose ``state_dict()`` is stored; or dicts (keys: str or int), lists and tuples, in
         one another, of torch tensors, NumPy arrays, numbers, text, bools and None. Tensors by name alone make the same
         version as :meth:`Repository.push <lamella.Repository.push>` of them.
-    target, message, parent, metrics, recipe, files, progress
+    target, message, parent, metrics, recipe, files, progress, wait
         As :meth:`Repository.push <lamella.Repository.push>` takes them.
 
     Raises
@@ -83,8 +118,17 @@ def push(
         if files and STATE_FILE in files:
             raise InvalidInputError(f"{STATE_FILE!r} is taken by the state: rename the file", kind="duplicate_path")
         files = {**(files or {}), STATE_FILE: document}
-    return repo.push(
-        tensors, target, message=message, parent=parent, metrics=metrics, recipe=recipe, files=files, progress=progress
+    push: Callable[..., Version | PushHandle] = repo.push
+    return push(
+        tensors,
+        target,
+        message=message,
+        parent=parent,
+        metrics=metrics,
+        recipe=recipe,
+        files=files,
+        progress=progress,
+        wait=wait,
     )
 
 
@@ -327,7 +371,7 @@ def _memory_of(tensor: torch.Tensor) -> object:
     """Return what is equal for tied tensors: one object, or views of one memory that are alike."""
     if tensor.is_meta or is_lazy(tensor) or not tensor.numel():
         return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return memory_of(tensor)
 
 
 def _materialized(tensor: torch.Tensor, device: "torch.device | str | None") -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tensors in memory: arrays and torch tensors by name as a checkpoint, and decoded bytes as arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -12,15 +13,18 @@ from lamella_engine.dtypes import Dtype, dtype_of_numpy
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 from lamella_engine.torch_tensors import (
+    Transfers,
     array_of,
     change_count,
     check_storable,
     dtype_of_torch,
     is_torch_tensor,
+    memory_of,
     shape_of,
 )
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Octets: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class MemoryCheckpoint:
@@ -58,24 +62,64 @@ class MemoryCheckpoint:
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; a view of contiguous tensors in the CPU's memory."""
+        part = self._part(tensor, region.slices)
+        octets = _octets(part)
+        if octets is not None:
+            return octets.data
+        target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
+        _lay_out(part, tensor.dtype, target)
+        return target.data
+
+    def memory(self, tensor: TensorSpec) -> object:
+        """Return what is equal for tensors that are one memory, read alike, as tied parameters are."""
+        value = self._value(tensor.name)
+        if is_torch_tensor(value):
+            return memory_of(value)
+        return value.ctypes.data, value.dtype, value.shape, value.strides
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether any tensor lies on a GPU."""
+        return any(is_torch_tensor(value) and value.is_cuda for value in self._tensors.values())
+
+    def copy(self, tensor: TensorSpec, out: Octets, transfers: Transfers) -> None:
+        """Copy a whole tensor; one that lies on a GPU is copied when ``transfers`` has been waited for.
+
+        Parameters
+        ----------
+        tensor
+            One of ``structure``.
+        out : uint8, 1-d, contiguous, aligned to an element
+            Becomes the tensor's little-endian bytes in C order, which it must be as long as.
+
+        Raises what :meth:`read` does.
+        """
+        value = self._value(tensor.name)
+        if is_torch_tensor(value) and value.is_cuda:
+            with _naming(tensor.name):
+                transfers.begin(value, out)
+            return
+        part = self._part(tensor, ())
+        octets = _octets(part)
+        if octets is None:
+            _lay_out(part, tensor.dtype, out)
+        else:
+            np.copyto(out, octets)
+
+    def _value(self, name: str) -> Any:
         if self._closed:
             raise InvalidInputError("the checkpoint was closed: open it again", kind="closed")
-        value = self._tensors.get(tensor.name)
+        value = self._tensors.get(name)
         if value is None:
-            raise TensorNotFoundError(f"there is no tensor {tensor.name[:80]!r}", tensor=tensor.name)
-        if is_torch_tensor(value):
-            try:
-                part = array_of(value, region.slices)
-            except InvalidInputError as error:
-                raise _refused(tensor.name, error) from None
-        else:
-            part = value[(*region.slices, ...)]
-        if part.flags.c_contiguous and part.dtype.byteorder != ">":
-            return _octets(part).data
-        target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
-        # Between dtypes that differ at most in byte order this moves bytes and computes nothing.
-        np.copyto(target.view(tensor.dtype.numpy or np.uint8).reshape(part.shape), part)
-        return target.data
+            raise TensorNotFoundError(f"there is no tensor {name[:80]!r}", tensor=name)
+        return value
+
+    def _part(self, tensor: TensorSpec, slices: tuple[slice, ...]) -> Array:
+        value = self._value(tensor.name)
+        if not is_torch_tensor(value):
+            return np.asarray(value[(*slices, ...)])
+        with _naming(tensor.name):
+            return array_of(value, slices)
 
     def check_unchanged(self) -> None:
         """See :meth:`Checkpoint.check_unchanged`: torch counts changes in place; those of NumPy arrays go unnoticed."""
@@ -147,14 +191,12 @@ def _check_tensor_name(name: object) -> str:
 
 
 def _spec_of(name: str, value: object) -> TensorSpec:
-    try:
+    with _naming(name):
         if is_torch_tensor(value):
             check_storable(value)
             return TensorSpec(name, dtype_of_torch(value.dtype), shape_of(value))
         if isinstance(value, np.ndarray | np.generic) and not isinstance(value, np.ma.MaskedArray):
             return TensorSpec(name, dtype_of_numpy(value.dtype), value.shape)
-    except InvalidInputError as error:
-        raise _refused(name, error) from None
     raise InvalidInputError(
         f"{name[:80]!r} is a {type(value).__name__}: give one flat mapping of names to torch tensors or NumPy "
         "arrays; lamella.torch.push takes nested ones",
@@ -163,10 +205,25 @@ def _spec_of(name: str, value: object) -> TensorSpec:
     )
 
 
-def _refused(name: str, error: InvalidInputError) -> InvalidInputError:
-    return InvalidInputError(f"tensor {name[:80]!r}: {error}", kind=error.kind, tensor=name, **error.context)
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have what is refused of a tensor say which one it is."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"tensor {name[:80]!r}: {error}", kind=error.kind, tensor=name, **error.context
+        ) from None
 
 
-def _octets(array: Array) -> Array:
-    """View a C-contiguous array as its bytes."""
+def _octets(array: Array) -> Octets | None:
+    """View an array as a tensor's bytes; None if they do not lie as they are stored."""
+    if not array.flags.c_contiguous or array.dtype.byteorder == ">":
+        return None
     return array.reshape(-1).view(np.uint8)
+
+
+def _lay_out(array: Array, dtype: Dtype, out: Octets) -> None:
+    """Write an array as a tensor's bytes."""
+    # Between dtypes that differ at most in byte order this moves bytes and computes nothing.
+    np.copyto(out.view(dtype.numpy or np.uint8).reshape(array.shape), array)

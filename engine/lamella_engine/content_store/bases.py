@@ -46,7 +46,7 @@ class Offer:
 
 
 class Bases:
-    """What the cells of one push may be made against. For one thread, but for :meth:`decoded`.
+    """What the cells of one push may be made against. For one thread, but for :meth:`decoded` and :meth:`lent`.
 
     Parameters
     ----------
@@ -148,6 +148,10 @@ class Bases:
     def decoded(self, base: StoredBlob) -> Buffer:
         """Return the chunk of a copy. Safe for several threads."""
         return self._reader.base(base)
+
+    def lent(self, base: StoredBlob) -> Buffer:
+        """Return the chunk of a copy, valid until this thread asks again. Safe for several threads."""
+        return self._reader.lent_base(base)
 
     def find_live(self, chunk: ChunkId) -> StoredBlob | None:
         """Return a live copy of a chunk in any version, if the index knows of one."""

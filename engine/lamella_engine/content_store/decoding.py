@@ -16,13 +16,13 @@ from lamella_engine.moments import Moments, moments
 
 
 class _Scratch(threading.local):
-    """A few buffers for each thread: two for the bases of a chain, three for what is measured.
+    """A few buffers for each thread: two for the bases of a chain, three for what is measured, one that is lent.
 
     They are used again and again, because first touch of fresh memory is slow.
     """
 
     def __init__(self) -> None:
-        self._buffers = [np.empty(0, np.uint8) for _ in range(5)]
+        self._buffers = [np.empty(0, np.uint8) for _ in range(6)]
 
     def buffer(self, which: int, nbytes: int) -> memoryview:
         if self._buffers[which].size < nbytes:
@@ -32,8 +32,8 @@ class _Scratch(threading.local):
 
 _scratch = _Scratch()
 
-# Which buffers hold what two chains begin with alike, and the chunk that each leads to.
-_SHARED, _FIRST, _SECOND = 2, 3, 4
+# Which buffers hold what two chains begin with alike, the chunk that each leads to, and what :func:`lend` returns.
+_SHARED, _FIRST, _SECOND, _LENT = 2, 3, 4, 5
 
 
 def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None = None, check: bool = False) -> None:
@@ -67,6 +67,13 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None 
         check_chunk(chain[-1].chunk, out)
     if chain[-1].keep is not None:
         chain[-1].keep(out)
+
+
+def lend(chain: Sequence[Blob]) -> memoryview:
+    """Return the last chunk of a chain, in memory that this thread's next call overwrites; raises CorruptionError."""
+    out = _scratch.buffer(_LENT, chain[-1].decoded_nbytes)
+    decode_chain(chain, out)
+    return out
 
 
 def measure_chains(first: Sequence[Blob], second: Sequence[Blob], dtype: Dtype, *, check: bool = False) -> Moments:

@@ -119,11 +119,11 @@ class Intake:
             return None, None
         for copy in (offer.base, offer.companion):
             if isinstance(copy, StoredBlob) and copy.row.chunk == blob.base:
-                return copy, self._bases.decoded(copy)
+                return copy, self._bases.lent(copy)
         if offer.companion != blob.base or before is None or (before.blob.base is None) != (before.base is None):
             raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
         data = bytearray(before.blob.decoded_nbytes)
-        _right(before.blob, None if before.base is None else self._bases.decoded(before.base), data)
+        _right(before.blob, None if before.base is None else self._bases.lent(before.base), data)
         return blob.base, data
 
 
@@ -143,5 +143,5 @@ def _right(blob: Blob, base: Buffer | None, out: bytearray | None = None) -> Blo
             ) from error
         if out is not None:
             out[:] = data
-        return replace(blob, encoding=Encoding.RAW, payload=data, base=None)
+        return replace(blob, encoding=Encoding.RAW, payload=data, base=None, digest=None)
     return blob

@@ -2,8 +2,10 @@
 
 import logging
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +49,7 @@ WATCH_S = 1.0
 
 
 class PackedStore:
-    """See :class:`~lamella_engine.content_store.seam.ContentStore`.
+    """See :class:`~lamella_engine.content_store.seam.ContentStore`. One that nobody holds any more has no file open.
 
     Parameters
     ----------
@@ -76,9 +78,10 @@ class PackedStore:
         self.executor = executor
         self.log = Log(objects, signer=signer, trusted=trusted)
         self._own_key = () if signer is None else (signer.public,)
-        self.packs = Packs(objects, self._pack_nbytes)
+        self.packs = Packs(objects, partial(_pack_nbytes, self.log))  # no method: nothing here holds the store itself
         self.reader = PackedReader(objects, self.log, self.packs, executor)
         self._index = ChunkIndex(index_path)
+        weakref.finalize(self, self._index.close)
         self._probed = False
 
     @classmethod
@@ -106,12 +109,6 @@ class PackedStore:
         self._index.close()
         self.executor.close()
         self.objects.close()
-
-    def _pack_nbytes(self, pack: str) -> int:
-        row = self.log.state.pack(pack)
-        if row is None:
-            raise CorruptionError(f"{pack} is named, but is not live", kind="missing_pack", object=pack)
-        return row.nbytes
 
     # -- versions -----------------------------------------------------------------------------------------------------
 
@@ -349,6 +346,13 @@ class PackedStore:
             )
         self._probe_once()
         return self.log.require_signed(listed).signers
+
+
+def _pack_nbytes(log: Log, pack: str) -> int:
+    row = log.state.pack(pack)
+    if row is None:
+        raise CorruptionError(f"{pack} is named, but is not live", kind="missing_pack", object=pack)
+    return row.nbytes
 
 
 def _lost_parent(id: VersionId) -> CorruptionError:

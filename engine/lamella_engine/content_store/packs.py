@@ -276,7 +276,7 @@ class PackWriter:
             depth=0 if base is None else base.row.depth + 1,
             base=None if base is None else base.row.chunk,
             base_pack=None if base is None else base.pack,
-            digest=blob_digest(payload),
+            digest=blob.digest or blob_digest(payload),
         )
         self._parts.append(payload)
         self._rows.append(row)

@@ -139,7 +139,7 @@ class PackedPush:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
         return self._intake.base(missing.chunk)
 
-    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+    def keep(self, blob: Blob, data: Buffer) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. Here everything is near."""
 
     def write(self, blobs: Iterable[Blob]) -> None:
@@ -223,6 +223,8 @@ class PackedPush:
     ) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.Push`; ``check`` as for :func:`locate`."""
         self._check_complete()
+        if self._handed_over:
+            raise InvalidInputError("this push has ended as a part of another one: begin another", kind="push_over")
         if (description.model, description.push) != (self.model, self.id):
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")
         if description.parents != tuple(parent.id for parent in self.parents):

@@ -11,9 +11,11 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TypeVar
 
+import numpy as np
+
 from lamella_engine import sketches
 from lamella_engine.codecs import Encoding
-from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.decoding import decode_chain, lend
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest, Row
 from lamella_engine.content_store.packs import Packs, StoredBlob, as_blob
@@ -258,17 +260,20 @@ class PackedReader:
         """Return what has to be decoded for a blob, in order."""
         return self._packs.chain(blob, self._log.state.where_is)
 
-    def decoded(self, blob: StoredBlob, nbytes: int, *, check: bool = False) -> bytearray:
+    def decoded(self, blob: StoredBlob, nbytes: int, *, check: bool = False) -> memoryview:
         """Return the decoded bytes of a blob that is ``nbytes`` long decoded; raises CorruptionError.
 
         Reads and decodes in the caller's thread. With ``check`` the chunk's id is computed again.
         """
-        chain = self.chain(blob)
-        out = bytearray(blob.row.decoded_nbytes)
+        out = np.empty(blob.row.decoded_nbytes, np.uint8).data
         if len(out) != nbytes:
             raise CorruptionError(f"a chunk of {len(out)} bytes stands where {nbytes} belong", kind="bad_length")
-        decode_chain([as_blob(link, self._packs.payload(link)) for link in chain], memoryview(out), check=check)
+        decode_chain(self._blobs(blob), out, check=check)
         return out
+
+    def _blobs(self, blob: StoredBlob) -> list[Blob]:
+        """Read what has to be decoded for a blob, in the caller's thread."""
+        return [as_blob(link, self._packs.payload(link)) for link in self.chain(blob)]
 
     def base(self, blob: StoredBlob) -> Buffer:
         """Return the chunk of a copy that several blobs are made against, or one of them more than once."""
@@ -281,6 +286,16 @@ class PackedReader:
                 if len(self._bases) > BASES_KEPT:
                     self._bases.popitem(last=False)
         return data
+
+    def lent_base(self, blob: StoredBlob) -> Buffer:
+        """Return the chunk of a copy that is wanted once, valid until this thread asks for another.
+
+        A service, which does not encode, decodes a base for each delta that it is given: new memory for each took it a
+        tenth of its time.
+        """
+        with self._lock:
+            data = self._bases.get(blob)
+        return lend(self._blobs(blob)) if data is None else data
 
     def read(
         self,

@@ -208,8 +208,8 @@ class Push(Protocol):
         None if they cannot be had here: a blob that is made without them is made once more where they can.
         """
 
-    def keep(self, chunk: ChunkId, data: Buffer) -> None:
-        """Be shown a missing chunk by whoever encodes it, for a store that keeps some near. Raises nothing."""
+    def keep(self, blob: Blob, data: Buffer) -> None:
+        """Be shown a blob and its chunk by whoever encodes it, for a store that keeps some near. Raises nothing."""
 
     def write(self, blobs: Iterable[Blob]) -> None:
         """Store blobs, in the order in which they are to lie. Every one is decoded and its chunk id compared first.

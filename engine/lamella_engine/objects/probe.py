@@ -5,9 +5,9 @@ succeed, and the last one would win.
 """
 
 import secrets
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from threading import Barrier
+from threading import Barrier, Thread
 
 from lamella_engine.errors import AlreadyExistsError, LamellaError, NotFoundError, StorageError
 from lamella_engine.objects import Objects
@@ -71,16 +71,28 @@ def _try_racing_writers(objects: Objects, name: str) -> None:
     start = Barrier(_RACERS)
     bids = [f"{name} from writer {i}".encode() for i in range(_RACERS)]
 
-    def race(bid: bytes) -> bool:
-        start.wait()
-        return _create(objects, name, bid)
+    outcomes: list[Future[bool]] = [Future() for _ in bids]
 
-    with ThreadPoolExecutor(_RACERS) as threads:
+    def race(bid: bytes, outcome: Future[bool]) -> None:
         try:
-            won = list(threads.map(race, bids))
-        except BaseException:  # a signal, or no thread to be had: those who wait for the others would wait for ever
-            start.abort()
-            raise
+            start.wait()
+            outcome.set_result(_create(objects, name, bid))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # Threads of no pool: when a program ends, pools end before the pushes that still go on.
+    threads = [Thread(target=race, args=racer) for racer in zip(bids, outcomes, strict=True)]
+    try:
+        for thread in threads:
+            thread.start()
+        won = [outcome.result() for outcome in outcomes]
+    except BaseException:  # a signal, or no thread to be had: those who wait for the others would wait for ever
+        start.abort()
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     winners = [bid for bid, has_won in zip(bids, won, strict=True) if has_won]
     _require(
         len(winners) == 1,

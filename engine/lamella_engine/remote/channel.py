@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.remote.place import Credentials, Place, read
-from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, decode_error
+from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_AFTER, RETRY_TRAILER, decode_error
 
 Result = TypeVar("Result")
 
@@ -47,12 +47,10 @@ _OPTIONS = (
     ("grpc.enable_retries", 0),
 )
 
-_RETRY_AFTER = "retry_after_ms"
-
 
 def may_succeed_later(error: LamellaError) -> bool:
     """Whether the same call may succeed if it is made again."""
-    return (isinstance(error, StorageError) and error.transient) or _RETRY_AFTER in error.context
+    return (isinstance(error, StorageError) and error.transient) or RETRY_AFTER in error.context
 
 
 class Patience:
@@ -79,7 +77,7 @@ class Patience:
             raise error
         now = time.monotonic()
         self._end = self._end or now + self._total_s
-        asked_s = float(error.context.get(_RETRY_AFTER, 0)) / 1000
+        asked_s = float(error.context.get(RETRY_AFTER, 0)) / 1000
         # Never sooner than was asked for.
         pause_s = max(self._pause_s, asked_s) * random.uniform(0.5, 1.0) + asked_s / 2
         if now + pause_s > self._end:
@@ -200,7 +198,7 @@ class Channel:
             found = decode_error(data)
             after = str(trailers.get(RETRY_TRAILER, ""))
             if after.isascii() and after.isdigit():
-                found.context[_RETRY_AFTER] = int(after)
+                found.context[RETRY_AFTER] = int(after)
             return found
         code, said = error.code(), " ".join(str(error.details() or "").split())[:300]
         if code is grpc.StatusCode.UNAVAILABLE:

@@ -162,9 +162,10 @@ class RemotePush:
             self._untried.add(missing.chunk)
         return data
 
-    def keep(self, chunk: ChunkId, data: Buffer) -> None:
+    def keep(self, blob: Blob, data: Buffer) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        self._cache.add(chunk, data)
+        if not self._cache.add_delta(blob):
+            self._cache.add(blob.chunk, data)
 
     # -- write --------------------------------------------------------------------------------------------------------
 

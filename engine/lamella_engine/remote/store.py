@@ -312,9 +312,9 @@ class _Pages:
 
     def load(self, place: int) -> bytes:
         """Return the bytes of a manifest chunk; raises CorruptionError unless they are what the version names."""
-        data = self._ahead.pop(place, None) or self._store.cache.get(self._chunks[place][0])
-        if data is not None:
-            return data
+        known = self._ahead.pop(place, None) or self._store.cache.get(self._chunks[place][0])
+        if known is not None:
+            return bytes(known)
         cells = [Cell(None, place)]
         nbytes = self._chunks[place][1]
         for following in range(place + 1, self._page_count if place < self._page_count else 0):

@@ -4,9 +4,11 @@ import logging
 import secrets
 import threading
 import time
+import weakref
 from dataclasses import asdict
 from itertools import accumulate
 
+from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import AlreadyExistsError, LamellaError, StorageError
 from lamella_engine.format.audit import MAX_SEGMENT_NBYTES, Read, encode_read, encode_segment, segment_digest
@@ -32,11 +34,15 @@ _SEGMENT_NBYTES = MAX_SEGMENT_NBYTES - 4096
 
 
 class ReadAudit:
-    """Notes the reads of one repository, for one server process. Safe for several threads."""
+    """Notes the reads of one repository, for one server process. Safe for several threads.
+
+    It outlives the store that it is made with, which may be closed and opened again.
+    """
 
     def __init__(self, store: PackedStore) -> None:
         self._objects = store.objects
-        self._log = store.log
+        self._repository = store.log.state.genesis.repository
+        self._log = weakref.ref(store.log)
         self._server = secrets.token_hex(8)
         self._reads: list[bytes] = []
         self._oldest = 0.0
@@ -48,6 +54,15 @@ class ReadAudit:
         """Since when the log has had a segment to vouch for, if it has one."""
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+
+    def go_on(self, log: Log) -> None:
+        """Have the next entry of ``log``, which may have been opened since, vouch for what was noted."""
+        if self._log() is not log:
+            with self._writing:
+                self._log = weakref.ref(log)
+                if self._written is not None:
+                    self._unvouched = time.monotonic()
+                    log.carry(*self._written, instead_of=None)
 
     def note(self, read: Read) -> None:
         """Note a read; writes a segment if one is full.
@@ -90,8 +105,7 @@ class ReadAudit:
         number = 0 if self._written is None else audit_number(self._written[0])[1] + 1
         previous = None if self._written is None else self._written[1]
         if self._unsure is None:
-            repository = self._log.state.genesis.repository
-            self._unsure = encode_segment(reads, repository=repository, previous=previous), len(reads)
+            self._unsure = encode_segment(reads, repository=self._repository, previous=previous), len(reads)
         data, count = self._unsure
         name = audit_name(self._server, number)
         try:
@@ -99,19 +113,21 @@ class ReadAudit:
         except AlreadyExistsError:
             logger.debug("%s was written, though nobody said so", name)
         digest = segment_digest(data)
-        if not self._log.carries:
-            self._unvouched = time.monotonic()
-        self._log.carry(name, digest, instead_of=None if self._written is None else self._written[0])
+        if (log := self._log()) is not None:
+            if not log.carries:
+                self._unvouched = time.monotonic()
+            log.carry(name, digest, instead_of=None if self._written is None else self._written[0])
         self._written, self._unsure = (name, digest), None
         return count
 
     def vouch(self, *, older_than_s: float = 0.0) -> None:
         """Have the log vouch for what was written, if that has waited so long. What fails is tried again later."""
         with self._writing:
-            if not self._log.carries or time.monotonic() - self._unvouched < older_than_s:
+            log = self._log()
+            if log is None or not log.carries or time.monotonic() - self._unvouched < older_than_s:
                 return
             try:
-                self._log.vouch()
+                log.vouch()
             except LamellaError as error:
                 logger.warning("the log does not vouch yet for reads of a repository: %s", error)
                 self._unvouched = time.monotonic()

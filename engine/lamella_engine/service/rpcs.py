@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from lamella_engine.auditing import stored
 from lamella_engine.checkpoints import check_attachment_paths
@@ -26,6 +27,7 @@ from lamella_engine.reading import Reader, select
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.service.access import Principal, Resource, Verb, authorize
 from lamella_engine.service.audit import ReadAudit
+from lamella_engine.service.quotas import Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
@@ -91,16 +93,17 @@ class Call:
 class Rpcs:
     """The rpcs of one server process, each a method named like it; raise LamellaError. Safe for several threads."""
 
-    def __init__(self, repositories: Repositories, tokens: Tokens, executor: Executor) -> None:
+    def __init__(self, repositories: Repositories, tokens: Tokens, executor: Executor, quotas: Quotas) -> None:
         self._repositories = repositories
         self._tokens = tokens
         self._executor = executor
-        self.sessions = Sessions()
+        self.sessions = Sessions(quotas)
         self._writers = Slots(_WRITERS)
         self._readers = Slots(_READERS)
         self._watchers = Slots(_WATCHERS)
-        self._published: dict[PackedStore, threading.Condition] = {}
-        self._audits: dict[PackedStore, ReadAudit] = {}
+        self._published: WeakKeyDictionary[PackedStore, threading.Condition] = WeakKeyDictionary()
+        self._audits: dict[str, ReadAudit] = {}
+        """By repository; unlike it they stay, for what they have noted has to be vouched for."""
         self._audits_lock = threading.Lock()
 
     # -- audit --------------------------------------------------------------------------------------------------------
@@ -109,7 +112,8 @@ class Rpcs:
         """Note a call that is allowed, before it is answered: nothing that was read goes unnoted."""
         store = self._repositories.open(repository)
         with self._audits_lock:
-            audit = self._audits.get(store) or self._audits.setdefault(store, ReadAudit(store))
+            audit = self._audits.get(repository) or self._audits.setdefault(repository, ReadAudit(store))
+        audit.go_on(store.log)
         audit.note(Read(now(), call.principal.name, call.peer, rpc, what, "ALLOWED"))
 
     def keep_audits(self, *, written_s: float = 0.0, vouched_s: float = 0.0) -> None:

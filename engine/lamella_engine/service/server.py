@@ -4,96 +4,56 @@ Every call goes through :meth:`Server._answered`: who calls, within which deadli
 Nothing else knows of gRPC.
 """
 
-import ipaddress
 import logging
 import re
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lamella_engine.errors import InvalidInputError, LamellaError, LimitError, StorageError
+from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.executor import DEFAULT_MEMORY_NBYTES, ThreadExecutor
 from lamella_engine.objects import open_objects
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.service.access import AUDITED, LOCAL, NOBODY, POLICY, Principal, Resource, authorize, identified
+from lamella_engine.service.access import AUDITED, NOBODY, POLICY, Resource, authorize, identified
+from lamella_engine.service.admission import Admission, Refusal
 from lamella_engine.service.audit import SEGMENT_S, VOUCHED_S
+from lamella_engine.service.callers import Callers
+from lamella_engine.service.listening import OPTIONS, Health, Tls, check_listen, listen_at, reflect
+from lamella_engine.service.quotas import Quotas
 from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.rpcs import Call, Rpcs
+from lamella_engine.service.slots import come_again
+from lamella_engine.service.streams import WINDOW_S, Streams
 from lamella_engine.service.tokens import Tokens
 from lamella_engine.signing import load_key
-from lamella_engine.wire import CHANNEL_OPTIONS, ERROR_TRAILER, METHODS, RETRY_TRAILER, Method, encode_error, parse
+from lamella_engine.wire import (
+    ERROR_TRAILER,
+    METHODS,
+    RETRY_AFTER,
+    RETRY_TRAILER,
+    Method,
+    encode_error,
+    parse,
+)
 from lamella_engine.wire import status_of as status_of_error
 
 logger = logging.getLogger("lamella.service")
 
-# Calls at a time, each in a thread: followers, readers, writers, those that wait for a slot, and the short ones.
-_CALLS = 256
-
-# Of those, one principal may have so many at a time.
-_CALLS_OF_ONE = 128
-
 # A deadline is what ends a call whose client is gone; longer ones are cut.
 _LONGEST_S, _LONGEST_STREAM_S = 600.0, 7200.0
 
-# How long a stream may wait for its client before it is ended: it can be taken up again.
-_STALLED_S = 60.0
-
 _SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
-_SWEEP_S = 30.0
-"""How often pushes are looked for that nobody calls for any more."""
-
-RETRY_AFTER_MS = 1000
-"""When whoever was sent away as one too many should come again; clients add jitter."""
-
-# Kinds of LimitError that say so: what is too long, or too much for one push, is that the next time too.
-_PASSING = frozenset({"busy", "too_many_calls", "too_many_pushes"})
-
-_OPTIONS = (
-    *CHANNEL_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a cluster
-    ("grpc.max_concurrent_streams", 128),
-    ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.absolute_max_metadata_size", 32 << 10),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 5),
-    ("grpc.max_connection_idle_ms", 30 * 60_000),
-    ("grpc.server_handshake_timeout_ms", 20_000),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is sent is compressed, and bombs are not opened
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files of PEM with which a server proves who it is."""
-
-    certificate: Path
-    key: Path = field(repr=False)
-    client_ca: Path | None = None
-    """Who signs the certificates that clients have to show; None if they show none."""
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """Read the files; raises InvalidInputError for one that cannot be read."""
-        try:
-            pair = self.key.read_bytes(), self.certificate.read_bytes()
-            ca = None if self.client_ca is None else self.client_ca.read_bytes()
-        except OSError as error:
-            message = f"cannot read {error.filename}: {error.strerror}"
-            raise InvalidInputError(message, kind="bad_certificate") from error
-        return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+# How often pushes are looked for that nobody calls for any more, and calls whose clients are too slow.
+_SWEEP_S, _PACE_S = 30.0, WINDOW_S / 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +96,8 @@ class Server:
         Whether repositories are made to take nothing any more that is not signed.
     audit
         Whether to note in each repository who read or changed what, from where.
+    quotas
+        Bounds of what one principal may hold and write; those of ``Quotas()`` unless they are given.
     memory_nbytes
         Bound of the memory for work in flight.
 
@@ -158,47 +120,35 @@ class Server:
         signing_key: Path | None = None,
         require_signed: bool = False,
         audit: bool = False,
+        quotas: Quotas | None = None,
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
-        host = _check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
-        self._trusts_loopback = insecure_loopback
+        host = check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
         self._tokens = Tokens(open_objects(root, create=True))
+        certified = tls is not None and tls.client_ca is not None
+        self._callers = Callers(self._tokens, trusts_loopback=insecure_loopback, certified=certified)
         self._audits = audit
         signer = None if signing_key is None else load_key(signing_key)
         repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
-        self._rpcs = Rpcs(repositories, self._tokens, self._executor)
-        self._stalls = _Stalls()
-        self._shares = _Shares()
-        self._health = _Health()
+        self._quotas = quotas or Quotas()
+        self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas)
+        self._streams = Streams()
         self._stopped = threading.Event()
-        self._grpc = grpc.server(
-            ThreadPoolExecutor(_CALLS, thread_name_prefix="rpc"),
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=_CALLS,
-        )
-        self._grpc.add_generic_rpc_handlers((_Handlers(self._handlers()),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._admission = Admission(self._handlers(), self._callers.believed)
+        self._grpc = grpc.server(self._admission.calls, (self._admission,), options=OPTIONS)
+        self._health = Health(self._grpc, _SERVICES)
         if reflection:
-            _reflect(self._grpc)
-        try:
-            if tls is None:
-                port = self._grpc.add_insecure_port(listen)
-            else:
-                port = self._grpc.add_secure_port(listen, tls.credentials())
-        except RuntimeError as error:
-            raise InvalidInputError(
-                f"cannot listen at {listen}: the port is taken, or the certificate and its key do not fit",
-                kind="cannot_listen",
-            ) from error
-        self.address = f"{host}:{port}"
+            reflect(self._grpc, _SERVICES)
+        self.address = f"{host}:{listen_at(self._grpc, listen, tls)}"
         """Where clients find it."""
 
     def start(self) -> None:
         """Begin to answer."""
         self._grpc.start()
-        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        for often_s, work in ((_SWEEP_S, self._sweep), (_PACE_S, self._streams.end_silent)):
+            threading.Thread(target=self._repeat, args=[often_s, work], daemon=True).start()
         self._health.serving = True
 
     def stop(self, grace_s: float = 30.0) -> None:
@@ -209,8 +159,8 @@ class Server:
         self._stopped.set()
         self._health.serving = False
         self._grpc.stop(grace_s).wait()
+        self._admission.close()
         self._rpcs.keep_audits()
-        self._stalls.close()
         self._executor.close()
 
     @property
@@ -222,24 +172,30 @@ class Server:
         """Return when the server has been stopped."""
         self._grpc.wait_for_termination()
 
+    def _repeat(self, often_s: float, work: Callable[[], None]) -> None:
+        while not self._stopped.wait(often_s):
+            work()
+
     def _sweep(self) -> None:
-        while not self._stopped.wait(_SWEEP_S):
-            with suppress(LamellaError):
-                self._rpcs.sessions.sweep()
-            self._rpcs.keep_audits(written_s=SEGMENT_S, vouched_s=VOUCHED_S)
+        with suppress(LamellaError):
+            self._rpcs.sessions.sweep()
+        self._rpcs.keep_audits(written_s=SEGMENT_S, vouched_s=VOUCHED_S)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """Return what answers each path. An rpc without a row in the policy, or without a method, is a bug."""
+    def _handlers(self) -> dict[str, tuple[grpc.RpcMethodHandler, Refusal]]:
+        """Return what answers each path, and what refuses it.
+
+        An rpc without a row in the policy, or without a method, is a bug.
+        """
         if unmatched := set(METHODS) ^ set(POLICY):  # not an assertion, which -O would take away
             raise RuntimeError(f"rpcs without a policy, or policies without an rpc: {sorted(unmatched)}")
         return {method.path: self._handler(method) for method in METHODS.values()}
 
-    def _handler(self, method: Method) -> grpc.RpcMethodHandler:
+    def _handler(self, method: Method) -> tuple[grpc.RpcMethodHandler, Refusal]:
         answer = getattr(self._rpcs, _snake(method.name))
-        make = getattr(grpc, f"{method.shape}_rpc_method_handler")
 
+        # All take streams: gRPC would have a thread wait for the one message of an rpc before we hear of the call.
         def stream(incoming: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
             return self._answered(method, answer, incoming, context)
 
@@ -247,41 +203,56 @@ class Server:
             (reply,) = self._answered(method, answer, incoming, context)
             return reply
 
-        return make(stream if method.streams_replies else unary)
+        def refuse(incoming: Any, context: grpc.ServicerContext) -> bytes:
+            (reply,) = self._answered(method, answer, incoming, context, admitted=False)
+            return reply
+
+        if method.streams_replies:
+            return grpc.stream_stream_rpc_method_handler(stream), refuse
+        return grpc.stream_unary_rpc_method_handler(unary), refuse
 
     def _answered(
-        self, method: Method, answer: Callable[[Any, Call], Any], incoming: Any, context: grpc.ServicerContext
+        self,
+        method: Method,
+        answer: Callable[[Any, Call], Any],
+        incoming: Any,
+        context: grpc.ServicerContext,
+        *,
+        admitted: bool = True,
     ) -> Iterator[bytes]:
-        """Yield what is sent for one call; every rpc goes through here."""
+        """Yield what is sent for one call; every rpc goes through here.
+
+        One that is not ``admitted`` is told who it is not, or to come again.
+        """
         began = time.monotonic()
-        traffic = _Traffic()
+        stream = self._streams.opened(context.cancel)
         principal, repository = NOBODY, ""
         failure: LamellaError | None = None
         try:
-            with self._stalls.watched(context) as waiting:
-                deadline = began + _time_limit(method, context)
-                principal = identified(self._caller(context))  # before a message has come: a thread would wait for it
-                call = Call(
-                    principal,
-                    context.is_active,
-                    lambda: deadline - time.monotonic(),
-                    context.peer(),
-                    self._stopped.is_set,
-                )
-                with self._shares.taken(principal.name):
-                    request, header = _request(method, traffic.received(incoming, waiting))
-                    repository = getattr(header, "repository", "")
-                    authorize(principal, POLICY[method.name], _resource(header))
-                    if self._audits and method.name in AUDITED:
-                        self._rpcs.note(method.name, repository, _about(header), call)
-                    replies = answer(request, call)
-                    for reply in replies if method.streams_replies else (replies,):
-                        self._check_caller(context, principal)
-                        data = reply if isinstance(reply, bytes) else reply.SerializeToString()
-                        traffic.sent_nbytes += len(data)
-                        with waiting():
-                            yield data
-                        _check_time(deadline)
+            deadline = began + _time_limit(method, context)
+            # Before a message has come: a thread would wait for it.
+            principal = identified(self._callers.principal(context))
+            _check_admitted(admitted)
+            call = Call(
+                principal,
+                context.is_active,
+                lambda: deadline - time.monotonic(),
+                context.peer(),
+                self._stopped.is_set,
+            )
+            with self._quotas.call(principal.name):
+                request, header = _request(method, stream.received(incoming))
+                repository = getattr(header, "repository", "")
+                authorize(principal, POLICY[method.name], _resource(header))
+                if self._audits and method.name in AUDITED:
+                    self._rpcs.note(method.name, repository, _about(header), call)
+                replies = answer(request, call)
+                for reply in replies if method.streams_replies else (replies,):
+                    self._callers.check(context, principal)
+                    data = reply if isinstance(reply, bytes) else reply.SerializeToString()
+                    with stream.sending(len(data)):
+                        yield data
+                    _check_time(deadline)
         except LamellaError as error:
             failure = error
         except GeneratorExit:
@@ -303,163 +274,12 @@ class Server:
                     status.name,
                     "" if failure is None else failure.kind,
                     time.monotonic() - began,
-                    traffic.received_nbytes,
-                    traffic.sent_nbytes,
+                    stream.received_nbytes,
+                    stream.sent_nbytes,
                 )
             )
         if failure is not None:
             _abort(context, failure)
-
-    def _check_caller(self, context: grpc.ServicerContext, principal: Principal) -> None:
-        """Raise StorageError if the credential of a call means somebody else by now: streams outlive tokens.
-
-        To call again may help: the client may have a new token, and is told if it has none.
-        """
-        if self._caller(context) != principal:
-            raise StorageError("your token has ended, or changed: call again", kind="token_ended", transient=True)
-
-    def _caller(self, context: grpc.ServicerContext) -> Principal:
-        given = [value for name, value in context.invocation_metadata() if name == "authorization"]
-        if given:
-            scheme, _, token = given[0].partition(" ") if isinstance(given[0], str) else ("", "", "")
-            return self._tokens.principal(token) if scheme.lower() == "bearer" and len(given) == 1 else NOBODY
-        if self._trusts_loopback:
-            return LOCAL
-        identity = context.auth_context()
-        names = [*identity.get("x509_subject_alternative_name", ()), *identity.get("x509_common_name", ())]
-        found = (self._tokens.principal_of_certificate(name.decode(errors="replace")) for name in names)
-        return next((principal for principal in found if principal is not NOBODY), NOBODY)
-
-
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
-        self._handlers = handlers
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handlers.get(handler_call_details.method)
-
-
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The standard health service, for probes; anybody may ask.
-
-    Not the servicer that comes with it: many streams of ``Watch`` that are cancelled at once can stop its server for
-    good (seen with 1.85: the thread of all events waits for its lock).
-    """
-
-    def __init__(self) -> None:
-        self.serving = False
-
-    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Say whether new calls are taken."""
-        if request.service not in ("", *_SERVICES):
-            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
-        status = health_pb2.HealthCheckResponse.ServingStatus
-        return health_pb2.HealthCheckResponse(status=status.SERVING if self.serving else status.NOT_SERVING)
-
-    def Watch(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Refuse, as the protocol allows: it would hold a thread for whoever asks."""
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
-        raise AssertionError("abort raises")
-
-
-@dataclass(slots=True)
-class _Traffic:
-    received_nbytes: int = 0
-    sent_nbytes: int = 0
-
-    def received(self, incoming: Any, waiting: Callable[[], Any]) -> Iterator[bytes]:
-        """Yield the messages of a client."""
-        messages = iter([incoming]) if isinstance(incoming, bytes) else incoming
-        while True:
-            try:
-                with waiting():
-                    data = next(messages, None)
-            except grpc.RpcError:
-                raise StorageError("the client has gone", kind="cancelled", transient=True) from None
-            if data is None:
-                return
-            self.received_nbytes += len(data)
-            yield data
-
-
-class _Shares:
-    """How many calls of each principal run; refuses one too many at once, so that others are answered."""
-
-    def __init__(self) -> None:
-        self._running: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def taken(self, owner: str) -> Iterator[None]:
-        with self._lock:
-            if self._running[owner] >= _CALLS_OF_ONE:
-                raise LimitError("too many calls of yours run at once: try again", kind="too_many_calls")
-            self._running[owner] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running[owner] -= 1
-                if not self._running[owner]:
-                    del self._running[owner]
-
-
-class _Stalls:
-    """Ends streams whose clients neither send nor take anything for too long: others wait for their slots."""
-
-    def __init__(self) -> None:
-        self._since: dict[grpc.ServicerContext, float] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def watched(self, context: grpc.ServicerContext) -> "_Watched":
-        return _Watched(self, context)
-
-    def _watch(self) -> None:
-        while not self._closed.wait(_STALLED_S / 4):
-            late = time.monotonic() - _STALLED_S
-            with self._lock:
-                stalled = [context for context, since in self._since.items() if since < late]
-            for context in stalled:
-                context.cancel()
-
-    def begin(self, context: grpc.ServicerContext) -> None:
-        with self._lock:
-            self._since[context] = time.monotonic()
-
-    def end(self, context: grpc.ServicerContext) -> None:
-        with self._lock:
-            self._since.pop(context, None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """One call: a context manager for its whole life that gives one for each time that its client is waited for."""
-
-    stalls: _Stalls
-    context: grpc.ServicerContext
-
-    def __enter__(self) -> "Callable[[], _Waiting]":
-        return lambda: _Waiting(self.stalls, self.context)
-
-    def __exit__(self, *exception: object) -> None:
-        self.stalls.end(self.context)
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    stalls: _Stalls
-    context: grpc.ServicerContext
-
-    def __enter__(self) -> None:
-        self.stalls.begin(self.context)
-
-    def __exit__(self, *exception: object) -> None:
-        self.stalls.end(self.context)
 
 
 def _request(method: Method, messages: Iterator[bytes]) -> tuple[Any, Any]:
@@ -497,6 +317,11 @@ def _time_limit(method: Method, context: grpc.ServicerContext) -> float:
     return min(remaining, longest)
 
 
+def _check_admitted(admitted: bool) -> None:
+    if not admitted:
+        raise come_again("the server answers as many calls as it can: try again", kind="busy")
+
+
 def _check_time(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise StorageError("the call took too long: ask for less", kind="deadline", transient=True)
@@ -504,8 +329,8 @@ def _check_time(deadline: float) -> None:
 
 def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
     trailers: list[tuple[str, str | bytes]] = [(ERROR_TRAILER, encode_error(failure))]
-    if isinstance(failure, LimitError) and failure.kind in _PASSING:
-        trailers.append((RETRY_TRAILER, str(RETRY_AFTER_MS)))
+    if RETRY_AFTER in failure.context:
+        trailers.append((RETRY_TRAILER, str(failure.context[RETRY_AFTER])))
     context.set_trailing_metadata(tuple(trailers))
     # The text beside the status is for people with other clients; gRPC takes a few KiB of it, and has three bytes for
     # one that is not printable ASCII.
@@ -516,36 +341,3 @@ def _abort(context: grpc.ServicerContext, failure: LamellaError) -> NoReturn:
 def _snake(name: str) -> str:
     """Return the name of the method that answers an rpc: ``Versions.UpdateRefs`` -> ``versions_update_refs``."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace(".", "_").lower()
-
-
-def _reflect(server: grpc.Server) -> None:
-    from grpc_reflection.v1alpha import reflection
-
-    reflection.enable_server_reflection([*_SERVICES, reflection.SERVICE_NAME], server)
-
-
-def _check_listen(listen: str, *, tls: Tls | None, insecure_loopback: bool) -> str:
-    """Return the host of an address at which a server may listen; raises InvalidInputError."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
-        raise InvalidInputError(f"{listen!r} is no address: give HOST:PORT", kind="bad_address")
-    if tls is not None and insecure_loopback:
-        raise InvalidInputError("give a certificate, or trust the loopback address, not both", kind="bad_option")
-    if tls is None and not insecure_loopback:
-        raise InvalidInputError(
-            "a service needs a certificate and its key; without, give --insecure-loopback and a loopback address",
-            kind="no_tls",
-        )
-    if insecure_loopback and not _is_loopback(host.strip("[]")):
-        raise InvalidInputError(
-            f"{host} is no loopback address, and others could call without a token: listen at 127.0.0.1",
-            kind="not_loopback",
-        )
-    return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

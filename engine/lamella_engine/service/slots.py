@@ -4,11 +4,21 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lamella_engine.errors import LimitError
+from lamella_engine.wire import RETRY_AFTER
 
 PATIENCE_S = 20.0
 """How long a call waits for its turn before it is sent away: its thread is one that others lack meanwhile."""
+
+AFTER_S = 1.0
+"""When whoever was sent away as one too many should come again; clients add jitter."""
+
+
+def come_again(message: str, *, kind: str, after_s: float = AFTER_S, **context: Any) -> LimitError:
+    """Make the error for what is too much now and may not be so in a while."""
+    return LimitError(message, kind=kind, **context, **{RETRY_AFTER: int(after_s * 1000)})
 
 
 class Slots:
@@ -41,7 +51,7 @@ class Slots:
                 self._held[owner] += 1
             self._changed.notify_all()
         if not ours:
-            raise LimitError("the server is busy: try again", kind="busy")
+            raise come_again("the server is busy: try again", kind="busy")
         try:
             yield
         finally:

@@ -12,9 +12,10 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from blake3 import blake3
 
@@ -29,6 +30,20 @@ _SECRET_BYTES = 20
 _LENGTH = len(PREFIX) + 2 * _SECRET_BYTES + 8
 
 LONGEST_TTL_S = 100 * 365 * 86_400
+
+CERTIFICATE_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "uri": "peer_uri",
+        "dns": "peer_dns",
+        "email": "peer_email",
+        "ip": "peer_ip",
+        "cn": "x509_common_name",
+    }
+)
+"""Kinds of names in client certificates, and where gRPC has them: four of alternative names, and the common name.
+
+A grant is for ``dns:host.example.org``, not for that name of whatever kind: authorities check one kind as they do not
+check another, so whoever may have ``host.example.org`` for a common name must not pass for the host."""
 
 FRESH_S = 30.0
 """How long what is known of a token is believed: so long, at most, does one that was revoked live on."""
@@ -78,8 +93,8 @@ class Tokens:
     ) -> tuple[str, Grant]:
         """Make a token; return it, and what it stands for. It cannot be had again.
 
-        With ``certificate``, a name in client certificates, those take the place of the token, and nothing is to be
-        kept secret.
+        With ``certificate``, a name in client certificates with its kind before it (:data:`CERTIFICATE_NAMES`), such as
+        ``dns:host.example.org``, those take the place of the token, and nothing is to be kept secret.
 
         Raises InvalidInputError for a role that there is not, or a name that is none; AlreadyExistsError for a
         certificate that stands for somebody already, or did.
@@ -88,6 +103,8 @@ class Tokens:
             raise InvalidInputError("a principal is 1 to 255 printable characters", kind="bad_principal")
         if not 0 <= ttl_s <= LONGEST_TTL_S or not all((*repositories, *refs)):
             raise InvalidInputError("a lifetime is 0 seconds to 100 years, and a glob not empty", kind="bad_grant")
+        if certificate:
+            _check_certificate_name(certificate)
         body = PREFIX + secrets.token_hex(_SECRET_BYTES)
         token = _of_certificate(certificate) if certificate else f"{body}{zlib.crc32(body.encode()):08x}"
         hashed = self._hash(token)
@@ -102,22 +119,32 @@ class Tokens:
 
     def principal(self, token: str) -> Principal:
         """Return whom a token stands for; NOBODY for one that is none, or is not valid any more."""
-        if not (len(token) == _LENGTH and token.startswith(PREFIX) and token.isascii()):
-            return NOBODY
-        if f"{zlib.crc32(token[:-8].encode()):08x}" != token[-8:]:
-            return NOBODY
-        return self._granted(token)
+        return self._granted(token) if _is_whole(token) else NOBODY
+
+    def believed(self, token: str) -> bool | None:
+        """Whether a token was valid when it was looked up last; None for one that was not, or not of late.
+
+        Looks nothing up: good for a guess, not for a decision.
+        """
+        if not _is_whole(token):
+            return False
+        hashed = self._hash(token)
+        id = hashed[:8].hex()
+        with self._lock:
+            known = self._known.get(id)
+        if known is None:
+            return None
+        if _principal(hashed, *known[1:]) is not NOBODY:
+            return True
+        return None if self._fresh(id) is None else False
 
     def principal_of_certificate(self, name: str) -> Principal:
-        """Return whom a name in a client's certificate stands for; NOBODY for one that no grant names."""
+        """Return whom a name in a client's certificate, with its kind, stands for; NOBODY if no grant is for it."""
         return self._granted(_of_certificate(name))
 
     def _granted(self, token: str) -> Principal:
         hashed = self._hash(token)
-        grant, expected = self._look_up(hashed[:8].hex())
-        if grant is None or not hmac.compare_digest(hashed, expected) or not grant.valid:
-            return NOBODY
-        return Principal(grant.principal, grant.role, grant.repositories, grant.refs)
+        return _principal(hashed, *self._look_up(hashed[:8].hex()))
 
     def list(self) -> "list[Grant]":
         """Return all tokens, ended ones too, but for those that are damaged: of these a warning tells."""
@@ -161,16 +188,19 @@ class Tokens:
     def _hash(self, token: str) -> bytes:
         return blake3(token.encode(), key=self._key).digest()
 
-    def _look_up(self, id: str) -> tuple[Grant | None, bytes]:
+    def _fresh(self, id: str) -> tuple[Grant | None, bytes] | None:
         with self._lock:
             known = self._known.get(id)
-        if known is not None and time.monotonic() - known[0] < FRESH_S:
-            return known[1], known[2]
+        return known[1:] if known is not None and time.monotonic() - known[0] < FRESH_S else None
+
+    def _look_up(self, id: str) -> tuple[Grant | None, bytes]:
+        if (known := self._fresh(id)) is not None:
+            return known
         now = time.monotonic()
         grant, hashed = self._read(id)
         with self._lock:
             if len(self._known) > 10_000:  # of tokens that nobody gave
-                self._known.clear()
+                self._known = {name: known for name, known in self._known.items() if known[1] is not None}
             self._known[id] = now, grant, hashed
         return grant, hashed
 
@@ -194,6 +224,30 @@ class Tokens:
         except NotFoundError:
             return False
         return True
+
+
+def _is_whole(token: str) -> bool:
+    """Whether a token is one without typing errors."""
+    if not (len(token) == _LENGTH and token.startswith(PREFIX) and token.isascii()):
+        return False
+    return f"{zlib.crc32(token[:-8].encode()):08x}" == token[-8:]
+
+
+def _principal(hashed: bytes, grant: Grant | None, expected: bytes) -> Principal:
+    """Return whom a token of a hash stands for, given what is stored under its id, and the hash there."""
+    if grant is None or not hmac.compare_digest(hashed, expected) or not grant.valid:
+        return NOBODY
+    return Principal(grant.principal, grant.role, grant.repositories, grant.refs)
+
+
+def _check_certificate_name(text: str) -> None:
+    kind, _, name = text.partition(":")
+    if kind not in CERTIFICATE_NAMES or not name or not name.isprintable():
+        raise InvalidInputError(
+            f"{text!r} names no certificate: write the kind of the name before it, such as dns:host.example.org; there "
+            f"are {', '.join(CERTIFICATE_NAMES)}",
+            kind="bad_certificate_name",
+        )
 
 
 def _of_certificate(name: str) -> str:

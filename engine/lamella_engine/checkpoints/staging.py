@@ -1,0 +1,183 @@
+"""Staged copies: tensors in memory, copied into memory of our own so that their owner may go on changing them."""
+
+import mmap
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from lamella_engine.checkpoints.tensors import MemoryCheckpoint, Octets
+from lamella_engine.chunking import Region
+from lamella_engine.errors import InvalidInputError, TensorNotFoundError
+from lamella_engine.model import Attachment, Buffer, TensorSpec
+from lamella_engine.torch_tensors import Transfers, pin
+
+STAGED_COPIES = 2
+"""One that is being stored, and one that the next push is copied into meanwhile."""
+
+# Where a tensor begins: a line of the processor's cache, which is a multiple of every element's size.
+_ALIGNMENT = 64
+
+
+class Staging:
+    """Memory for at most :data:`STAGED_COPIES` copies at a time, used again and again. Safe for several threads.
+
+    First touch of fresh memory takes several times as long as a copy. So memory is given back only to make room for
+    more, until :meth:`close`: it comes to twice the largest checkpoint that was copied.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = 0
+        self._free: list[_Memory] = []
+
+    def copy(self, source: MemoryCheckpoint) -> "StagedCheckpoint":
+        """Copy a checkpoint, once there is room; what :meth:`StagedCheckpoint.wait` raises is raised here if it can be.
+
+        Tensors that are one memory are copied once. Raises LimitError (``not_pinned``) if tensors lie on a GPU and the
+        system locks no such amount of memory.
+        """
+        starts: dict[str, int] = {}
+        known: dict[object, int] = {}
+        nbytes = 0
+        for spec in source.structure:
+            start = starts[spec.name] = known.setdefault(source.memory(spec), nbytes)
+            if start == nbytes:
+                nbytes += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
+        memory = self._take(nbytes, pinned=source.on_gpu)
+        staged = StagedCheckpoint(source, starts, memory, self._give_back)
+        try:
+            staged.fill()
+        except BaseException:
+            staged.close()
+            raise
+        return staged
+
+    def _take(self, nbytes: int, *, pinned: bool) -> "_Memory":
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken < STAGED_COPIES)
+            self._taken += 1
+            fitting = [memory for memory in self._free if memory.fits(nbytes, pinned=pinned)]
+            if self._free:  # what does not fit makes room for what will
+                taken = min(fitting or self._free, key=lambda memory: memory.octets.nbytes)
+                self._free.remove(taken)
+                if fitting:
+                    return taken
+        try:
+            return _Memory(nbytes, pinned=pinned)
+        except BaseException:
+            self._give_back(None)
+            raise
+
+    def _give_back(self, memory: "_Memory | None") -> None:
+        with self._changed:
+            self._taken -= 1
+            if memory is not None:
+                self._free.append(memory)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give the memory back to the system, once all copies are closed."""
+        with self._changed:
+            self._free.clear()
+
+
+class _Memory:
+    """One staged copy's memory."""
+
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)  # first touch takes a third of the time
+        self.octets: Octets = np.frombuffer(pages, np.uint8)
+        self._pinned = pinned
+        if pinned:
+            pin(self.octets)
+
+    def fits(self, nbytes: int, *, pinned: bool) -> bool:
+        return self.octets.nbytes >= nbytes and self._pinned >= pinned
+
+
+class StagedCheckpoint:
+    """A copy of a checkpoint in memory; made by :meth:`Staging.copy`. What it promises says ``Checkpoint``."""
+
+    def __init__(
+        self,
+        source: MemoryCheckpoint,
+        starts: dict[str, int],
+        memory: "_Memory",
+        give_back: "Callable[[_Memory], None]",
+    ) -> None:
+        self.structure = source.structure
+        self.random_access = True
+        self.attachments: tuple[Attachment, ...] = ()
+        self._source = source
+        self._starts = starts
+        self._memory: _Memory | None = memory
+        self._give_back = give_back
+        self._transfers = Transfers()
+        self._lock = threading.Lock()
+        self._whole = False
+
+    def fill(self) -> None:
+        """Copy what lies in this machine's memory; begin to copy what lies on a GPU."""
+        assert self._memory is not None
+        filled: set[int] = set()
+        for spec in self.structure:
+            start = self._starts[spec.name]
+            if start not in filled and spec.nbytes:
+                self._source.copy(spec, self._memory.octets[start : start + spec.nbytes], self._transfers)
+                filled.add(start)
+        if not self._transfers.begun:
+            self.wait()
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything has been copied, so that :meth:`wait` returns at once."""
+        return self._whole
+
+    def wait(self) -> None:
+        """Wait until everything has been copied, and the source may change.
+
+        Raises InvalidInputError (``source_changed``) if a tensor changed before.
+        """
+        with self._lock:
+            if not self._whole:
+                self._transfers.wait()
+                self._source.check_unchanged()
+                self._source.close()
+                self._whole = True
+
+    def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
+        """See :meth:`Checkpoint.read`; a view. Waits, and raises, as :meth:`wait` does."""
+        if not self._whole:
+            self.wait()
+        memory = self._memory
+        if memory is None:
+            raise InvalidInputError("the checkpoint was closed: open it again", kind="closed")
+        if tensor.name not in self._starts:
+            raise TensorNotFoundError(f"there is no tensor {tensor.name[:80]!r}", tensor=tensor.name)
+        start = self._starts[tensor.name]
+        return memory.octets[start + region.start : start + region.stop].data
+
+    def check_unchanged(self) -> None:
+        """See :meth:`Checkpoint.check_unchanged`: the copy is nobody else's."""
+
+    def close(self) -> None:
+        """Let go of the copy, whose memory is used again. Doing it twice is harmless."""
+        with self._lock:
+            memory, self._memory = self._memory, None
+            if memory is None:
+                return
+            self._transfers.wait()
+            self._source.close()
+        self._give_back(memory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
