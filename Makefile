@@ -21,8 +21,10 @@ demo: .venv/built  ## Fine-tune a real model, push it, get it back. Leaves ./dem
 	rm -rf demo-repository
 	.venv/bin/python -m examples.demo demo-repository
 
+# Ray's tests share one cluster, so they run in one process, by themselves.
 test: .venv/built  ## Every test; what holds of any repository once more over gRPC, the kernels without vector instructions.
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 -m "not ray"
+	.venv/bin/python -m pytest -m ray
 	LAMELLA_CARRIER=remote .venv/bin/python -m pytest -n 2
 	LAMELLA_ISA=scalar .venv/bin/python -m pytest -n 2 tests/test_kernels.py tests/test_codecs.py tests/test_moments.py tests/test_residual_coder.py tests/test_float_coder.py
 
@@ -123,5 +125,5 @@ clean:  ## Remove what was installed and built, and the demo's repository.
 	touch $@
 
 .venv/built: .venv/packages cpp_ext/CMakeLists.txt $(CPP)
-	$(PIP) --no-build-isolation --editable '.[service,torch]'
+	$(PIP) --no-build-isolation --editable '.[ray,service,torch]'
 	touch $@

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import s3
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import cluster
 
 # Deadlines are off: the machines that run this are shared, and a slow example is not a wrong one.
 settings.register_profile("dev", max_examples=25, deadline=None)
@@ -38,6 +42,15 @@ def seaweedfs() -> Iterator[s3.Server]:
 def moto() -> Iterator[s3.Server]:
     with s3.moto() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def nodes(seaweedfs: s3.Server) -> Iterator["cluster.Nodes"]:
+    """Return a Ray cluster of four nodes, whose workers know a bucket."""
+    import cluster  # on use: Ray takes a second to import
+
+    with cluster.running(4, seaweedfs.environment()) as found:
+        yield found
 
 
 @pytest.fixture

@@ -117,6 +117,7 @@ def proxied(address: str) -> Iterator[Proxy]:
 CARRIED = (
     "test_audit",
     "test_bases",
+    "test_batches",
     "test_checkout",
     "test_crash",
     "test_companions",

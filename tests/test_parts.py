@@ -19,9 +19,9 @@ from lamella_engine.boxes import Box, box_of
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.dtypes import dtype_named
 from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError, TensorNotFoundError
+from lamella_engine.exchanging import Alone
 from lamella_engine.model import Cell, TensorSpec
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.parts import Alone
 from lamella_engine.repository import Repository
 from lamella_engine.service.quotas import PUSHES_OF_ONE
 from lamella_engine.sharding import ROUND_NBYTES, Share, share_out

@@ -12,6 +12,7 @@ from lamella_engine.background import Background, PushHandle
 from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import Checkpoint, open_checkpoint
+from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
@@ -19,14 +20,15 @@ from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
 from lamella_engine.errors import InvalidInputError, LamellaError
+from lamella_engine.exchanging import Exchange, Fetch
 from lamella_engine.executor import Executor
 from lamella_engine.filling import fill_boxes
 from lamella_engine.format import canonical
 from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Problem, Verification
-from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, TensorSpec, VersionId
-from lamella_engine.parts import Assignment, Exchange, Part, SharedPush, store_part
+from lamella_engine.model import Attachment, Buffer, Progress, RefInfo, RefKind, TensorSpec, VersionId
+from lamella_engine.parts import Assignment, Part, SharedPush, store_batch, store_part
 from lamella_engine.pushing import Notes, push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.transaction import Transaction
@@ -225,8 +227,9 @@ class Repository:
         workers: int,
         *,
         parent: str | None = None,
+        batch_nbytes: int | None = None,
     ) -> SharedPush:
-        """Begin a push of tensors that lie with several workers; ``lamella.torch.LamellaWriter`` is made of it.
+        """Begin a push of tensors that lie with several workers; ``LamellaWriter`` and ``lamella.ray`` are made of it.
 
         Parameters
         ----------
@@ -235,6 +238,8 @@ class Repository:
         structure, holdings, workers
             The tensors, where their boxes lie, and how many workers there are: see
             :func:`lamella_engine.sharding.share_out`.
+        batch_nbytes
+            For workers that call :meth:`store_batch`: about how much each stores at a time.
 
         Raises
         ------
@@ -253,6 +258,7 @@ class Repository:
             structure=structure,
             holdings=holdings,
             workers=workers,
+            batch_nbytes=batch_nbytes,
         )
 
     def store_part(
@@ -260,6 +266,10 @@ class Repository:
     ) -> Part:
         """Store what one worker of a shared push has; see :func:`lamella_engine.parts.store_part`."""
         return store_part(self._store, self._executor, assignment, held, exchange)
+
+    def store_batch(self, assignment: Assignment, shards: Shards, merged: Buffer, fetch: Fetch) -> Part:
+        """Store a batch of what one worker of a shared push has; see :func:`lamella_engine.parts.store_batch`."""
+        return store_batch(self._store, self._executor, assignment, shards, merged, fetch)
 
     def record(
         self,

@@ -53,6 +53,15 @@ class Share:
     rounds: dict[int, Round] = field(default_factory=dict)
     """Those that it takes part in, by number, ascending."""
 
+    def brought(self) -> dict[Cell, list[tuple[int, Piece]]]:
+        """Return the cells of which other workers have pieces that this one lacks: those pieces, and who has each."""
+        found: defaultdict[Cell, list[tuple[int, Piece]]] = defaultdict(list)
+        for one in self.rounds.values():
+            for worker, pieces in one.receives.items():
+                for piece in pieces:
+                    found[piece.cell].append((worker, piece))
+        return dict(found)
+
     @property
     def sent_nbytes(self) -> int:
         """Bytes that go to other workers."""
@@ -123,6 +132,26 @@ def share_out(
         shares[owner].cells.setdefault(spec.name, []).append(number)
         rounds.send(owner, cell, here)
     return shares
+
+
+def batches(structure: Sequence[TensorSpec], share: Share, nbytes: int) -> list[Share]:
+    """Cut a share into shares of about ``nbytes`` each, at least one: what is stored, and lost, at a time.
+
+    A cell and those that may be made against it stay together. What a batch lacks stands in its one round; nothing is
+    said of what it sends.
+    """
+    brought = share.brought()
+    found = [Share(share.worker)]
+    filled = 0
+    for spec, number, follows in in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ())):
+        if filled >= nbytes and not follows:
+            found.append(Share(share.worker))
+            filled = 0
+        filled += spec.grid.cell_nbytes(number)
+        found[-1].cells.setdefault(spec.name, []).append(number)
+        for worker, piece in brought.get(Cell(spec.name, number), ()):
+            found[-1].rounds.setdefault(0, Round()).receives.setdefault(worker, []).append(piece)
+    return found
 
 
 def _boxes(held: Iterable[tuple[Box, int]]) -> tuple[tuple[Box, tuple[int, ...]], ...]:

@@ -50,8 +50,9 @@ from lamella.torch.states import STATE_FILE, document_of, flatten, names_in, nod
 from lamella_engine.boxes import Box
 from lamella_engine.content_store.revisions import parse_target
 from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError
+from lamella_engine.exchanging import Alone, Exchange
 from lamella_engine.model import Buffer, TensorSpec
-from lamella_engine.parts import Alone, Assignment, Exchange, Part, SharedPush
+from lamella_engine.parts import Assignment, Part, SharedPush
 from lamella_engine.repository import Repository
 from lamella_engine.torch_tensors import dtype_of_torch, torch_dtype_of
 from lamella_engine.versions import Version
@@ -486,7 +487,7 @@ def _exchange(name: str, worker: int, workers: int) -> Iterator[Exchange]:
 
 
 class _GlooExchange:
-    """See :class:`~lamella_engine.parts.Exchange`."""
+    """See :class:`~lamella_engine.exchanging.Exchange`."""
 
     def __init__(self, group: _Group) -> None:
         self._gloo = group.gloo

@@ -399,6 +399,8 @@ class SafetensorsCheckpoint:
             Attachment.of_bytes(name, "safetensors_header", self.layout.header, prefix=prefix),
         )
         self._starts = {prefix + tensor.spec.name: tensor.start for tensor in self.layout.tensors}
+        self.fingerprint = self._file.fingerprint
+        """See :attr:`SourceFile.fingerprint`."""
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; always fills ``out``."""

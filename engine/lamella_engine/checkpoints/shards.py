@@ -1,11 +1,13 @@
-"""Shards: what one worker of several has of a checkpoint, boxes of tensors in its memory."""
+"""Shards: what one worker of several has of a checkpoint, boxes of tensors in its memory or its files."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Self
 
 import numpy as np
 
 from lamella_engine.boxes import Box, box_nbytes, intersection, local, paste
+from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError
@@ -17,40 +19,51 @@ class Shards:
 
     Parameters
     ----------
-    held
-        Name of a tensor, the place of a box in it, and the box: a NumPy array or torch tensor of any strides and
-        device, as :class:`~lamella_engine.checkpoints.tensors.MemoryCheckpoint` takes it.
+    sources
+        Checkpoints with random access, each with the places of its tensors: name in the checkpoint -> name of the
+        tensor that it is a box of, and the box. One that comes again is a copy, and not read. They are closed by
+        whoever opened them.
 
     Raises
     ------
     InvalidInputError
-        A box has another shape than its place (``bad_shards``), or what MemoryCheckpoint raises.
+        A box has another shape than its place (``bad_shards``).
     """
 
-    def __init__(self, held: Iterable[tuple[str, Box, object]]) -> None:
-        self._boxes: defaultdict[str, list[tuple[Box, TensorSpec]]] = defaultdict(list)
+    def __init__(self, sources: Iterable[tuple[Checkpoint, Mapping[str, tuple[str, Box]]]]) -> None:
+        self._boxes: defaultdict[str, dict[Box, tuple[TensorSpec, Checkpoint]]] = defaultdict(dict)
+        self._checkpoints: list[Checkpoint] = []
+        for checkpoint, places in sources:
+            self._checkpoints.append(checkpoint)
+            for spec in checkpoint.structure:
+                name, box = places[spec.name]
+                if spec.shape != tuple(stop - first for first, stop in box):
+                    raise InvalidInputError(
+                        f"a shard of {name[:80]!r} has shape {spec.shape}, and its place is {box}: give the offset of "
+                        "each shard in its tensor",
+                        kind="bad_shards",
+                        tensor=name,
+                    )
+                whole = ((0, spec.nbytes),) if spec.dtype.opaque else box
+                self._boxes[name].setdefault(whole, (spec, checkpoint))
+
+    @classmethod
+    def in_memory(cls, held: Iterable[tuple[str, Box, object]]) -> Self:
+        """Return shards of this process: name of a tensor, the place of a box in it, and the box.
+
+        Boxes are NumPy arrays or torch tensors of any strides and device, and refused, as
+        :class:`~lamella_engine.checkpoints.tensors.MemoryCheckpoint` does.
+        """
         memory: dict[str, object] = {}
-        places: list[tuple[str, Box]] = []
+        places: dict[str, tuple[str, Box]] = {}
         for at, (name, box, tensor) in enumerate(held):
             memory[f"{name} #{at}"] = tensor
-            places.append((name, box))
-        self._memory = MemoryCheckpoint(memory)
-        specs = {spec.name: spec for spec in self._memory.structure}
-        for (name, box), key in zip(places, memory, strict=True):
-            spec = specs[key]
-            if spec.shape != tuple(stop - first for first, stop in box):
-                raise InvalidInputError(
-                    f"a shard of {name[:80]!r} has shape {spec.shape}, and its place is {box}: give the offset of each "
-                    "shard in its tensor",
-                    kind="bad_shards",
-                    tensor=name,
-                )
-            whole = ((0, spec.nbytes),) if spec.dtype.opaque else box
-            self._boxes[name].append((whole, spec))
+            places[f"{name} #{at}"] = name, box
+        return cls([(MemoryCheckpoint(memory), places)])
 
     def parts(self, spec: TensorSpec, box: Box) -> Iterator[Box]:
         """Yield what is here of a box of a tensor."""
-        for held, _ in self._boxes.get(spec.name, ()):
+        for held in self._boxes.get(spec.name, ()):
             common = intersection(held, box)
             if common is not None:
                 yield common
@@ -58,13 +71,18 @@ class Shards:
     def read(self, spec: TensorSpec, box: Box, out: Buffer | None = None) -> Buffer:
         """Return the bytes of a box, little-endian and in C order: a view where they lie so, else copied.
 
-        ``out`` is memory to use for a copy. Raises InvalidInputError (``bad_shards``) if the box is not here in whole,
-        and what a checkpoint's ``read`` raises.
+        The box has to be what a shard shares with a cell, or with a run of a sketch: that is one run of the shard's
+        bytes, as files need it. ``out`` is memory to use for a copy. Raises InvalidInputError (``bad_shards``) if the
+        box is not here in whole, and what a checkpoint's ``read`` raises.
         """
         nbytes = box_nbytes(spec, box)
-        for held, shard in self._boxes.get(spec.name, ()):
+        for held, (shard, checkpoint) in self._boxes.get(spec.name, {}).items():
             if intersection(held, box) == box:
-                return self._memory.read(shard, Region(local(box, held), 0, nbytes), out)
+                part = local(box, held)
+                first = 0
+                for axis, length in zip(part, shard.grid.shape, strict=True):
+                    first = first * length + axis.start
+                return checkpoint.read(shard, Region(part, first * shard.grid.itemsize, nbytes), out)
         target = np.empty(nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, nbytes)
         if self.fill(spec, box, target) != nbytes:
             raise InvalidInputError(f"the shards of {spec.name[:80]!r} are not here", kind="bad_shards")
@@ -78,5 +96,6 @@ class Shards:
         return done
 
     def check_unchanged(self) -> None:
-        """Raise InvalidInputError (``source_changed``) if a tensor was seen to change since this was made."""
-        self._memory.check_unchanged()
+        """Raise InvalidInputError (``source_changed``) if a tensor or file was seen to change since this was made."""
+        for checkpoint in self._checkpoints:
+            checkpoint.check_unchanged()

@@ -33,6 +33,11 @@ class SourceFile:
         """Its length when it was opened."""
         return self._opened[2]
 
+    @property
+    def fingerprint(self) -> tuple[int, ...]:
+        """What the file was when it was opened: equal again in another process if it is that still."""
+        return self._opened
+
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes between two places of the file; raises as :meth:`read_into` does."""
         out = bytearray(stop - start)

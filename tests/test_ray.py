@@ -1,0 +1,444 @@
+"""A checkpoint in pieces on the nodes of a Ray cluster becomes one version, whoever dies meanwhile.
+
+``LAMELLA_RAY_KILLS`` says how many pushes are to lose an encoder at a random moment: 10 by default, 1000 in a campaign.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import ray
+import s3
+from cluster import STORE_NBYTES, Nodes
+from safetensors.numpy import save_file
+from service import serving
+from support import PATIENCE_S, Array, bits, names_of, new_repository, store_of
+from workers import split
+
+import lamella
+import lamella.ray
+from lamella.ray import Group, Place, Shard, pushes
+from lamella.ray.encoders import RESTARTS
+from lamella.ray.refs import got
+from lamella_engine.errors import InvalidInputError, StorageError
+from lamella_engine.model import Progress
+from lamella_engine.repository import Repository
+
+pytestmark = pytest.mark.ray
+
+KILLS = int(os.environ.get("LAMELLA_RAY_KILLS", "10"))
+
+BATCH_NBYTES = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushes, "BATCH_NBYTES", BATCH_NBYTES)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    place = str(tmp_path / "repository")
+    lamella.init(place).close()
+    return place
+
+
+def weights(seed: int = 0, step: float = 0.0) -> dict[str, Array]:
+    rng, drift = np.random.default_rng(seed), np.random.default_rng(99)
+
+    def tensor(*shape: int, dtype: Any = np.float32) -> Array:
+        base = rng.standard_normal(shape, np.float32)
+        return (base + np.float32(step) * drift.standard_normal(shape, np.float32)).astype(dtype)
+
+    return {
+        "embed": tensor(1031, 640),  # one cell of 2.6 MB, cut anywhere
+        "layer.weight": tensor(501, 2100),  # two cells, which no node's rows line up with
+        "state.layer.weight.exp_avg": tensor(301, 700) * np.float32(1e-3),
+        "state.layer.weight.exp_avg_sq": tensor(301, 700) ** 2 * np.float32(1e-6),
+        "half": tensor(300, 2100, dtype=ml_dtypes.bfloat16),
+        "bias": tensor(2100),
+        "step": np.array(7.0, np.float32),
+        "empty": np.zeros((0, 5), np.float32),
+    }
+
+
+def axes(name: str) -> int | None:
+    return {"bias": None, "step": None, "empty": None, "half": 1}.get(name, 0)
+
+
+Held = tuple[dict[str, Array], dict[str, Place]]
+
+
+def parts(tensors: Mapping[str, Array], nodes: int) -> list[Held]:
+    """Cut tensors as they would lie on nodes: the boxes of each, and their places."""
+    return [
+        (
+            {name: np.asarray(array) for name, _, array in held},
+            {name: (tensors[name].shape, tuple(first for first, _ in box)) for name, box, _ in held},
+        )
+        for held in split(tensors, nodes, axes)
+    ]
+
+
+def lent(nodes: Nodes, tensors: Mapping[str, Array], count: int) -> list[Shard]:
+    """Return shards of tensors that actors on so many nodes hold."""
+    held = parts(tensors, count)
+    return [got(holder.shard.remote(*mine)) for holder, mine in zip(nodes.holders[:count], held, strict=True)]
+
+
+def blobs(repo: Repository) -> Counter[bytes]:
+    """Return how often each chunk is stored, in whatever pack."""
+    store = store_of(repo)
+    names = [name for name in names_of(store.objects) if name.startswith("packs/")]
+    return Counter(row.chunk for name in names for row in store.packs.index(name).rows)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_lies_on_nodes_becomes_the_version_that_one_push_makes(nodes: Nodes, place: str, count: int) -> None:
+    plain = new_repository()
+    seen: list[Progress] = []
+    at_work: set[int] = set()
+
+    def look(progress: Progress) -> None:
+        seen.append(progress)
+        at_work.update(nodes.encoders().values())
+
+    for step in (0.0, 1e-3):
+        tensors = weights(step=step)
+        expected = plain.push(tensors, "llm@main")
+        version = lamella.ray.push(lent(nodes, tensors, count), "llm@main", place, message="a step", progress=look)
+        assert (version.parameters_id, version.structure_id) == (expected.parameters_id, expected.structure_id)
+        nbytes = sum(array.nbytes for array in tensors.values())
+        assert (seen[-1].done_nbytes, seen[-1].total_nbytes) == (nbytes, nbytes)
+        assert at_work == set(range(count))
+    with lamella.open(place) as repo:
+        assert bits(repo.checkout("llm@main")) == bits(tensors)
+        assert repo.version("llm@main").message == "a step"
+        assert repo.verify(deep=True).ok
+        assert max(blobs(repo).values()) == 1
+        assert repo.stats().stored_nbytes < 1.1 * plain.stats().stored_nbytes  # the second is deltas of the first
+
+
+@pytest.fixture(params=["bucket", "service"])
+def anywhere(
+    request: pytest.FixtureRequest, seaweedfs: s3.Server, use: Callable[[s3.Server], None], tmp_path: Path
+) -> Iterator[str]:
+    if request.param == "bucket":
+        use(seaweedfs)
+        yield s3.new_url()
+    else:
+        with serving(tmp_path) as server:
+            yield f"grpc://{server.address}/team"
+
+
+def test_files_and_memory_go_into_buckets_and_services(nodes: Nodes, anywhere: str, tmp_path: Path) -> None:
+    tensors = weights()
+    expected = new_repository().push(tensors, "llm@main")
+    lamella.init(anywhere).close()
+    (memory, memory_places), (file, file_places) = parts(tensors, 2)
+    save_file(file, tmp_path / "shard.safetensors")
+    path = str(tmp_path / "shard.safetensors")
+    shards = [
+        got(nodes.holders[0].shard.remote(memory, memory_places)),
+        got(nodes.holders[1].file.remote(path, file_places)),
+    ]
+    version = lamella.ray.push(shards, "llm@main", anywhere, files={"config.json": b"{}"})
+    assert version.parameters_id == expected.parameters_id
+    with lamella.open(anywhere) as repo:
+        assert bits(repo.checkout("llm@main")) == bits(tensors)
+        assert repo.verify(deep=True).ok
+
+
+def test_copies_of_a_box_are_read_once(nodes: Nodes, place: str) -> None:
+    tensors = weights()
+    whole = lent(nodes, tensors, 1)
+    shards = [*lent(nodes, tensors, 2), *lent(nodes, tensors, 2), got(nodes.holders[2].shard.remote({}, {}))]
+    ids = {lamella.ray.push(some, "llm@main", place).parameters_id for some in (whole, [*whole, *whole], shards)}
+    assert len(ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda tensors, places: tensors.pop("half"), "bad_shards"),
+        (lambda tensors, places: places.update(half=((300, 2100), (0, 1))), "bad_shards"),
+        (lambda tensors, places: places.update(half=((300, 2101), (0, 0))), "bad_shards"),
+        (lambda tensors, places: places.update(half=((300,), (0,))), "bad_shards"),
+    ],
+)
+def test_shards_that_do_not_make_their_tensors_are_refused(
+    nodes: Nodes, place: str, change: Callable[[Any, Any], None], kind: str
+) -> None:
+    held = parts(weights(), 2)
+    change(*held[0])
+    held[0][1].pop("half") if "half" not in held[0][0] else None
+    shards = [got(holder.shard.remote(*mine)) for holder, mine in zip(nodes.holders, held, strict=False)]
+    with pytest.raises(InvalidInputError) as caught:
+        lamella.ray.push(shards, "llm@main", place)
+    assert caught.value.kind == kind
+    assert not lamella.open(place).models()
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(nodes: Nodes, place: str, tmp_path: Path) -> None:
+    tensors = weights()
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    shard = got(nodes.holders[1].file.remote(str(path), {}))
+
+    def change(progress: Progress) -> None:
+        if progress.done_nbytes:
+            os.utime(path, ns=(0, 0))
+
+    with pytest.raises(InvalidInputError) as caught:
+        lamella.ray.push([shard], "llm@main", place, progress=change)
+    assert caught.value.kind == "source_changed"
+    lamella.ray.push([shard], "llm@main", place)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        threading.Event().wait(0.05)
+
+
+def kill(process: int) -> None:
+    with suppress(ProcessLookupError):  # its push may be over
+        os.kill(process, signal.SIGKILL)
+
+
+class Killer:
+    """Kills one encoder of a push a random time, at most ``within_s``, after they appear; none without it."""
+
+    def __init__(self, nodes: Nodes, within_s: float | None) -> None:
+        self._nodes = nodes
+        self.moment_s = None if within_s is None else random.uniform(0, within_s)
+        self.killed = False
+        self.lived_s = 0.0
+        """How long there were encoders."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Killer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._nodes.encoders():
+            if self._over.wait(0.01):
+                return
+        born = time.monotonic()
+        self._over.wait(self.moment_s)
+        alive = sorted(self._nodes.encoders())
+        if alive and not self._over.is_set():
+            kill(random.choice(alive))
+            self.killed = True
+        self._over.wait()
+        self.lived_s = time.monotonic() - born
+
+
+@pytest.mark.parametrize("campaign", range(-(-KILLS // 10)))
+def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str, campaign: int) -> None:
+    with Killer(nodes, within_s=None) as spared:
+        lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place)
+    killed = 0
+    for number in range(1, 11):
+        tensors = weights(seed=10 * campaign + number)
+        shards = lent(nodes, tensors, 2)
+        completed = False
+        with Killer(nodes, spared.lived_s) as killer, suppress(StorageError):
+            lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
+            completed = True
+        killed += killer.killed
+        if not completed:
+            lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
+        with lamella.open(place) as repo:
+            assert repo.version("llm@main").number == 1 + number, killer.moment_s
+            assert bits(repo.checkout("llm@main")) == bits(tensors), killer.moment_s
+    assert killed > 2
+    with lamella.open(place) as repo:
+        assert repo.verify(deep=True).ok
+        assert repo.stats().versions == 11
+
+
+def test_what_had_arrived_is_not_sent_again(nodes: Nodes, place: str) -> None:
+    tensors = weights()
+    done: list[int] = []
+    victim: list[int] = []
+
+    def look(progress: Progress) -> None:
+        done.append(progress.done_nbytes)
+        if progress.done_nbytes and not victim:
+            victim.append(min(nodes.encoders()))
+            kill(victim[0])
+
+    lamella.ray.push(lent(nodes, tensors, 2), "llm@main", place, progress=look)
+    assert victim
+    assert done == sorted(done)
+    with lamella.open(place) as repo:
+        twice = [chunk for chunk, count in blobs(repo).items() if count > 1]
+        assert len(twice) <= 1  # of the batch that was under way: a cell is longer than a batch
+        assert repo.verify(deep=True).ok
+
+
+def test_a_push_whose_encoders_always_die_ends_and_says_so(nodes: Nodes, place: str) -> None:
+    shards = lent(nodes, weights(), 2)
+    over = threading.Event()
+    dead: set[int] = set()
+
+    def kill_all() -> None:
+        while not over.wait(0.02):
+            for process in nodes.encoders():
+                dead.add(process)
+                kill(process)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(StorageError) as caught:
+            lamella.ray.push(shards, "llm@main", place)
+    finally:
+        over.set()
+        killer.join()
+    assert caught.value.kind == "worker_lost"
+    assert len(dead) > RESTARTS
+    assert not lamella.open(place).models()
+    lamella.ray.push(shards, "llm@main", place)
+    assert lamella.open(place).verify(deep=True).ok
+
+
+def test_tensors_whose_process_is_gone_cannot_be_pushed(nodes: Nodes, place: str) -> None:
+    held = parts(weights(), 2)
+    mortal = nodes.new_holder(1)
+    shards = [got(holder.shard.remote(*mine)) for holder, mine in zip((nodes.holders[0], mortal), held, strict=True)]
+
+    ray.kill(mortal)
+
+    def refused() -> bool:
+        try:
+            lamella.ray.push(shards, "llm@main", place)
+        except StorageError as error:
+            return error.kind == "worker_lost"
+        return False  # Ray has not noticed yet
+
+    wait_until(refused)
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_push_can_be_cancelled(nodes: Nodes, place: str) -> None:
+    shards = lent(nodes, weights(), 2)
+
+    def cancel(progress: Progress) -> None:
+        if progress.done_nbytes:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        lamella.ray.push(shards, "llm@main", place, progress=cancel)
+    assert not lamella.open(place).models()
+    wait_until(lambda: not nodes.encoders())
+    lamella.ray.push(shards, "llm@main", place)
+
+
+def test_a_full_object_store_is_said_to_be_full(nodes: Nodes, place: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        got(nodes.holders[3].fill.remote(2 * STORE_NBYTES))
+    assert caught.value.kind == "object_store_full"
+    assert lamella.ray.push([got(nodes.holders[3].fill.remote(STORE_NBYTES // 4))], "llm@main", place).number == 1
+
+
+DRIVER = """
+import sys, ray
+import lamella.ray
+from lamella.ray import Shard, pushes
+from test_ray import BATCH_NBYTES, weights
+
+place, address = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+pushes.BATCH_NBYTES = BATCH_NBYTES
+
+def progress(now):
+    if now.done_nbytes:
+        print("pushing", flush=True)
+        sys.stdin.read()
+
+lamella.ray.push([Shard.of_tensors(weights())], "llm@main", place, progress=progress)
+"""
+
+
+def test_a_driver_that_is_killed_leaves_nothing_visible(nodes: Nodes, place: str) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, place, nodes.address],
+        env=os.environ | nodes.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"pushing\n"
+        assert nodes.encoders()
+        driver.kill()
+    wait_until(lambda: not nodes.encoders())
+    assert not lamella.open(place).models()
+    tensors = weights()
+    lamella.ray.push(lent(nodes, tensors, 2), "llm@main", place)
+    with lamella.open(place) as repo:
+        assert bits(repo.checkout("llm@main")) == bits(tensors)
+        assert repo.verify(deep=True).ok
+
+
+def test_a_group_of_workers_makes_one_version_each_time(nodes: Nodes, place: str) -> None:
+    group = Group(place, 2)
+    plain = new_repository()
+    lost = nodes.holders[0].give.remote(group, 0, *parts(weights(), 2)[0], "llm@main", "step 0")
+    for key, step in (("step 1", 0.0), ("step 2", 1e-3)):
+        tensors = weights(step=step)
+        held = parts(tensors, 2)
+        refs = [
+            holder.give.remote(group, rank, *held[rank], "llm@main", key)
+            for rank, holder in enumerate(nodes.holders[:2])
+        ]
+        ids = {got(ref) for ref in refs}
+        version = lamella.open(place).version("llm@main")
+        assert ids == {version.id}
+        assert version.parameters_id == plain.push(tensors, "llm@main").parameters_id
+        assert version.message == "by 0"
+    with pytest.raises(StorageError) as caught:
+        got(lost)
+    assert caught.value.kind == "worker_lost"
+
+
+def test_what_a_push_raises_is_raised_to_every_worker_of_a_group(nodes: Nodes, place: str) -> None:
+    group = Group(place, 2)
+    (tensors, places), _ = parts(weights(), 2)
+    refs = [
+        holder.give.remote(group, rank, tensors, places, "llm@main", "half of it")
+        for rank, holder in enumerate(nodes.holders[:2])
+    ]
+    for ref in refs:
+        with pytest.raises(InvalidInputError) as caught:
+            got(ref)
+        assert caught.value.kind == "bad_shards"
+
+
+def test_only_lamella_ray_imports_ray() -> None:
+    code = "import sys, lamella, lamella.cli, lamella_engine.repository; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
