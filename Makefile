@@ -44,6 +44,7 @@ bench: .venv/built  ## Push and checkout, the codec, and whole repositories, aga
 	.venv/bin/python -m benchmarks.push_checkout
 	.venv/bin/python -m benchmarks.service
 	.venv/bin/python -m benchmarks.stalls
+	.venv/bin/python -m benchmarks.ranks
 	.venv/bin/python -m benchmarks.codec $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 	.venv/bin/python -m benchmarks.peers $(if $(wildcard $(PEERS)/bin/python),--peers-venv $(PEERS))
 

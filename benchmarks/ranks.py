@@ -1,14 +1,14 @@
 """Checkpoints from several ranks: how fast, how small, and how much memory, beside torch's own files.
 
-    python -m benchmarks.ranks [--rounds 5] [--checkpoints 20] [--steps 10] [--memory-mib 1024] [--folder DIR]
+    python -m benchmarks.ranks [--rounds 5] [--models 4] [--checkpoints 20] [--steps 10] [--memory-mib 1024]
 
 A small GPT (``gpt``) is trained with AdamW, and its whole state saved every few steps: weights, both moments, steps.
-Two processes of one gloo group hold the state in shards, as FSDP2 has it. In every round each contender saves the same
-state, of which the one before is saved already, once: ``dcp.save`` by lamella on two ranks and on one, two pushes of
-half the state each that know nothing of each other, ``dcp.save`` to files on two ranks and on one, and ``torch.save``.
-All of them sync what they write. What is shown are medians. Then all checkpoints go through one repository, and the
-bytes that they take are set beside those of files. At last both ranks save noise that lies so that every cell is
-shared, and their memory is watched.
+Two processes of one gloo group hold states in shards, as FSDP2 has it. In every round each contender saves the same
+states of several moments of the training at once, of which those before are saved already, once: ``dcp.save`` by
+lamella on two ranks and on one, two pushes of half of it each that know nothing of each other, ``dcp.save`` to files on
+two ranks and on one, and ``torch.save``. All of them sync what they write. What is shown are medians. Then all
+checkpoints go through one repository, and the bytes that they take are set beside those of files. At last both ranks
+save noise that lies so that every cell is shared, and their memory is watched.
 """
 
 import argparse
@@ -74,9 +74,13 @@ class Rank:
         self._alone = [dist.new_group([other]) for other in range(RANKS)]
         self._mesh = DeviceMesh("cpu", list(range(RANKS)))
 
-    def flat(self, number: int) -> dict[str, torch.Tensor]:
-        """Return a state as training left it."""
-        return load_file(self._states[number])
+    def flat(self, *numbers: int) -> dict[str, torch.Tensor]:
+        """Return states as training left them, as one."""
+        return {
+            f"{at}.{name}": tensor
+            for at, number in enumerate(numbers)
+            for name, tensor in load_file(self._states[number]).items()
+        }
 
     def save(self, state: dict[str, Any], place: Path, *, rank: int | None = None, files: bool = False) -> None:
         """Save a state on all ranks, or on one of them alone."""
@@ -113,11 +117,13 @@ class Rank:
             "torch.save": torch_save,
         }
 
-    def rounds(self, rounds: int) -> dict[str, list[float]]:
+    def rounds(self, rounds: int, models: int) -> dict[str, list[float]]:
         """Return the seconds that each contender took in each round, the slowest rank's."""
         seconds: defaultdict[str, list[float]] = defaultdict(list)
         for number in range(rounds):
-            before, after = (self.contenders(self.flat(at)) for at in _pair(number, len(self._states)))
+            pairs = len(self._states) - 1
+            at = [(7 * number + each * pairs // models) % pairs for each in range(models)]
+            before, after = (self.contenders(self.flat(*(one + later for one in at))) for later in (0, 1))
             for name in after:
                 place = self._scratch / "place"
                 for one in (place, *(place.with_name(f"place-{rank}") for rank in range(RANKS))):
@@ -173,22 +179,16 @@ class Rank:
         return {"shard": shard.nbytes, "grew": watched.nbytes, "sent": writer.sent_nbytes}
 
 
-def _pair(number: int, checkpoints: int) -> tuple[int, int]:
-    """Return two neighbours, later ones in later rounds: training is nowhere the same for long."""
-    at = (number * 7) % (checkpoints - 1)
-    return at, at + 1
-
-
 def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 
-def work(rank: int, port: int, states: Sequence[Path], scratch: Path, rounds: int, mib: int) -> None:
+def work(rank: int, port: int, states: Sequence[Path], scratch: Path, rounds: int, models: int, mib: int) -> None:
     """Be one of the ranks; the results of each go to a file."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     mine = Rank(rank, states, scratch)
     found = {
-        "seconds": mine.rounds(rounds),
+        "seconds": mine.rounds(rounds, models),
         "sizes": mine.sizes(),
         "memory": mine.memory(mib) if mib else {},
     }
@@ -197,23 +197,24 @@ def work(rank: int, port: int, states: Sequence[Path], scratch: Path, rounds: in
     dist.destroy_process_group()
 
 
-def measure(states: Sequence[Path], scratch: Path, rounds: int, mib: int) -> list[dict[str, Any]]:
+def measure(states: Sequence[Path], scratch: Path, rounds: int, models: int, mib: int) -> list[dict[str, Any]]:
     """Run the ranks; return what each has found."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    spawn(work, (port, states, scratch, rounds, mib), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    spawn(work, (port, states, scratch, rounds, models, mib), nprocs=RANKS)  # type: ignore[no-untyped-call]
     return [json.loads((scratch / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def tables(found: list[dict[str, Any]], state_nbytes: int) -> Iterator[Table]:
+def tables(found: list[dict[str, Any]], state_nbytes: int, models: int) -> Iterator[Table]:
     """Yield what was found."""
     first = found[0]
     medians = {name: statistics.median(values) for name, values in first["seconds"].items()}
     table = Table("save", "seconds", "MB/s of state", "against two pushes of a half", box=SIMPLE_HEAD)
-    table.title = f"A state of {state_nbytes / 1e6:.0f} MB whose neighbour is stored, medians"
+    saved = models * state_nbytes
+    table.title = f"A state of {saved / 1e6:.0f} MB whose neighbour is stored, medians"
     halves = medians["lamella, 2 pushes of a half"]
     for name, seconds in medians.items():
-        table.add_row(name, f"{seconds:.2f}", f"{state_nbytes / seconds / 1e6:.0f}", f"{halves / seconds:.2f}")
+        table.add_row(name, f"{seconds:.2f}", f"{saved / seconds / 1e6:.0f}", f"{halves / seconds:.2f}")
     yield table
     sizes = first["sizes"]
     count = len(next(iter(sizes.values())))
@@ -236,6 +237,7 @@ def main() -> None:
     """Train, save, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--memory-mib", type=int, default=1024)
@@ -245,8 +247,8 @@ def main() -> None:
     runs = corpora.Pretrainings(SHAPE, asked.folder, steps=STEPS, seed=0, report=console.print)
     states = runs.states(asked.checkpoints, asked.steps)
     with TemporaryDirectory(dir=asked.folder) as scratch:
-        found = measure(states, Path(scratch), asked.rounds, asked.memory_mib)
-    for table in tables(found, sum(tensor.nbytes for tensor in load_file(states[0]).values())):
+        found = measure(states, Path(scratch), asked.rounds, asked.models, asked.memory_mib)
+    for table in tables(found, sum(tensor.nbytes for tensor in load_file(states[0]).values()), asked.models):
         console.print(table)
 
 

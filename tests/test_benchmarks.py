@@ -27,6 +27,7 @@ from benchmarks import (
     partial,
     peers,
     push_checkout,
+    ranks,
     service,
     stalls,
 )
@@ -328,6 +329,17 @@ def test_every_contender_of_a_pause_saves_in_every_round(tmp_path: Path):
     repo = lamella.open(str(tmp_path / "repository"))
     assert len(list(repo.log("gpt@main"))) == 3 + 3 * 3
     assert stalls.table(alone, "").row_count == len(alone)
+
+
+def test_every_contender_saves_from_its_ranks_and_what_is_kept_is_counted(tmp_path: Path):
+    states = corpora.Pretrainings(SHAPE, tmp_path, steps=8, seed=0).states(3, 1)
+    found = ranks.measure(states, tmp_path, rounds=1, models=2, mib=16)
+    assert [set(one["seconds"]) for one in found] == [set(found[0]["seconds"])] * ranks.RANKS
+    sizes = found[0]["sizes"]
+    assert {len(values) for values in sizes.values()} == {3}
+    assert sizes["lamella, 2 ranks"][-1] < sum(sizes["torch.save"])
+    assert found[0]["memory"]["sent"] > 0
+    assert len(list(ranks.tables(found, 1, 2))) == 3
 
 
 def test_without_a_gpu_it_is_said_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch):
