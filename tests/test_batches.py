@@ -37,7 +37,7 @@ class Workers:
         held = split(tensors, count, axis_of)
         self.repo = repo
         self.shards = [Shards.in_memory(mine) for mine in held]
-        self.shared: SharedPush = repo.shared_push(
+        self.shared: SharedPush = repo.sharing.begin(
             "m@main", structure_of(tensors), holdings(held), count, batch_nbytes=BATCH_NBYTES
         )
         self.assignments = self.shared.assignments
@@ -50,7 +50,7 @@ class Workers:
 
     def store(self, assignment: Assignment) -> Part:
         shards = self.shards[assignment.share.worker]
-        return self.repo.store_batch(assignment, shards, self._merged, self.fetch)
+        return self.repo.sharing.store_batch(assignment, shards, self._merged, self.fetch)
 
     def fetch(self, wanted: Mapping[int, Sequence[Piece]]) -> dict[int, Buffer]:
         found: dict[int, Buffer] = {}
@@ -70,7 +70,7 @@ def test_batches_in_any_order_make_the_version_that_one_push_makes(count: int) -
         expected = plain.push(tensors, "m@main")
         workers = Workers(repo, tensors, count)
         parts = [workers.store(assignment) for assignment in reversed(workers.assignments)]
-        version = repo.record(workers.shared, parts)
+        version = repo.sharing.record(workers.shared, parts)
         assert len(parts) > 2 * count
         assert version.parameters_id == expected.parameters_id
         assert bits(repo.checkout("m@main")) == bits(tensors)
@@ -84,7 +84,7 @@ def test_a_batch_may_be_stored_again_by_another_worker_with_the_same_shards() ->
     workers = Workers(repo, tensors, 2)
     for assignment in workers.assignments:
         workers.store(assignment)
-    repo.record(workers.shared, [workers.store(assignment) for assignment in workers.assignments])
+    repo.sharing.record(workers.shared, [workers.store(assignment) for assignment in workers.assignments])
     assert bits(repo.checkout("m@main")) == bits(tensors)
     assert repo.verify(deep=True).ok
 
@@ -104,7 +104,7 @@ def test_a_batch_whose_pieces_cannot_be_had_fails_and_can_be_stored_later(monkey
         workers.store(lacking)
     assert caught.value.kind == "worker_lost"
     monkeypatch.setattr(workers, "fetch", reachable)
-    repo.record(workers.shared, [workers.store(assignment) for assignment in workers.assignments])
+    repo.sharing.record(workers.shared, [workers.store(assignment) for assignment in workers.assignments])
     assert bits(repo.checkout("m@main")) == bits(tensors)
 
 
@@ -113,7 +113,7 @@ def test_a_version_needs_the_part_of_every_batch() -> None:
     parts = [workers.store(assignment) for assignment in workers.assignments]
     for some in (parts[:-1], parts[1:], [*parts[1:], parts[1]]):
         with pytest.raises(InvalidInputError) as caught:
-            workers.repo.record(workers.shared, some)
+            workers.repo.sharing.record(workers.shared, some)
         assert caught.value.kind == "bad_part"
     assert not workers.repo.models()
 

@@ -22,8 +22,9 @@ from lamella_engine.errors import (
     StorageError,
     VersionNotFoundError,
 )
+from lamella_engine.notes import Notes
 from lamella_engine.objects.memory import MemoryObjects
-from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.pushing import push_checkpoint
 
 SOUND = [fault for fault in Fault if fault is not Fault.TORN_VISIBLE]
 

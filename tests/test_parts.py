@@ -126,7 +126,7 @@ def test_what_travels_between_workers_pickles() -> None:
     held = split(tensors, 2, axis_of)
     repo = new_repository()
     holdings = holdings_of(held)
-    shared = repo.shared_push("m@main", structure_of(tensors), holdings, 2)
+    shared = repo.sharing.begin("m@main", structure_of(tensors), holdings, 2)
     assert pickle.loads(pickle.dumps(shared.assignments)) == shared.assignments
     _, parts = push_shared([repo] * 2, "m@main", tensors, held)
     assert pickle.loads(pickle.dumps(parts)) == parts
@@ -317,7 +317,7 @@ def test_a_worker_that_fails_fails_the_push_for_all_and_leaves_nothing(worker: i
             return push
 
         store.begin = begin  # type: ignore[method-assign]
-        mine._store = store
+        mine.sharing._store = store
         return mine
 
     repos = [open_again(objects) for _ in range(3)]
@@ -375,14 +375,14 @@ def test_parts_of_other_pushes_are_refused() -> None:
     held = split(tensors, 2, axis_of)
     repo = new_repository()
     _, parts = push_shared([repo] * 2, "m@main", tensors, held)
-    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 2)
+    shared = repo.sharing.begin("m@main", structure_of(tensors), holdings_of(held), 2)
     with pytest.raises(InvalidInputError) as caught:
-        repo.record(shared, parts[:1])
+        repo.sharing.record(shared, parts[:1])
     assert caught.value.kind == "bad_part"
     short = {"w": np.zeros((2, 3), np.float32)}
-    other = repo.shared_push("m@main", structure_of(short), {"w": [(((0, 2), (0, 3)), 0)]}, 2)
+    other = repo.sharing.begin("m@main", structure_of(short), {"w": [(((0, 2), (0, 3)), 0)]}, 2)
     with pytest.raises(InvalidInputError) as caught:
-        repo.record(other, parts)
+        repo.sharing.record(other, parts)
     assert caught.value.kind == "bad_part"
 
 
@@ -425,13 +425,13 @@ def test_a_part_whose_pack_is_gone_cannot_be_joined() -> None:
     repo = new_repository(objects)
     tensors = {"w": np.random.default_rng(0).standard_normal((100, 100))}
     held: list[Held] = [[("w", ((0, 100), (0, 100)), tensors["w"])]]
-    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 1)
-    part = repo.store_part(shared.assignments[0], lambda: held[0], Alone())
+    shared = repo.sharing.begin("m@main", structure_of(tensors), holdings_of(held), 1)
+    part = repo.sharing.store_part(shared.assignments[0], lambda: held[0], Alone())
     for name in names_of(objects):
         if name.startswith("packs/"):
             objects.delete(name)
     with pytest.raises(LamellaError):
-        repo.record(shared, [part])
+        repo.sharing.record(shared, [part])
     assert repo.models() == []
 
 
@@ -456,7 +456,7 @@ def test_boxes_of_a_version_fill_memory_of_any_strides(data: st.DataObject) -> N
             memory = np.empty(want.shape, want.dtype)
         targets.append((name, box, memory))
         expected.append(want)
-    repo.fill_boxes("m@main", targets)
+    repo.sharing.fill_boxes("m@main", targets)
     for (_, _, memory), want in zip(targets, expected, strict=True):
         assert memory.tobytes() == want.tobytes()
 
@@ -470,7 +470,7 @@ def test_boxes_are_read_without_the_cells_that_they_do_not_touch() -> None:
     whole = sum(nbytes for name, nbytes in names_of(objects).items() if name.startswith("packs/"))
     repo = open_again(objects)
     objects.reset()
-    repo.fill_boxes("m@main", [("w", ((700, 710), (0, 2048)), np.empty((10, 2048)))])
+    repo.sharing.fill_boxes("m@main", [("w", ((700, 710), (0, 2048)), np.empty((10, 2048)))])
     assert objects.read_nbytes < whole / 8
 
 
@@ -478,8 +478,8 @@ def test_boxes_of_what_is_not_there_are_refused() -> None:
     repo = new_repository()
     repo.push({"w": np.zeros((4, 5), np.float32)}, "m@main")
     with pytest.raises(TensorNotFoundError):
-        repo.fill_boxes("m@main", [("v", ((0, 1),), np.zeros(1, np.float32))])
+        repo.sharing.fill_boxes("m@main", [("v", ((0, 1),), np.zeros(1, np.float32))])
     for memory in (np.zeros((2, 5), np.float64), np.zeros((3, 5), np.float32)):
         with pytest.raises(InvalidInputError) as caught:
-            repo.fill_boxes("m@main", [("w", ((0, 2), (0, 5)), memory)])
+            repo.sharing.fill_boxes("m@main", [("w", ((0, 2), (0, 5)), memory)])
         assert caught.value.kind == "structure_mismatch"

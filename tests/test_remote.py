@@ -33,7 +33,8 @@ from lamella_engine.format.entry import RefChange, VersionAdded
 from lamella_engine.format.manifest import MAX_NAME_NBYTES
 from lamella_engine.format.names import metadata_name
 from lamella_engine.model import Cell
-from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.notes import Notes
+from lamella_engine.pushing import push_checkpoint
 from lamella_engine.remote import channel, opening
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel

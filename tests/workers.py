@@ -101,11 +101,11 @@ def push_shared(
     for worker, mine in enumerate(held):
         for name, box, _ in mine:
             holdings[name].append((box, worker))
-    shared = repos[0].shared_push(target, structure_of(tensors), holdings, workers)
+    shared = repos[0].sharing.begin(target, structure_of(tensors), holdings, workers)
 
     def work(worker: int) -> Part:
         repo = each(worker, repos[worker])
-        return repo.store_part(shared.assignments[worker], lambda: held[worker], meeting.exchange(worker))
+        return repo.sharing.store_part(shared.assignments[worker], lambda: held[worker], meeting.exchange(worker))
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
@@ -114,7 +114,7 @@ def push_shared(
     except BaseException:
         shared.abandon()
         raise
-    return repos[0].record(shared, parts, **notes), parts
+    return repos[0].sharing.record(shared, parts, **notes), parts
 
 
 def split(tensors: Mapping[str, Array], workers: int, axis_of: Callable[[str], int | None]) -> list[Held]:

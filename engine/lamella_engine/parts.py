@@ -27,7 +27,8 @@ from lamella_engine.executor import Executor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.manifest import INLINE_NBYTES
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, TensorSpec, VersionId
-from lamella_engine.pushing import ManifestWriter, Notes, abandoning, recorded, row_of
+from lamella_engine.notes import Notes
+from lamella_engine.pushing import ManifestWriter, abandoning, recorded, row_of
 from lamella_engine.sharding import Share, batches, share_out
 from lamella_engine.sketches import Sketch, parse, runs, sketched, take
 from lamella_engine.storing import Chunk, Pipeline, Place, cell_place

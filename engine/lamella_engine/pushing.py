@@ -3,10 +3,8 @@
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 from lamella_engine.checkpoints import Checkpoint
 from lamella_engine.chunking import MAX_CELL_NBYTES
@@ -26,17 +24,9 @@ from lamella_engine.format.manifest import (
 )
 from lamella_engine.format.version import AttachmentPages, Description, SketchLanes
 from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, Progress, TensorSpec
+from lamella_engine.notes import Notes
 from lamella_engine.sketches import Sketch, take
 from lamella_engine.storing import Chunk, Pipeline, Place, cell_place
-
-
-@dataclass(frozen=True, slots=True)
-class Notes:
-    """What is recorded beside the tensors."""
-
-    message: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    recipe: Any = None
 
 
 class _Parameters:

@@ -9,10 +9,8 @@ from typing import Any, Literal, overload
 
 from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.background import Background, PushHandle
-from lamella_engine.boxes import Box
 from lamella_engine.checking_out import Checkout
 from lamella_engine.checkpoints import Checkpoint, open_checkpoint
-from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.revisions import parse_target
@@ -20,17 +18,15 @@ from lamella_engine.content_store.seam import ContentStore, Push, RefUpdate
 from lamella_engine.cost import Cost, cost_of
 from lamella_engine.distance import Distance
 from lamella_engine.errors import InvalidInputError, LamellaError
-from lamella_engine.exchanging import Exchange, Fetch
 from lamella_engine.executor import Executor
-from lamella_engine.filling import fill_boxes
-from lamella_engine.format import canonical
 from lamella_engine.heads import Head
 from lamella_engine.jobs import Diff, Jobs, LocalJobs, Stats
 from lamella_engine.maintenance import Problem, Verification
-from lamella_engine.model import Attachment, Buffer, Progress, RefInfo, RefKind, TensorSpec, VersionId
-from lamella_engine.parts import Assignment, Part, SharedPush, store_batch, store_part
-from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.model import Attachment, Progress, RefInfo, RefKind, VersionId
+from lamella_engine.notes import attachments_of, notes_of
+from lamella_engine.pushing import push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
+from lamella_engine.sharing import Sharing
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
@@ -49,6 +45,8 @@ class Repository:
         self._executor = executor
         self._jobs = jobs
         self._reader = Reader(store, executor)
+        self.sharing = Sharing(store, executor, self._reader)
+        """For workers that hold a checkpoint together: what ``lamella.torch`` and ``lamella.ray`` are made of."""
         self._background = Background()
 
     def __enter__(self) -> "Repository":
@@ -163,8 +161,8 @@ class Repository:
             The store did not say whether the version was recorded.
         """
         model, branch = parse_target(target)
-        notes = _notes(message, metrics, recipe)
-        attached = _attachments(files)
+        notes = notes_of(message, metrics, recipe)
+        attached = attachments_of(files)
         if wait:
             self._background.settle(model, branch)
         else:
@@ -214,77 +212,10 @@ class Repository:
             At the end: the branch moved meanwhile.
         """
         model, branch = parse_target(target)
-        notes = _notes(message, metrics, recipe)
+        notes = notes_of(message, metrics, recipe)
         self._background.settle(model, branch)
         base = None if parent is None else self._store.resolve(parent)
         return Transaction(self._reader, self._executor, notes, lambda: self._begin(model, branch, base))
-
-    def shared_push(
-        self,
-        target: str,
-        structure: Sequence[TensorSpec],
-        holdings: Mapping[str, Sequence[tuple[Box, int]]],
-        workers: int,
-        *,
-        parent: str | None = None,
-        batch_nbytes: int | None = None,
-    ) -> SharedPush:
-        """Begin a push of tensors that lie with several workers; ``LamellaWriter`` and ``lamella.ray`` are made of it.
-
-        Parameters
-        ----------
-        target, parent
-            As :meth:`push` takes them.
-        structure, holdings, workers
-            The tensors, where their boxes lie, and how many workers there are: see
-            :func:`lamella_engine.sharding.share_out`.
-        batch_nbytes
-            For workers that call :meth:`store_batch`: about how much each stores at a time.
-
-        Raises
-        ------
-        InvalidInputError
-            Boxes do not make their tensor (``bad_shards``).
-        ConflictError
-            The branch is not where it was expected.
-        """
-        model, branch = parse_target(target)
-        return SharedPush(
-            self._store,
-            self._executor,
-            model=model,
-            branch=branch,
-            parent=None if parent is None else self._store.resolve(parent),
-            structure=structure,
-            holdings=holdings,
-            workers=workers,
-            batch_nbytes=batch_nbytes,
-        )
-
-    def store_part(
-        self, assignment: Assignment, held: Callable[[], Iterable[tuple[str, Box, object]]], exchange: Exchange
-    ) -> Part:
-        """Store what one worker of a shared push has; see :func:`lamella_engine.parts.store_part`."""
-        return store_part(self._store, self._executor, assignment, held, exchange)
-
-    def store_batch(self, assignment: Assignment, shards: Shards, merged: Buffer, fetch: Fetch) -> Part:
-        """Store a batch of what one worker of a shared push has; see :func:`lamella_engine.parts.store_batch`."""
-        return store_batch(self._store, self._executor, assignment, shards, merged, fetch)
-
-    def record(
-        self,
-        shared: SharedPush,
-        parts: Sequence[Part],
-        *,
-        message: str = "",
-        metrics: Mapping[str, float] | None = None,
-        recipe: Any = None,
-        files: Mapping[str, bytes] | None = None,
-    ) -> Version:
-        """End a shared push: record what its workers have stored as a version, and raise as :meth:`push` does."""
-        attached = _attachments(files)
-        check_files(attached, has_tensors=True)
-        return Version(shared.commit(parts, _notes(message, metrics, recipe), files=attached), self._reader)
 
     def _begin(self, model: str, branch: str, parent: VersionId | None) -> Push:
         return self._store.begin(model, branch, parent=parent, push_id=new_push_id())
@@ -398,17 +329,6 @@ class Repository:
         if into is not None:
             return checkout.to_memory(into, have=None if have is None else self._store.resolve(have))
         return checkout.to_tensors(framework)
-
-    def fill_boxes(self, revision: str, targets: Sequence[tuple[str, Box, Any]]) -> None:
-        """Fill memory with parts of tensors; ``lamella.torch.LamellaReader`` is made of it.
-
-        ``targets`` are names of tensors, a box of each ((first, stop) for each axis), and a writable NumPy array or
-        torch tensor of the box's shape. Only the cells that boxes touch are read. Raises TensorNotFoundError, and
-        InvalidInputError if memory is not as its box is.
-        """
-        id = self._store.resolve(revision)
-        manifest = self._store.manifest(id)
-        fill_boxes(self._reader, id, [(manifest.spec(name), box, memory) for name, box, memory in targets])
 
     def cost(self, revision: str, *, include: Patterns = None, exclude: Patterns = None) -> Cost:
         """Say what the selected tensors take to keep, and what a checkout of them would read; reads no weights."""
@@ -573,36 +493,6 @@ def _open_source(source: object, attached: Sequence[Attachment]) -> Checkpoint:
         check_files([*checkpoint.attachments, *attached], has_tensors=bool(checkpoint.structure))
         opened.pop_all()
     return checkpoint
-
-
-def _attachments(files: Mapping[str, bytes] | None) -> list[Attachment]:
-    for path, data in dict(files or {}).items():
-        if not isinstance(path, str) or not isinstance(data, bytes):
-            raise InvalidInputError("files are bytes by path: {'config.json': b'...'}", kind="bad_value")
-    return [Attachment.of_bytes(path, "file", data) for path, data in dict(files or {}).items()]
-
-
-def _notes(message: str, metrics: Mapping[str, float] | None, recipe: Any) -> Notes:
-    # As deep as it will stand; refused now, not after the upload, and a copy, which does not change meanwhile.
-    (copied,) = canonical.loads(canonical.dumps([recipe]), what="a recipe")
-    return Notes(message=_text(message), metrics=_metrics(metrics), recipe=copied)
-
-
-def _text(message: str) -> str:
-    if not isinstance(message, str):
-        raise InvalidInputError(f"a message is text, not a {type(message).__name__}", kind="bad_value")
-    canonical.dumps(message)
-    return message
-
-
-def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise InvalidInputError(f"metrics are numbers by name, not a {type(metrics).__name__}", kind="bad_metric")
-    stored = canonical.loads(canonical.dumps(dict(metrics or {})), what="metrics")
-    for name, value in stored.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise InvalidInputError(f"the metric {name!r} is no number: put it into the recipe", kind="bad_metric")
-    return dict(stored)
 
 
 def on_objects(store: PackedStore, *, seen: Collection[Head] = ()) -> Repository:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lamella_engine.content_store.seam import Push
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.executor import Executor
-from lamella_engine.pushing import Notes, push_checkpoint
+from lamella_engine.notes import Notes
+from lamella_engine.pushing import push_checkpoint
 from lamella_engine.reading import Reader
 from lamella_engine.versions import Version
 

@@ -146,7 +146,7 @@ class _Encoder:
         self._repo = self._repo or lamella.open(self._location)
         merged: Octets = got(told.merged, PATIENCE_S)
         fetch = partial(_fetched, work.encoders, told)
-        return self._repo.store_batch(work.assignments[number], node.shards, merged.data, fetch)
+        return self._repo.sharing.store_batch(work.assignments[number], node.shards, merged.data, fetch)
 
     @ray.method(concurrency_group="reading")
     def check_unchanged(self, told: Told) -> None:

@@ -91,7 +91,7 @@ def push(
         except BaseException:
             shared.abandon()
             raise
-        return repository.record(shared, parts, message=message, metrics=metrics, recipe=recipe, files=files)
+        return repository.sharing.record(shared, parts, message=message, metrics=metrics, recipe=recipe, files=files)
     except BaseException:
         repository.close()
         raise
@@ -117,7 +117,7 @@ def _planned(
             held[same(structure, spec).name].append((box, worker))
     if not structure:
         raise InvalidInputError("there is nothing to push: the shards hold no tensors", kind="empty_source")
-    shared = repository.shared_push(
+    shared = repository.sharing.begin(
         target, list(structure.values()), held, len(encoders), parent=parent, batch_nbytes=BATCH_NBYTES
     )
     return shared, Work(

@@ -166,7 +166,7 @@ class LamellaWriter(StorageWriter):
                         f"{spec.name[:80]!r} is not of one dtype and shape on all ranks", kind="bad_shards"
                     )
                 holdings.setdefault(spec.name, []).append((box, worker))
-        self._shared = self._place.open().shared_push(
+        self._shared = self._place.open().sharing.begin(
             self._target, list(structure.values()), holdings, len(plans), parent=self._parent
         )
         name = _Group.name(len(plans))
@@ -188,7 +188,7 @@ class LamellaWriter(StorageWriter):
                 yield spec.name, box, planner.resolve_data(item)
 
         with _exchange(name, assignment.share.worker, workers) as exchange:
-            part = self._place.open().store_part(assignment, held, exchange)
+            part = self._place.open().sharing.store_part(assignment, held, exchange)
         self.sent_nbytes, self.stored_nbytes = part.sent_nbytes, part.stored_nbytes
         done: Future[list[WriteResult]] = Future()
         # One more than there are items: a rank that holds nothing has a part too.
@@ -202,7 +202,7 @@ class LamellaWriter(StorageWriter):
         stored = [some[-1].storage_data for some in results]
         objects = {name: value for one in stored for name, value in one.objects.items()}
         document = _document(metadata, objects)
-        self.version = self._place.open().record(
+        self.version = self._place.open().sharing.record(
             self._shared,
             [one.part for one in stored],
             files=None if document is None else {STATE_FILE: document},
@@ -290,7 +290,7 @@ class LamellaReader(StorageReader):
             tensor = planner.resolve_tensor(item).detach()
             tensors.append((item, tensor))
             targets.append((name, _box(self._specs[name], item.storage_offsets, item.lengths), tensor))
-        self._place.open().fill_boxes(self._version.id, targets)
+        self._place.open().sharing.fill_boxes(self._version.id, targets)
         for item, tensor in tensors:
             planner.commit_tensor(item, tensor)
         done: Future[None] = Future()
