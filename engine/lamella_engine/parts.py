@@ -26,7 +26,7 @@ from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
 from lamella_engine.executor import Executor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.manifest import INLINE_NBYTES
-from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, TensorSpec, VersionId
+from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, PushId, TensorSpec, VersionId
 from lamella_engine.pushing import ManifestWriter, Notes, abandoning, recorded, row_of
 from lamella_engine.sharding import Piece, Round, Share, share_out
 from lamella_engine.sketches import Sketch, parse, runs, sketched, take
@@ -71,6 +71,8 @@ class Alone:
 class Assignment:
     """What one worker is told. Pickles."""
 
+    push: PushId
+    """The coordinator's."""
     model: str
     branch: str
     parent: VersionId | None
@@ -82,6 +84,8 @@ class Assignment:
 class Part:
     """What one worker has stored. Pickles."""
 
+    push: PushId
+    """The coordinator's."""
     worker: int
     receipt: bytes
     """What ``Push.join`` takes."""
@@ -129,7 +133,9 @@ class SharedPush:
         self._shares = share_out(self._structure, holdings, workers)
         self._push = store.begin(model, branch, parent=parent, push_id=new_push_id())
         head = self._push.parents[0].id if self._push.parents else None
-        self.assignments = tuple(Assignment(model, branch, head, self._structure, share) for share in self._shares)
+        self.assignments = tuple(
+            Assignment(self._push.id, model, branch, head, self._structure, share) for share in self._shares
+        )
         """What each worker is to be told."""
 
     def abandon(self) -> None:
@@ -153,6 +159,8 @@ class SharedPush:
         ConflictError, StorageError, OutcomeUnknownError
             As a push raises them.
         """
+        if any(part.push != self._push.id for part in parts):  # rows of two steps would make a version of neither
+            raise _bad_part("a part is of another push")
         by_worker = {part.worker: part for part in parts}
         if by_worker.keys() != {share.worker for share in self._shares}:
             raise _bad_part("parts of some workers are missing")
@@ -245,7 +253,7 @@ def store_part(
         push = store.begin(
             assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id(), part=True
         )
-    except Exception:
+    except BaseException:
         exchange.merge(_samples(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise
     with abandoning(push):
@@ -304,6 +312,7 @@ def _stored(
     mail.close()
     shards.check_unchanged()
     return Part(
+        assignment.push,
         share.worker,
         push.part(),
         {name: b"".join(some) for name, some in rows.items()},
@@ -433,7 +442,10 @@ class _Mail:
                 if any(data[0] for data in received.values()):
                     self._fail(worker_failed())
                 elif not self._failed:
-                    self._deliver(number, one, received)
+                    try:
+                        self._deliver(number, one, received)
+                    except Exception as error:  # the rounds that are left are others' too
+                        self._fail(error)
         except Exception as error:  # raised by whoever waits for a cell, or for the end
             self._fail(error)
 
@@ -446,7 +458,7 @@ class _Mail:
                 data = self._shards.read(self._specs[piece.cell.tensor or ""], piece.box)
                 out[at : at + piece.nbytes] = np.frombuffer(data, np.uint8)
                 at += piece.nbytes
-        except LamellaError as error:
+        except Exception as error:  # of a device too: the others wait for this message all the same
             self._fail(error)
         out[0] = self._failed
         return out.data
