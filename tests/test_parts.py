@@ -15,8 +15,8 @@ import pytest
 from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Array, bits, names_of, new_repository, open_again, store_of
-from workers import Held, Meeting, cut, push_shared, shard, split, structure_of
+from support import PATIENCE_S, Array, bits, names_of, new_repository, open_again, store_of
+from workers import Held, Meeting, ThreadExchange, cut, push_shared, shard, split, structure_of
 
 from lamella_engine import sharding
 from lamella_engine.boxes import Box, box_of
@@ -413,6 +413,38 @@ def test_a_worker_that_fails_fails_the_push_for_all_and_leaves_nothing(worker: i
     assert repo.verify(deep=True).ok
     version, _ = push_shared([open_again(objects) for _ in range(3)], "m@main", second, split(second, 3, axis_of))
     assert bits(repo.checkout(version.id)) == bits(second)
+
+
+def test_a_worker_that_waits_for_another_has_stored_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "ROUND_NBYTES", 2_000_000)  # one cell
+    tensors = {f"w{number}": np.random.default_rng(number).standard_normal((500, 500)) for number in range(6)}
+    boxes: list[Box] = [((0, 490), (0, 500)), ((490, 500), (0, 500))]
+    held: list[Held] = [[(name, box, shard(array, box)) for name, array in tensors.items()] for box in boxes]
+    repo = new_repository()
+    stored = threading.Event()
+    real_begin, real_swap = repo._store.begin, ThreadExchange.swap
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        push = real_begin(*args, **kwargs)
+        real_write = push.write
+
+        def write(blobs: Any) -> None:
+            written: list[Any] = []
+            real_write(written.append(blob) or blob for blob in blobs)  # type: ignore[func-returns-value]
+            if written:  # not by the worker that has nothing to store
+                stored.set()
+
+        push.write = write  # type: ignore[method-assign]
+        return push
+
+    def swap(self: ThreadExchange, number: int, *given: Any) -> Any:
+        assert number == 0 or self.worker != 0 or stored.wait(PATIENCE_S / 4)
+        return real_swap(self, number, *given)
+
+    monkeypatch.setattr(repo._store, "begin", begin)
+    monkeypatch.setattr(ThreadExchange, "swap", swap)
+    push_shared([repo] * 2, "m@main", tensors, held)
+    assert bits(repo.checkout("m@main")) == bits(tensors)
 
 
 def test_a_branch_that_moves_meanwhile_is_a_conflict() -> None:

@@ -287,18 +287,26 @@ def _stored(
     pipeline = Pipeline(push, executor)
     push.consider(sketch)
 
+    cells = in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ()))
+    upcoming = next(cells, None)
+    beside: Place | None = None
+
     def places() -> Iterator[Place]:
-        beside: Place | None = None
-        for spec, number, follows in in_order(
-            structure, moments(structure), lambda spec: share.cells.get(spec.name, ())
-        ):
+        """Yield the next cell, waiting for it, and those after it as long as they are here."""
+        nonlocal upcoming, beside
+        waits = True
+        while upcoming is not None:
+            spec, number, follows = upcoming
             cell = Cell(spec.name, number)
             box = box_of(spec.grid.region(number))
             read: Callable[[memoryview | None], Buffer] = partial(shards.read, spec, box)
             if mail.brings(cell):
+                if not (waits or mail.has(cell)):
+                    return
                 read = partial(_given, mail.take(cell))
             found = cell_place(spec, number, read, beside if follows else None)
             beside = beside if follows else found
+            upcoming, waits = next(cells, None), False
             yield found
 
     def entered() -> Iterator[Chunk]:
@@ -308,7 +316,10 @@ def _stored(
             if len(chunk.data) > INLINE_NBYTES:
                 yield chunk
 
-    pipeline.store(entered())
+    # What a push holds while it stores, such as one of the few streams of a service, the worker may need that this one
+    # waits for: so whoever waits has stored all it had.
+    while upcoming is not None:
+        pipeline.store(entered())
     mail.close()
     shards.check_unchanged()
     return Part(
@@ -410,6 +421,11 @@ class _Mail:
     def brings(self, cell: Cell) -> bool:
         """Whether pieces of a cell come from other workers."""
         return cell in self._brought
+
+    def has(self, cell: Cell) -> bool:
+        """Whether :meth:`take` does not wait."""
+        with self._changed:
+            return cell in self._cells or self._error is not None
 
     def take(self, cell: Cell) -> Buffer:
         """Return the bytes of a cell, once. Cells have to be taken in the order in which they are stored."""
