@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +373,67 @@ def test_fsdp_with_adamw_is_saved_in_every_way_and_comes_back(tmp_path: Path) ->
         assert one["loaded"] == one["expected"]
         assert one["ids"] == {"save": "save", "thread": "thread", "process": "process"}
         assert len({str(state) for state in one["expected"].values()}) == 3
+
+
+# -- saves at once, and of some ranks ----------------------------------------------------------------------------------
+
+
+def save_two_at_once(rank: int, world: int, place: str) -> list[bool]:
+    """Save two states of one structure, which ranks come to in different orders."""
+    mesh = init_device_mesh("cpu", (world,))
+    groups = [dist.new_group(list(range(world))) for _ in range(2)]
+    repo = lamella.open(place)
+    others_stored = threading.Event()
+
+    class InOrder(LamellaWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            if self._target != f"m@{rank}":
+                others_stored.wait(1.0)  # where saves take turns this never comes
+            result = super().write_data(plan, planner)
+            others_stored.set()
+            return result
+
+    def save(at: int) -> bool:
+        tensor = distribute_tensor(numbered(at), mesh, [Shard(0)], src_data_rank=None)
+        dcp.save({"w": tensor}, storage_writer=InOrder(repo, f"m@{at}"), process_group=groups[at])
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(save, range(2)))
+
+
+def numbered(at: int) -> torch.Tensor:
+    return torch.arange(101 * 1000, dtype=torch.float32).reshape(101, 1000) + at * 1e6
+
+
+def test_two_saves_at_once_do_not_mix_whatever_order_ranks_come_to_them_in(tmp_path: Path) -> None:
+    place = str(tmp_path / "repository")
+    repo = lamella.init(place)
+    assert run_ranks(save_two_at_once, 2, tmp_path, place) == [[True, True]] * 2
+    for at in range(2):
+        assert sha256(torch.from_numpy(repo.version(f"m@{at}")["w"].numpy())) == sha256(numbered(at))
+
+
+def save_on_pairs(rank: int, world: int, place: str) -> int:
+    """Save on pairs of ranks that one rank is in, one after the other, and on the first again."""
+    pairs = [(0, 1), (0, 2)]
+    groups = [dist.new_group(list(pair)) for pair in pairs]
+    meshes = [DeviceMesh("cpu", torch.tensor(pair)) for pair in pairs]
+    saved = 0
+    for number, at in enumerate((0, 1, 0)):
+        if rank in pairs[at]:
+            tensor = distribute_tensor(numbered(number), meshes[at], [Shard(0)], src_data_rank=None)
+            dcp.save({"w": tensor}, storage_writer=LamellaWriter(place, f"m@{number}"), process_group=groups[at])
+            saved += 1
+    return saved
+
+
+def test_pairs_of_ranks_with_one_in_common_save_one_after_the_other(tmp_path: Path) -> None:
+    place = str(tmp_path / "repository")
+    repo = lamella.init(place)
+    assert run_ranks(save_on_pairs, 3, tmp_path, place) == [3, 2, 1]
+    for number in range(3):
+        assert sha256(torch.from_numpy(repo.version(f"m@{number}")["w"].numpy())) == sha256(numbered(number))
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """A checkpoint that several workers hold becomes the version that one worker with all of it would have pushed."""
 
 import pickle
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +15,12 @@ import pytest
 from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Array, bits, names_of, new_repository, open_again, store_of
-from workers import Held, cut, push_shared, shard, split, structure_of
+from support import PATIENCE_S, Array, bits, names_of, new_repository, open_again, store_of
+from workers import Held, Meeting, ThreadExchange, cut, push_shared, shard, split, structure_of
 
+from lamella_engine import sharding
 from lamella_engine.boxes import Box, box_of
+from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.dtypes import dtype_named
 from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError, TensorNotFoundError
@@ -242,6 +247,15 @@ def test_a_large_matrix_is_exchanged_in_many_rounds() -> None:
     assert max(stored) < 1.1 * min(stored)
 
 
+def test_little_pieces_of_many_cells_are_exchanged_a_few_cells_at_a_time() -> None:
+    structure = [TensorSpec(f"t{number:03}", dtype_named("float32"), (1000, 1000)) for number in range(100)]
+    boxes: list[tuple[Box, int]] = [(((0, 999), (0, 1000)), 0), (((999, 1000), (0, 1000)), 1)]
+    shares = share_out(structure, {spec.name: boxes for spec in structure}, 2)
+    for one in shares[0].rounds.values():
+        cells = {piece.cell for pieces in one.receives.values() for piece in pieces}
+        assert sum(structure[0].grid.cell_nbytes(cell.number) for cell in cells) <= ROUND_NBYTES
+
+
 def test_adam_moments_are_stored_where_each_other_is() -> None:
     tensors = {name: array for name, array in weights().items() if "exp_avg" in name}
     shares: list[Share] = share_out(structure_of(tensors), holdings_of(split(tensors, 2, axis_of)), 2)
@@ -288,6 +302,76 @@ def failing(worker: int, wrap: Callable[[Repository], Repository]) -> Callable[[
     return lambda at, repo: wrap(repo) if at == worker else repo
 
 
+def test_a_worker_that_is_interrupted_keeps_nobody_waiting() -> None:
+    repo = new_repository()
+    tensors = {"w": np.zeros((4, 5), np.float32)}
+    held = split(tensors, 2, axis_of)
+    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 2)
+    meeting = Meeting(2)
+
+    def interrupted() -> Held:
+        raise KeyboardInterrupt
+
+    def work(worker: int) -> BaseException | None:
+        given = interrupted if worker else lambda: held[0]
+        try:
+            repo.store_part(shared.assignments[worker], given, meeting.exchange(worker))
+        except BaseException as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(work, range(2)))
+    assert isinstance(errors[0], StorageError)
+    assert errors[0].kind == "worker_failed"
+    assert isinstance(errors[1], KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("place", ["read", "fill"])
+def test_a_worker_whose_device_fails_in_a_round_takes_part_in_the_others(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "ROUND_NBYTES", 100_000)
+    repo = new_repository()
+    tensors = weights()
+    real, calls = getattr(Shards, place), []
+
+    def broken(*args: Any) -> Any:
+        if threading.current_thread().name == "lamella-exchange":
+            calls.append(args)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory, of no kind that lamella knows")
+        return real(*args)
+
+    monkeypatch.setattr(Shards, place, broken)
+    with pytest.raises((RuntimeError, StorageError)) as caught:  # where it lasts for ever, queue.Empty
+        push_shared([repo] * 3, "m@main", tensors, split(tensors, 3, axis_of))
+    assert isinstance(caught.value, RuntimeError) or caught.value.kind == "worker_failed"
+    assert repo.models() == []
+
+
+def test_parts_of_two_pushes_of_one_structure_make_no_version() -> None:
+    repo = new_repository()
+    held = [split(weights(step), 2, axis_of) for step in (0.0, 1.0)]
+    parts = [push_shared([repo] * 2, f"m@{at}", weights(), held[at])[1] for at in range(2)]
+    shared = repo.shared_push("m@main", structure_of(weights()), holdings_of(held[0]), 2)
+    with pytest.raises(InvalidInputError) as caught:
+        repo.record(shared, [parts[0][0], parts[1][1]])
+    assert caught.value.kind == "bad_part"
+
+
+def test_a_part_that_two_pushes_join_is_recorded_once_in_the_log() -> None:
+    repo = new_repository()
+    tensors = {"w": np.random.default_rng(0).standard_normal((300, 300))}
+    held = split(tensors, 1, axis_of)
+    shares = [repo.shared_push(f"m@{at}", structure_of(tensors), holdings_of(held), 1) for at in range(2)]
+    part = repo.store_part(shares[0].assignments[0], lambda: held[0], Alone())
+    for at, shared in enumerate(shares):
+        repo.record(shared, [replace(part, push=shared.assignments[0].push)], message=str(at))
+    assert repo.verify(deep=True).problems == []
+    assert bits(repo.checkout("m@1")) == bits(tensors)
+
+
 @pytest.mark.parametrize("worker", [0, 1, 2])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_worker_that_fails_fails_the_push_for_all_and_leaves_nothing(worker: int, after: int) -> None:
@@ -329,6 +413,38 @@ def test_a_worker_that_fails_fails_the_push_for_all_and_leaves_nothing(worker: i
     assert repo.verify(deep=True).ok
     version, _ = push_shared([open_again(objects) for _ in range(3)], "m@main", second, split(second, 3, axis_of))
     assert bits(repo.checkout(version.id)) == bits(second)
+
+
+def test_a_worker_that_waits_for_another_has_stored_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "ROUND_NBYTES", 2_000_000)  # one cell
+    tensors = {f"w{number}": np.random.default_rng(number).standard_normal((500, 500)) for number in range(6)}
+    boxes: list[Box] = [((0, 490), (0, 500)), ((490, 500), (0, 500))]
+    held: list[Held] = [[(name, box, shard(array, box)) for name, array in tensors.items()] for box in boxes]
+    repo = new_repository()
+    stored = threading.Event()
+    real_begin, real_swap = repo._store.begin, ThreadExchange.swap
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        push = real_begin(*args, **kwargs)
+        real_write = push.write
+
+        def write(blobs: Any) -> None:
+            written: list[Any] = []
+            real_write(written.append(blob) or blob for blob in blobs)  # type: ignore[func-returns-value]
+            if written:  # not by the worker that has nothing to store
+                stored.set()
+
+        push.write = write  # type: ignore[method-assign]
+        return push
+
+    def swap(self: ThreadExchange, number: int, *given: Any) -> Any:
+        assert number == 0 or self.worker != 0 or stored.wait(PATIENCE_S / 4)
+        return real_swap(self, number, *given)
+
+    monkeypatch.setattr(repo._store, "begin", begin)
+    monkeypatch.setattr(ThreadExchange, "swap", swap)
+    push_shared([repo] * 2, "m@main", tensors, held)
+    assert bits(repo.checkout("m@main")) == bits(tensors)
 
 
 def test_a_branch_that_moves_meanwhile_is_a_conflict() -> None:

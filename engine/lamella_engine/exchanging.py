@@ -9,7 +9,7 @@ import numpy as np
 
 from lamella_engine.boxes import Octets, box_of, paste
 from lamella_engine.checkpoints.shards import Shards
-from lamella_engine.errors import LamellaError, StorageError
+from lamella_engine.errors import StorageError
 from lamella_engine.model import Buffer, Cell, TensorSpec
 from lamella_engine.sharding import Piece, Round, Share
 
@@ -58,6 +58,9 @@ class Elsewhere(Protocol):
 
     def reader(self, cell: Cell) -> Read | None:
         """Return what reads a cell; None if all of it is here. Asked once, in the order in which cells are stored."""
+
+    def has(self, cell: Cell) -> bool:
+        """Whether :meth:`reader` does not wait for other workers."""
 
     def close(self) -> None:
         """Return when this worker has done its part. Raises what went wrong meanwhile."""
@@ -111,6 +114,10 @@ class Fetched:
     def reader(self, cell: Cell) -> Read | None:
         """See :class:`Elsewhere`; may be asked again, in any order."""
         return partial(self._read, cell) if cell in self._brought else None
+
+    def has(self, cell: Cell) -> bool:
+        """See :class:`Elsewhere`. It never does."""
+        return True
 
     def close(self) -> None:
         """See :class:`Elsewhere`. There is nothing that others wait for."""
@@ -167,6 +174,11 @@ class Mail:
         """See :class:`Elsewhere`. Waits for the round that brings the cell, and raises what that raised."""
         return partial(_given, self._take(cell)) if cell in self._brought else None
 
+    def has(self, cell: Cell) -> bool:
+        """See :class:`Elsewhere`."""
+        with self._changed:
+            return cell not in self._brought or cell in self._cells or self._error is not None
+
     def _take(self, cell: Cell) -> Buffer:
         with self._changed:
             self._changed.wait_for(lambda: cell in self._cells or self._error is not None)
@@ -197,7 +209,10 @@ class Mail:
                 if any(data[0] for data in received.values()):
                     self._fail(worker_failed())
                 elif not self._failed:
-                    self._deliver(number, one, received)
+                    try:
+                        self._deliver(number, one, received)
+                    except Exception as error:  # the rounds that are left are others' too
+                        self._fail(error)
         except Exception as error:  # raised by whoever waits for a cell, or for the end
             self._fail(error)
 
@@ -207,7 +222,7 @@ class Mail:
         try:
             if not self._failed:
                 pieces_of(self._specs, self._shards, pieces, out[1:])
-        except LamellaError as error:
+        except Exception as error:  # of a device too: the others wait for this message all the same
             self._fail(error)
         out[0] = self._failed
         return out.data

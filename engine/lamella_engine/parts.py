@@ -26,7 +26,7 @@ from lamella_engine.exchanging import Elsewhere, Exchange, Fetch, Fetched, Mail,
 from lamella_engine.executor import Executor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.format.manifest import INLINE_NBYTES
-from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, TensorSpec, VersionId
+from lamella_engine.model import Attachment, Buffer, Cell, ChunkId, PushId, TensorSpec, VersionId
 from lamella_engine.notes import Notes
 from lamella_engine.pushing import ManifestWriter, abandoning, recorded, row_of
 from lamella_engine.sharding import Share, batches, share_out
@@ -40,6 +40,8 @@ CHUNK_ID_NBYTES = 32
 class Assignment:
     """What one worker is told. Pickles."""
 
+    push: PushId
+    """The coordinator's."""
     number: int
     """Its place among those of a push."""
     model: str
@@ -59,6 +61,8 @@ class Assignment:
 class Part:
     """What one worker has stored. Pickles."""
 
+    push: PushId
+    """The coordinator's."""
     number: int
     """That of its assignment."""
     receipt: bytes
@@ -114,7 +118,8 @@ class SharedPush:
         self._push = store.begin(model, branch, parent=parent, push_id=new_push_id())
         head = self._push.parents[0].id if self._push.parents else None
         self.assignments = tuple(
-            Assignment(number, model, branch, head, self._structure, share) for number, share in enumerate(shares)
+            Assignment(self._push.id, number, model, branch, head, self._structure, share)
+            for number, share in enumerate(shares)
         )
         """What workers are to be told, by number: one each, in their order, or their batches."""
 
@@ -139,6 +144,8 @@ class SharedPush:
         ConflictError, StorageError, OutcomeUnknownError
             As a push raises them.
         """
+        if any(part.push != self._push.id for part in parts):  # rows of two steps would make a version of neither
+            raise _bad_part("a part is of another push")
         by_number = {part.number: part for part in parts}
         if sorted(by_number) != list(range(len(self.assignments))):
             raise _bad_part("parts of some workers are missing")
@@ -231,7 +238,7 @@ def store_part(
         push = store.begin(
             assignment.model, assignment.branch, parent=assignment.parent, push_id=new_push_id(), part=True
         )
-    except Exception:
+    except BaseException:
         exchange.merge(samples_of(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise
     with abandoning(push):
@@ -300,16 +307,24 @@ def _stored(
     pipeline = Pipeline(push, executor)
     push.consider(sketch)
 
+    cells = in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ()))
+    upcoming = next(cells, None)
+    beside: Place | None = None
+
     def places() -> Iterator[Place]:
-        beside: Place | None = None
-        for spec, number, follows in in_order(
-            structure, moments(structure), lambda spec: share.cells.get(spec.name, ())
-        ):
+        """Yield the next cell, waiting for it, and those after it as long as they are here."""
+        nonlocal upcoming, beside
+        waits = True
+        while upcoming is not None:
+            spec, number, follows = upcoming
             cell = Cell(spec.name, number)
             box = box_of(spec.grid.region(number))
+            if not (waits or elsewhere.has(cell)):
+                return
             read = elsewhere.reader(cell) or partial(shards.read, spec, box)
             found = cell_place(spec, number, read, beside if follows else None)
             beside = beside if follows else found
+            upcoming, waits = next(cells, None), False
             yield found
 
     def entered() -> Iterator[Chunk]:
@@ -319,10 +334,14 @@ def _stored(
             if len(chunk.data) > INLINE_NBYTES:
                 yield chunk
 
-    pipeline.store(entered())
+    # What a push holds while it stores, such as one of the few streams of a service, the worker may need that this one
+    # waits for: so whoever waits has stored all it had.
+    while upcoming is not None:
+        pipeline.store(entered())
     elsewhere.close()
     shards.check_unchanged()
     return Part(
+        assignment.push,
         assignment.number,
         push.part(),
         {name: b"".join(some) for name, some in rows.items()},

@@ -19,7 +19,8 @@ from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec
 
 ROUND_NBYTES = 8 << 20
-"""What one worker sends, or is sent, in one round at most: a few cells, so that the first ones come soon."""
+"""What one worker sends in one round at most, and the cells come to that it is sent pieces of: a few, so that the first
+ones come soon."""
 
 # Of the most that any has of a cell: a worker with so much may store it too. The last of several ranks often has a few
 # rows less than the others, and would never store anything.
@@ -220,7 +221,7 @@ class _Rounds:
         self._latest = [0] * len(shares)
         self._sent = [0] * len(shares)
         self._received = [0] * len(shares)
-        """Bytes in the latest round of each."""
+        """Bytes in the latest round of each: of pieces that are sent, and of cells that pieces are received of."""
 
     def send(self, owner: int, cell: Cell, lying: _Lying) -> None:
         """Have the pieces of a cell that its owner lacks sent to it, all in one round."""
@@ -237,7 +238,7 @@ class _Rounds:
         outgoing: defaultdict[int, int] = defaultdict(int)
         for sender, piece in pieces:
             outgoing[sender] += piece.nbytes
-        incoming = sum(outgoing.values())
+        incoming = sum(nbytes for *_, nbytes in lying.boxes)  # all of the cell: it is put together in memory
         full = self._in(self._received, owner, number) + incoming > ROUND_NBYTES or any(
             self._in(self._sent, sender, number) + nbytes > ROUND_NBYTES for sender, nbytes in outgoing.items()
         )

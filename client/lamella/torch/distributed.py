@@ -103,6 +103,8 @@ class LamellaWriter(StorageWriter):
         self._notes = {"message": message, "metrics": metrics, "recipe": recipe}
         self._parent = parent
         self._shared: SharedPush | None = None
+        self._group: tuple[tuple[int, ...], str] = (), ""
+        """The ranks of the save, and how their group is called."""
         self.version: Version | None = None
         """What the last save recorded, on the rank that coordinates."""
         self.sent_nbytes = 0
@@ -146,8 +148,8 @@ class LamellaWriter(StorageWriter):
         self._place.open()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave a plan as it is."""
-        return plan
+        """Say in a plan which rank of the job this is: ranks of a group are numbered anew."""
+        return replace(plan, storage_data=dist.get_rank() if dist.is_initialized() else 0)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin the push, and say which rank stores what. Only the coordinator does."""
@@ -169,7 +171,9 @@ class LamellaWriter(StorageWriter):
         self._shared = self._place.open().sharing.begin(
             self._target, list(structure.values()), holdings, len(plans), parent=self._parent
         )
-        name = _Group.name(len(plans))
+        ranks = tuple(plan.storage_data for plan in plans)
+        name = _Group.taken(ranks)
+        self._group = ranks, name
         return [
             replace(plan, storage_data=(assignment, name, len(plans)))
             for plan, assignment in zip(plans, self._shared.assignments, strict=True)
@@ -208,6 +212,7 @@ class LamellaWriter(StorageWriter):
             files=None if document is None else {STATE_FILE: document},
             **self._notes,
         )
+        _Group.give_back(*self._group)
         self._shared = None
 
 
@@ -412,53 +417,68 @@ def _given(value: Any) -> Any:
 
 
 class _Group:
-    """A gloo group of the ranks of a save: saves take turns with it. Made once for the same ranks, as it connects all.
+    """A gloo group of the ranks of a save. Made once for the same ranks, as it connects all; one save has it at a time.
 
     None of torch's own groups: those are named by counting, and ranks that save in threads, or not all, would count
-    differently; and what ranks say to each other here must not mix with what training says.
+    differently; and what ranks say to each other here must not mix with what training says, nor with another save.
     """
 
     _known: ClassVar[dict[str, "_Group"]] = {}
-    _names: ClassVar[dict[int, tuple[Any, str]]] = {}
+    _free: ClassVar[dict[tuple[int, ...], list[tuple[Any, str]]]] = {}
+    """By ranks, on the one that coordinates: groups that no save has now, each with the job that it was made in."""
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, name: str, worker: int, workers: int) -> None:
-        store = PrefixStore(f"lamella/{name}", _get_default_store())
+        # A connection of its own, where torch has that (2.8): who waits for others on one lets nobody else use it, and
+        # two ranks that make two groups at once, each in another order, would wait for each other.
+        store: Any = _get_default_store()
+        store = PrefixStore(f"lamella/{name}", store.clone() if hasattr(store, "clone") else store)
         # As torch has it: its stubs know of gloo what it adds to a group, not what a group can do.
         self.gloo: Any = dist.ProcessGroupGloo(store, worker, workers, dist.default_pg_timeout)
         self.workers = workers
-        self.turn = threading.Lock()
 
     @classmethod
-    def name(cls, workers: int) -> str:
-        """Return how the coordinator calls the group of so many ranks, the same in every save of a job."""
-        if workers == 1:
+    def taken(cls, ranks: tuple[int, ...]) -> str:
+        """Return how the coordinator calls a group of these ranks, which is this save's until it is given back."""
+        if len(ranks) == 1:
             return ""
         with cls._lock:
-            world, name = cls._names.get(workers, (None, ""))
-            if world is not dist.group.WORLD:  # the job began anew
-                name = uuid4().hex
-                cls._names[workers] = dist.group.WORLD, name
-            return name
+            free = cls._free.setdefault(ranks, [])
+            free[:] = [(world, name) for world, name in free if world is dist.group.WORLD]  # else the job began anew
+            return free.pop()[1] if free else uuid4().hex
+
+    @classmethod
+    def give_back(cls, ranks: tuple[int, ...], name: str) -> None:
+        """Let another save have a group. Not one in which a rank failed: nobody knows what is still under way there."""
+        if name:
+            with cls._lock:
+                cls._free[ranks].append((dist.group.WORLD, name))
 
     @classmethod
     def of(cls, name: str, worker: int, workers: int) -> "_Group":
         """Return the group that the coordinator has called so; all its ranks have to ask for it."""
-        with cls._lock:
-            if name not in cls._known:
-                cls._known[name] = cls(name, worker, workers)
-            return cls._known[name]
+        group = cls._known.get(name)
+        if group is None:  # no lock: two saves that begin at once make two groups, in any order
+            group = cls._known[name] = cls(name, worker, workers)
+        return group
+
+    @classmethod
+    def forget(cls, name: str) -> None:
+        """Close a group in which this rank failed."""
+        cls._known.pop(name, None)
 
 
 @contextmanager
 def _exchange(name: str, worker: int, workers: int) -> Iterator[Exchange]:
-    """Give the way of one rank to the others, for one save at a time."""
+    """Give the way of one rank to the others, for one save."""
     if workers == 1:
         yield Alone()
         return
-    group = _Group.of(name, worker, workers)
-    with group.turn:
-        yield _GlooExchange(group)
+    try:
+        yield _GlooExchange(_Group.of(name, worker, workers))
+    except BaseException:
+        _Group.forget(name)
+        raise
 
 
 class _GlooExchange:

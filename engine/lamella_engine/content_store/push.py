@@ -259,7 +259,11 @@ class PackedPush:
             return Change(
                 refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
                 versions=(version,),
-                packs=tuple(PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE) for ref in written.values()),
+                packs=tuple(
+                    PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE)
+                    for ref in written.values()
+                    if state.pack(ref.name) is None and not state.was_taken_away(ref.name)
+                ),
                 objects=((version.metadata, metadata),),
             )
 
@@ -321,7 +325,8 @@ class PackedPush:
     def _check_live(self, state: State, packs: Iterable[PackRef]) -> None:
         written = self._written
         for pack in packs:
-            if pack.name not in written and not serves_all(state, pack.name):
+            fresh = pack.name in written and not state.was_taken_away(pack.name)  # another push may have joined it
+            if not fresh and not serves_all(state, pack.name):
                 raise ConflictError(
                     f"{pack.name}, which this version stands on, was condemned while the push ran: push again",
                     kind="pack_not_live",

@@ -124,6 +124,10 @@ class State:
         for name, row in self._scan("packs", backwards=True):
             yield PackAdded(name, row[0], row[1])
 
+    def was_taken_away(self, pack: str) -> bool:
+        """Whether a pack was live once and never will be again."""
+        return self._get("condemned", pack) is not None or self._get("replaced", pack) is not None
+
     def where_is(self, pack: str) -> tuple[str, ...]:
         """Return the packs that hold the blobs of ``pack`` by now: itself, or what has replaced it.
 
