@@ -142,6 +142,7 @@ CARRIED = (
 """Modules whose tests hold of a repository behind a service too: ``LAMELLA_CARRIER=remote pytest`` runs them so."""
 
 NOT_CARRIED = {
+    "test_parts_count_among_what_is_not_committed_until_the_version_is": "has a service of its own",
     "test_a_chunk_that_is_encoded_wrongly_is_stored_raw_and_reported": "a service cannot read the chunk again",
     "test_a_lazy_slice_reads_the_chunks_alone_that_hold_it": "counts reads, and pages are read too",
     "test_a_program_that_ends_has_its_pushes_recorded_in_a_bucket": "has a bucket of its own",

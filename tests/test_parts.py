@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,20 +16,29 @@ import pytest
 from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
+from service import serving
 from support import PATIENCE_S, Array, bits, names_of, new_repository, open_again, store_of
 from workers import Held, Meeting, ThreadExchange, cut, push_shared, shard, split, structure_of
 
+import lamella
 from lamella_engine import sharding
 from lamella_engine.boxes import Box, box_of
 from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.dtypes import dtype_named
-from lamella_engine.errors import ConflictError, InvalidInputError, LamellaError, StorageError, TensorNotFoundError
+from lamella_engine.errors import (
+    ConflictError,
+    InvalidInputError,
+    LamellaError,
+    LimitError,
+    StorageError,
+    TensorNotFoundError,
+)
 from lamella_engine.exchanging import Alone
 from lamella_engine.model import Cell, TensorSpec
 from lamella_engine.objects.memory import MemoryObjects
 from lamella_engine.repository import Repository
-from lamella_engine.service.quotas import PUSHES_OF_ONE
+from lamella_engine.service.quotas import PUSHES_OF_ONE, Quotas
 from lamella_engine.sharding import ROUND_NBYTES, Share, share_out
 
 
@@ -529,11 +539,13 @@ def test_a_push_that_ended_as_a_part_is_over_and_says_the_same_again() -> None:
     later.abandon()
 
 
-def test_parts_that_have_ended_hold_no_room_for_pushes() -> None:
+def test_a_job_has_as_many_parts_as_ranks_and_they_leave_room_for_pushes() -> None:
     repo = new_repository()
-    for _ in range(PUSHES_OF_ONE + 1):
-        begun(repo, part=True).part()
+    parts = [begun(repo, part=True) for _ in range(PUSHES_OF_ONE + 1)]
     repo.push({"w": np.zeros(3)}, "m@main")
+    for part in parts:
+        part.part()
+    repo.push({"w": np.ones(3)}, "m@main")
 
 
 def test_a_part_whose_pack_is_gone_cannot_be_joined() -> None:
@@ -599,3 +611,23 @@ def test_boxes_of_what_is_not_there_are_refused() -> None:
         with pytest.raises(InvalidInputError) as caught:
             repo.sharing.fill_boxes("m@main", [("w", ((0, 2), (0, 5)), memory)])
         assert caught.value.kind == "structure_mismatch"
+
+
+def test_parts_count_among_what_is_not_committed_until_the_version_is(tmp_path: Path) -> None:
+    tensors = {"w": np.random.default_rng(0).standard_normal(300_000)}
+    held: list[Held] = [[("w", ((0, 300_000),), tensors["w"])]]
+    with serving(tmp_path, quotas=Quotas(uncommitted_nbytes=4_000_000)) as server:
+        repo = lamella.init(f"grpc://{server.address}/team")
+        for step in range(3):
+            tensors["w"][:] = np.random.default_rng(step).standard_normal(300_000)
+            push_shared([repo], "m@main", tensors, held)
+        shared = repo.sharing.begin("m@main", structure_of(tensors), holdings_of(held), 1)
+        for step in range(2):
+            tensors["w"][:] = np.random.default_rng(9 + step).standard_normal(300_000)
+            if step:
+                with pytest.raises(LimitError) as caught:
+                    repo.sharing.store_part(shared.assignments[0], lambda: held[0], Alone())
+                assert caught.value.kind == "uncommitted_quota"
+            else:
+                repo.sharing.store_part(shared.assignments[0], lambda: held[0], Alone())
+        repo.close()

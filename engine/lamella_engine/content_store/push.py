@@ -103,8 +103,10 @@ class PackedPush:
         self._intake = Intake(self._bases, context.executor)
         self._joined: dict[str, PackRef] = {}
         """The packs that parts have written, by name."""
-        self._handed_over = False
-        """Whether what is written belongs to another push."""
+        self._joined_packs: set[str] = set()
+        """Names of these, and of those that parts have found live."""
+        self._part: bytes | None = None
+        """What it ended as: then what is written belongs to another push."""
         self._next_beat = time.monotonic() + HEARTBEAT_S
         self._beats = 0
         self._attempt = 0
@@ -174,16 +176,18 @@ class PackedPush:
 
     def part(self) -> bytes:
         """See :class:`~lamella_engine.content_store.seam.Push`. Names packs: those written, and those found live."""
-        self._check_complete()
-        self.finish()
-        self._handed_over = True
-        written = self._written
-        return canonical.dumps(
-            {
-                "written": [[ref.name, ref.nbytes, ref.index_nbytes] for ref in written.values()],
-                "live": sorted({name for name in self._packs.values() if name not in written}),
-            }
-        )
+        if self._part is None:
+            self._check_complete()
+            self.finish()
+            written = self._written
+            self._part = canonical.dumps(
+                {
+                    "written": [[ref.name, ref.nbytes, ref.index_nbytes] for ref in written.values()],
+                    "live": sorted({name for name in self._packs.values() if name not in written}),
+                }
+            )
+            self._packs.clear()
+        return self._part
 
     def join(self, part: bytes) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
@@ -191,9 +195,19 @@ class PackedPush:
         self._store.packs.learn(written)
         self._joined.update((ref.name, ref) for ref in written)
         self._store.log.refresh()  # the part may have found what was recorded since this push began
-        names = [*live, *(ref.name for ref in written)]
-        for name, index in zip(names, self._store.executor.map(self._store.packs.index, names), strict=True):
+        names = [name for name in (*live, *(ref.name for ref in written)) if name not in self._joined_packs]
+        try:
+            indexes = list(self._store.executor.map(self._store.packs.index, names))
+        except CorruptionError as error:
+            if error.kind != "missing_pack":
+                raise
+            raise ConflictError(
+                f"{error.context['object']}, which a part stands on, was condemned while the push ran: push again",
+                kind="pack_not_live",
+            ) from error
+        for name, index in zip(names, indexes, strict=True):
             self._packs.update(dict.fromkeys(index.chunks, name))
+        self._joined_packs.update(names)
 
     @property
     def _written(self) -> dict[str, PackRef]:
@@ -208,7 +222,7 @@ class PackedPush:
 
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`. No entry names these packs, and none ever will."""
-        if self._handed_over:
+        if self._part is not None:
             return
         with suppress(LamellaError):
             self._writer.wait()
@@ -223,7 +237,7 @@ class PackedPush:
     ) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.Push`; ``check`` as for :func:`locate`."""
         self._check_complete()
-        if self._handed_over:
+        if self._part is not None:
             raise InvalidInputError("this push has ended as a part of another one: begin another", kind="push_over")
         if (description.model, description.push) != (self.model, self.id):
             raise InvalidInputError("a version names the model and the push that it belongs to", kind="wrong_push")

@@ -61,7 +61,7 @@ class RemotePush:
         Where to.
     cache
         Chunks that are here: of those that are pushed, the bases of the next ones.
-    model, branch, parent, push_id
+    model, branch, parent, push_id, part
         As for ``ContentStore.begin``.
     keep
         Told of the version that is recorded: nothing that fails after that may look like a failure of the push.
@@ -77,6 +77,7 @@ class RemotePush:
         branch: str,
         parent: VersionId | None,
         push_id: PushId,
+        part: bool = False,
         keep: Callable[[Recorded], Recorded],
     ) -> None:
         self._channel = channel
@@ -86,6 +87,7 @@ class RemotePush:
         self.model = model
         self.branch = branch
         self.id = push_id
+        self._is_part = part
         self._restarts = 0
         self.parents = self._begin(parent, again=False)
 
@@ -97,6 +99,7 @@ class RemotePush:
             branch=self.branch,
             parent=parent or "",
             again=again,
+            part=self._is_part,
         )
         reply = self._channel.call("Pushes.Begin", request)
         self._planned = 0

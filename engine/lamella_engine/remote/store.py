@@ -260,6 +260,7 @@ class RemoteStore:
             branch=branch,
             parent=parent,
             push_id=push_id,
+            part=part,
             keep=lambda recorded: self._keep(recorded)[0],
         )
 

@@ -211,20 +211,22 @@ class StoredBlob(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ..., decoded_nbytes: _Optional[int] = ..., encoded_nbytes: _Optional[int] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("repository", "push", "model", "branch", "parent", "again")
+    __slots__ = ("repository", "push", "model", "branch", "parent", "again", "part")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     repository: str
     push: str
     model: str
     branch: str
     parent: str
     again: bool
-    def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ..., model: _Optional[str] = ..., branch: _Optional[str] = ..., parent: _Optional[str] = ..., again: bool = ...) -> None: ...
+    part: bool
+    def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ..., model: _Optional[str] = ..., branch: _Optional[str] = ..., parent: _Optional[str] = ..., again: bool = ..., part: bool = ...) -> None: ...
 
 class BeginReply(_message.Message):
     __slots__ = ("parents", "taken")

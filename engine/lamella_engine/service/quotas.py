@@ -21,6 +21,9 @@ CALLS_OF_ONE = 128
 PUSHES, PUSHES_OF_ONE = 512, 128
 """Pushes under way at a time, of all and of one principal: each takes little memory until it writes."""
 
+PARTS, PARTS_OF_ONE = 8192, 2048
+"""The same of pushes that end as parts: a job has one for each rank, all at a time."""
+
 DEFAULT_UNCOMMITTED_NBYTES = 1 << 40
 """Bytes that one principal may have stored in pushes that are not committed, unless a server is told otherwise.
 
@@ -36,6 +39,7 @@ class _Held:
 
     calls: int = 0
     pushes: int = 0
+    parts: int = 0
     uncommitted_nbytes: int = 0
     written_nbytes: float = 0.0
     """As far as they still counted at ``counted``: in a day as much is forgotten as may be written in one."""
@@ -69,7 +73,7 @@ class Quotas:
         self._clock = clock
         self._held: defaultdict[str, _Held] = defaultdict(_Held)
         """By principal: there are only as many as admins have made tokens for."""
-        self._pushes = 0
+        self._pushes = self._parts = 0
         self._lock = threading.Lock()
 
     @contextmanager
@@ -86,15 +90,26 @@ class Quotas:
             with self._lock:
                 held.calls -= 1
 
-    def push(self, owner: str) -> "Claim":
+    def push(self, owner: str, *, part: bool = False) -> "Claim":
         """Return what a push holds from its beginning on; raises LimitError (``too_many_pushes``)."""
         with self._lock:
             held = self._held[owner]
-            if self._pushes >= PUSHES or held.pushes >= PUSHES_OF_ONE:
+            if part:
+                full = self._parts >= PARTS or held.parts >= PARTS_OF_ONE
+            else:
+                full = self._pushes >= PUSHES or held.pushes >= PUSHES_OF_ONE
+            if full:
                 raise come_again("too many pushes are under way: try again in a minute", kind="too_many_pushes")
-            held.pushes += 1
-            self._pushes += 1
-        return Claim(self, owner)
+            self._count(held, 1, part=part)
+        return Claim(self, owner, part)
+
+    def _count(self, held: _Held, more: int, *, part: bool) -> None:
+        if part:
+            held.parts += more
+            self._parts += more
+        else:
+            held.pushes += more
+            self._pushes += more
 
     def take(self, claim: "Claim", nbytes: int) -> None:
         """See :meth:`Claim.take`."""
@@ -133,12 +148,20 @@ class Quotas:
     def release(self, claim: "Claim") -> None:
         """See :meth:`Claim.release`."""
         with self._lock:
+            self._end(claim)
             if not claim.released:
                 claim.released = True
-                held = self._held[claim.owner]
-                held.pushes -= 1
-                held.uncommitted_nbytes -= claim.nbytes
-                self._pushes -= 1
+                self._held[claim.owner].uncommitted_nbytes -= claim.nbytes
+
+    def end(self, claim: "Claim") -> None:
+        """See :meth:`Claim.end`."""
+        with self._lock:
+            self._end(claim)
+
+    def _end(self, claim: "Claim") -> None:
+        if not claim.ended:
+            claim.ended = True
+            self._count(self._held[claim.owner], -1, part=claim.part)
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +171,10 @@ class Claim:
     quotas: Quotas
     owner: str
     """Name of the principal whose push it is."""
+    part: bool = False
+    """Whether it is to end as a part of another one."""
     nbytes: int = 0
+    ended: bool = False
     released: bool = False
 
     def take(self, nbytes: int) -> None:
@@ -157,6 +183,10 @@ class Claim:
         Raises LimitError: ``uncommitted_quota``, which only the caller can mend, or ``daily_quota``.
         """
         self.quotas.take(self, nbytes)
+
+    def end(self) -> None:
+        """Hold the bytes that are stored, but no place among pushes any more. Idempotent."""
+        self.quotas.end(self)
 
     def release(self) -> None:
         """Hold nothing any more. Idempotent."""

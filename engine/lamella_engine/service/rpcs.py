@@ -264,6 +264,7 @@ class Rpcs:
             branch=request.branch,
             parent=parent,
             again=request.again,
+            part=request.part,
         )
         return pb.BeginReply(parents=encode_parents(session.push.parents), taken=taken)
 
@@ -314,6 +315,7 @@ class Rpcs:
         check_attachment_paths([item.path for item in description.attachments])
         with acting_as(call.principal.name):
             recorded = session.commit(description)
+        self.sessions.release_parts(session)
         self._publish(store)
         return _version(recorded)
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from lamella_engine.errors import (
 )
 from lamella_engine.format.version import Description, encode_description
 from lamella_engine.model import Cell, ChunkId, PushId, VersionId
-from lamella_engine.service.quotas import Claim, Quotas
+from lamella_engine.service.quotas import PARTS_OF_ONE, Claim, Quotas
 from lamella_engine.service.slots import Slots
 from lamella_engine.sketches import Sketch
 from lamella_engine.version_files import layouts
@@ -36,6 +36,9 @@ from lamella_engine.wire import FLOATING, TRIED_BASE, RecordParser
 
 IDLE_S = 600.0
 """A session that nobody calls for so long is given up."""
+
+PART_IDLE_S = 7200.0
+"""The same of one that is to end as a part: its worker may have stored all and wait for another one."""
 
 RECORDED_KEPT = 64
 """Sessions whose version is recorded that are kept besides, to answer a repeated commit: the log answers for others."""
@@ -94,6 +97,8 @@ class Session:
         self.claim = claim
         self.used = time.monotonic()
         self._part: bytes | None = None
+        self.joined: set[bytes] = set()
+        """The parts that were joined to it."""
         self.recorded: Recorded | None = None
         """The version, once it is committed."""
         self.over = False
@@ -116,6 +121,15 @@ class Session:
         """Of its chunks, decoded."""
         self._stream: object = None
         """The newest of them."""
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nobody may call for it before it is given up."""
+        return PART_IDLE_S if self.claim.part and self._part is None else IDLE_S
+
+    def is_any_of(self, parts: Container[bytes]) -> bool:
+        """Whether it has ended as one of ``parts``."""
+        return self._part is not None and self._part in parts
 
     @property
     def ended(self) -> bool:
@@ -303,13 +317,14 @@ class Session:
             if self._part is None:
                 self._store_batch(last=True)
                 self._part = self.push.part()
-                self.claim.release()
+                self.claim.end()
             return self._part
 
     def join(self, part: bytes) -> None:
         """Take what a part has stored for planned and written."""
         with self._our_turn():
             self.push.join(part)
+            self.joined.add(part)
 
     def _check_files(self, headers_nbytes: int, manifest: Manifest) -> None:
         with self._checkers.taken(self.claim.owner) if headers_nbytes else nullcontext():
@@ -362,6 +377,7 @@ class Sessions:
         branch: str,
         parent: VersionId | None,
         again: bool,
+        part: bool = False,
     ) -> tuple[Session, int]:
         """Start a push or find it started; return it, and the position from which on records have to come.
 
@@ -378,12 +394,12 @@ class Sessions:
                 return session, session.rewind()
             self.end(store, push_id)
             session.abandon()
-        claim = self._quotas.push(owner)
+        claim = self._quotas.push(owner, part=part)
         try:
             # What this session writes has names of its own: the same push may be under way at another server.
-            push = store.begin(model, branch, parent=parent, push_id=push_id, writer_id=new_push_id())
+            push = store.begin(model, branch, parent=parent, push_id=push_id, part=part, writer_id=new_push_id())
             with self._lock:
-                self._forget_recorded()
+                self._forget_ended()
                 session = self._sessions.setdefault(
                     (store, push_id), Session(store, push, claim, self._crowded, self._checkers)
                 )
@@ -392,10 +408,19 @@ class Sessions:
                 claim.release()
         return session, 0
 
-    def _forget_recorded(self) -> None:
-        recorded = [key for key, session in self._sessions.items() if session.ended]
-        for key in recorded[:-RECORDED_KEPT]:
-            del self._sessions[key]
+    def release_parts(self, session: Session) -> None:
+        """Let the parts of a push that is recorded hold nothing any more, as far as they were stored by this server."""
+        with self._lock:
+            parts = [other for other in self._sessions.values() if other.is_any_of(session.joined)]
+        for part in parts:
+            part.claim.release()
+
+    def _forget_ended(self) -> None:
+        ended = [key for key, session in self._sessions.items() if session.ended]
+        recorded = [key for key in ended if self._sessions[key].recorded is not None]
+        parts = [key for key in ended if self._sessions[key].recorded is None]
+        for key in (*recorded[:-RECORDED_KEPT], *parts[:-PARTS_OF_ONE]):
+            self._sessions.pop(key).claim.release()
 
     def _crowded(self) -> bool:
         with self._lock:
@@ -421,11 +446,15 @@ class Sessions:
         if session is not None:
             session.claim.release()
 
-    def sweep(self, idle_s: float = IDLE_S) -> None:
-        """Give up what nobody has called for ``idle_s`` seconds."""
+    def sweep(self, idle_s: float | None = None) -> None:
+        """Give up what nobody has called for its ``idle_s``, or for the seconds that are given."""
         now = time.monotonic()
         with self._lock:
-            idle = [key for key, session in self._sessions.items() if now - session.used >= idle_s]
+            idle = [
+                key
+                for key, session in self._sessions.items()
+                if now - session.used >= (session.idle_s if idle_s is None else idle_s)
+            ]
             given_up = [self._sessions.pop(key) for key in idle]
         for session in given_up:
             session.abandon()
