@@ -1,8 +1,15 @@
 """What is asked of a whole repository is done by the nodes of a Ray cluster, with the same answers."""
 
+import json
 import os
-from collections.abc import Callable
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -10,11 +17,13 @@ import numpy as np
 import pytest
 import ray
 from cluster import Nodes
+from safetensors.numpy import save_file
 from service import serving
 from support import Array, new_repository
 
 import lamella
 import lamella.ray.workers
+from lamella.ray import LamellaUpload
 from lamella.ray.workers import Workers
 from lamella_engine import spreading
 from lamella_engine.errors import InvalidInputError, StorageError
@@ -171,3 +180,106 @@ def test_what_ends_every_worker_is_given_up_and_the_rest_done(
         with pytest.raises(StorageError) as caught:
             list(workers.ended())
         assert caught.value.kind == "worker_lost"
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> dict[str, list[Path]]:
+    """Return checkpoints of two models, two of each."""
+    found: dict[str, list[Path]] = {}
+    for model in ("a", "b"):
+        for step in (1, 2):
+            path = tmp_path / f"{model}-{step}.safetensors"
+            save_file({"w": np.full((3, 1000), step, np.float32)}, path)
+            found.setdefault(f"{model}@main", []).append(path)
+    return found
+
+
+def test_checkpoints_are_imported_in_the_order_of_their_branch_and_once(
+    nodes: Nodes, place: str, checkpoints: dict[str, list[Path]]
+) -> None:
+    damaged = checkpoints["b@main"][0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    seen: list[tuple[str, str]] = []
+    first = lamella.ray.import_checkpoints(checkpoints, place, progress=lambda *one: seen.append(one))
+    assert seen == [("a@main", str(path)) for path in checkpoints["a@main"]]
+    assert [*first.failures] == ["b@main"]
+    assert isinstance(first.failures["b@main"], InvalidInputError)
+    assert [len(ids) for ids in first.versions.values()] == [2, 0]
+
+    damaged.write_bytes(whole)
+    second = lamella.ray.import_checkpoints(checkpoints, place)
+    assert not second.failures
+    assert second.versions["a@main"] == first.versions["a@main"]
+    with lamella.open(place) as repo:
+        for target, paths in checkpoints.items():
+            versions = list(repo.log(target))[::-1]
+            assert tuple(version.id for version in versions) == second.versions[target]
+            assert [version.message for version in versions] == [str(path) for path in paths]
+            assert [version["w"][0, 0] for version in versions] == [1, 2]
+
+
+def test_an_import_into_nothing_is_refused_at_once(tmp_path: Path, checkpoints: dict[str, list[Path]]) -> None:
+    with pytest.raises(lamella.RepositoryNotFoundError):
+        lamella.ray.import_checkpoints(checkpoints, str(tmp_path / "nowhere"))
+    with pytest.raises(InvalidInputError):
+        lamella.ray.import_checkpoints({"no target": []}, str(tmp_path / "nowhere"))
+
+
+@dataclass
+class Directory:
+    """Stands for ray.train.Checkpoint, which needs pyarrow."""
+
+    path: Path
+
+    @classmethod
+    def from_directory(cls, path: str) -> "Directory":
+        return cls(Path(path))
+
+    @contextmanager
+    def as_directory(self) -> Iterator[str]:
+        yield str(self.path)
+
+
+class Run:
+    """Stands for the context and the storage of a worker of Ray Train."""
+
+    def __init__(self, rank: int, storage: Path) -> None:
+        self.rank = rank
+        self.storage = storage
+
+    def get_world_rank(self) -> int:
+        return self.rank
+
+    def get_storage(self) -> "Run":
+        return self
+
+    def persist_current_checkpoint(self, checkpoint: Directory, name: str) -> Directory:
+        return Directory(shutil.copytree(checkpoint.path, self.storage / name, dirs_exist_ok=True))
+
+
+def test_what_is_reported_to_ray_train_becomes_a_version(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = pickle.loads(pickle.dumps(LamellaUpload(place, "llm@rank-{rank}")))
+    for rank in (0, 1):
+        run = Run(rank, tmp_path / "storage")
+        train = SimpleNamespace(Checkpoint=Directory, get_context=lambda run=run: run)
+        monkeypatch.setitem(sys.modules, "ray.train", train)
+        monkeypatch.setattr(ray, "train", train, raising=False)
+        reported = tmp_path / f"reported-{rank}"
+        reported.mkdir()
+        save_file({"w": np.full(1000, rank, np.float32)}, reported / "model.safetensors")
+        (reported / "epoch.txt").write_text("7")
+        kept = upload(Directory(reported), "checkpoint_000007")
+        assert kept.path == tmp_path / "storage" / "checkpoint_000007"
+        note = json.loads((kept.path / f"lamella-{rank}.json").read_text())
+        with lamella.open(note["repository"]) as repo:
+            version = repo.version(note["revision"])
+            assert version == repo.version(f"llm@rank-{rank}")
+            assert version.message == "checkpoint_000007"
+            out = repo.checkout(note["revision"], tmp_path / f"out-{rank}")
+        assert {name: path.read_bytes() for name, path in out.items()} == {
+            path.name: path.read_bytes() for path in reported.iterdir()
+        }
+    assert len(list(kept.path.iterdir())) == 2

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import lamella
 from lamella.ray.encoders import RESTARTS
 from lamella.ray.refs import got
-from lamella_engine.errors import LamellaError
+from lamella_engine.errors import StorageError
 from lamella_engine.repository import Repository
 from lamella_engine.spreading import Result, Task
 
@@ -63,9 +63,9 @@ class Workers:
         self._waiting.append((key, call))
 
     def ended(self) -> Iterator[tuple[Hashable, Any]]:
-        """Yield the key of each thing that ends with what came of it, or a LamellaError, until all have ended.
+        """Yield the key of each thing that ends with what came of it, or the exception, until all have ended.
 
-        Meanwhile more may be begun. Any other exception is raised.
+        Meanwhile more may be begun. Raises StorageError (``worker_lost``) if no worker is left.
         """
         while self._waiting or self._running:
             while self._waiting and (self._idle or self._nodes):
@@ -76,21 +76,20 @@ class Workers:
             worker, key, call = self._running.pop(ref)
             try:
                 result = got(ref)
-            except LamellaError as error:
+            except Exception as error:
                 result = error
-                if error.kind == "worker_lost":
-                    ray.kill(worker)
-                    self._losses[key] += 1
-                    if not len(self):
-                        raise
-                    if self._losses[key] < TRIES:
-                        self._waiting.appendleft((key, call))
-                        continue
-                else:
-                    self._idle.append(worker)
-            else:
+            if not _is_loss(result):
                 self._idle.append(worker)
-            yield key, result
+                yield key, result
+                continue
+            ray.kill(worker)
+            self._losses[key] += 1
+            if not len(self):
+                raise result
+            if self._losses[key] < TRIES:
+                self._waiting.appendleft((key, call))
+            else:
+                yield key, result
 
     def _started(self, node: str) -> Any:
         here = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -107,6 +106,10 @@ class Workers:
 
 
 _nodes: Any = ray.nodes  # it has no types
+
+
+def _is_loss(result: object) -> bool:
+    return isinstance(result, StorageError) and result.kind == "worker_lost"
 
 
 def _node_ids() -> list[str]:
@@ -130,7 +133,7 @@ class _Cluster:
             for number, call in islice(calls, 2 * len(workers)):  # so that no worker waits for the next to be made
                 workers.begin(number, call)
             for ended, result in workers.ended():
-                if isinstance(result, LamellaError):
+                if isinstance(result, Exception):
                     raise result
                 found[ended] = result
                 for number, call in islice(calls, 1):
