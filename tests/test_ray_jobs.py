@@ -23,6 +23,7 @@ from support import Array, new_repository
 
 import lamella
 import lamella.ray.workers
+from lamella.cli import run
 from lamella.ray import LamellaUpload
 from lamella.ray.workers import Workers
 from lamella_engine import spreading
@@ -105,6 +106,16 @@ def test_what_is_wrong_is_found_as_by_one_process(nodes: Nodes, place: str, monk
             found = repo.verify(deep=deep, executor="ray")
             assert len({problem.where for problem in found.problems}) > 3
             assert found == repo.verify(deep=deep)
+
+
+def test_the_command_line_has_nodes_do_it_too(nodes: Nodes, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pushed(lamella.open(place)).close()
+    for command in (["distance", "llm@v1", "llm@v2", "--cosine"], ["verify", "--deep"]):
+        answers = []
+        for executor in ([], ["--executor", "ray"]):
+            assert run(["-C", place, *command, *executor, "--json"]) == 0
+            answers.append(json.loads(capsys.readouterr().out))
+        assert answers[0] == answers[1]
 
 
 def test_what_no_node_could_open_is_refused(nodes: Nodes, place: str) -> None:
@@ -261,6 +272,8 @@ class Run:
 def test_what_is_reported_to_ray_train_becomes_a_version(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(InvalidInputError):
+        LamellaUpload(place, "no target")
     upload = pickle.loads(pickle.dumps(LamellaUpload(place, "llm@rank-{rank}")))
     for rank in (0, 1):
         run = Run(rank, tmp_path / "storage")

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lamella.places import Place
+from lamella_engine.content_store.revisions import parse_target
 
 
 class LamellaUpload:
@@ -22,9 +23,15 @@ class LamellaUpload:
     target
         ``"model@branch"``; with ``{rank}`` in it, such as ``"llm@rank-{rank}"``, each worker has a branch of its own.
         Without it only one of them may report a checkpoint at a time.
+
+    Raises
+    ------
+    InvalidInputError
+        The target is none.
     """
 
     def __init__(self, repo: str, target: str) -> None:
+        parse_target(target.format(rank=0))
         self._repo = repo
         self._place = Place(repo)
         self._target = target

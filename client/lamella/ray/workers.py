@@ -80,6 +80,7 @@ class Workers:
                 result = error
             if not _is_loss(result):
                 self._idle.append(worker)
+                del self._losses[key]  # what is begun under the same key is something else
                 yield key, result
                 continue
             ray.kill(worker)
