@@ -53,17 +53,21 @@ def map_batched(
 
     ``nbytes`` tells how large an item is.
     """
-    for results in executor.map(lambda batch: [function(item) for item in batch], _batches(items, nbytes)):
+    small = batches(items, nbytes, most_nbytes=BATCH_NBYTES, most_items=BATCH_ITEMS)
+    for results in executor.map(lambda batch: [function(item) for item in batch], small):
         yield from results
 
 
-def _batches(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+def batches(
+    items: Iterable[Item], nbytes: Callable[[Item], int], *, most_nbytes: int, most_items: int
+) -> Iterator[list[Item]]:
+    """Yield consecutive items together: each batch ends with the item that makes it so long."""
     batch: list[Item] = []
     total = 0
     for item in items:
         batch.append(item)
         total += nbytes(item)
-        if total >= BATCH_NBYTES or len(batch) == BATCH_ITEMS:
+        if total >= most_nbytes or len(batch) == most_items:
             yield batch
             batch, total = [], 0
     if batch:

@@ -1,16 +1,16 @@
 """Looking after a repository. Today: verify, which reads everything and changes nothing."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.content_store.state import State
 from lamella_engine.errors import CorruptionError, LamellaError, NotFoundError, UnsupportedFormatError
-from lamella_engine.format.entry import FoldRef, VersionAdded
+from lamella_engine.format.entry import FoldRef, PackAdded, VersionAdded
 from lamella_engine.format.fold import TABLES
 from lamella_engine.format.names import log_name
 from lamella_engine.reading import Reader
@@ -55,8 +55,19 @@ class Verification:
         """Whether no problem was found."""
         return not self.problems
 
+    def add_packs(self, found: "Verification") -> None:
+        """Add what :func:`verify_packs` found."""
+        self.packs += found.packs
+        self.blobs += found.blobs
+        self.read_nbytes += found.read_nbytes
+        self.problems += found.problems
 
-def verify(store: PackedStore, *, deep: bool = False) -> Verification:
+
+CheckPacks: TypeAlias = Callable[[Iterable[PackAdded]], Iterable[Verification]]
+"""Checks packs as :func:`verify_packs` does, some at a time and in their order, in this process or in others."""
+
+
+def verify(store: PackedStore, *, deep: bool = False, check_packs: CheckPacks | None = None) -> Verification:
     """Check a repository against FORMAT.md, from the log to the last blob.
 
     Always: the chain of entries, each against the state before it, every fold, every version's metadata, pages and
@@ -67,16 +78,28 @@ def verify(store: PackedStore, *, deep: bool = False) -> Verification:
     cannot be read, for then nothing can be said at all.
     """
     report = Verification(deep)
-    deque(verifying(store, report), maxlen=0)
+    deque(verifying(store, report, check_packs), maxlen=0)
     return report
 
 
-def verifying(store: PackedStore, report: Verification) -> Iterator[None]:
+def verifying(store: PackedStore, report: Verification, check_packs: CheckPacks | None = None) -> Iterator[None]:
     """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop."""
     checker = _Checker(store, report)
     state = yield from checker.log()
-    yield from checker.packs(state)
+    if check_packs is None:
+        yield from checker.packs(state.packs())
+    else:
+        for found in check_packs(state.packs()):
+            yield
+            report.add_packs(found)
     yield from checker.versions(state)
+
+
+def verify_packs(store: PackedStore, packs: Iterable[PackAdded], *, deep: bool) -> Verification:
+    """Check only the index of each of these packs, and every blob in it with all that it stands on."""
+    report = Verification(deep)
+    deque(_Checker(store, report).packs(packs), maxlen=0)
+    return report
 
 
 class _Checker:
@@ -128,9 +151,9 @@ class _Checker:
         self._check_size(fold.name, fold.start + fold.nbytes)
         self._store.log.check_fold(fold)
 
-    def packs(self, state: State) -> Iterator[None]:
-        """Check the index of every live pack, and every blob in it."""
-        for pack in state.packs():
+    def packs(self, packs: Iterable[PackAdded]) -> Iterator[None]:
+        """Check the index of each pack, and every blob in it."""
+        for pack in packs:
             self._report.packs += 1
             self._try(pack.name, partial(self._check_size, pack.name, pack.nbytes))
             index = self._try(pack.name, partial(self._store.packs.index, pack.name))

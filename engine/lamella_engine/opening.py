@@ -64,7 +64,7 @@ def init(
         )
         if objects.store_name:
             Pin(place, objects.store_name).replace(store.log.state.head)
-        return on_objects(store)
+        return on_objects(store, location=_location(place))
     except AlreadyExistsError:
         raise AlreadyExistsError(
             f"{url} is a repository already: use it as it is, or choose another place",
@@ -98,13 +98,21 @@ def open_repository(
         store = PackedStore(objects, executor, index_path=index_path(objects, place), signer=signer, trusted=trusted)
         if pin is not None:
             pin.advance(store.log.state.head, store.log.digest_at)
-        return on_objects(store, seen=seen)
+        return on_objects(store, seen=seen, location=_location(place))
     except RepositoryNotFoundError as error:
         if error.kind == "bucket_not_found":
             raise
         raise RepositoryNotFoundError(
             f"there is no repository at {url}: check the path, or make one with init", url=str(url)
         ) from None
+
+
+def _location(place: str) -> str | None:
+    """Return what any process can open a place by, wherever it stands; None if only this one can."""
+    scheme, separator, _ = place.partition("://")
+    if not separator:
+        return os.path.abspath(place)
+    return None if scheme == "memory" else place
 
 
 def _is_remote(place: str) -> bool:
@@ -137,7 +145,7 @@ def _remote(
         ) from None
     executor = ThreadExecutor(memory_nbytes=memory_nbytes)
     store, jobs = connect(place, executor, new_max_depth=new_max_depth)
-    return Repository(store, executor, jobs)
+    return Repository(store, executor, jobs, location=place)
 
 
 def _place_of(url: "str | PathLike[str]") -> str:

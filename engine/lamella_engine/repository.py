@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 from lamella_engine.auditing import Act, NotedRead
 from lamella_engine.background import Background, PushHandle
@@ -27,9 +27,12 @@ from lamella_engine.notes import attachments_of, notes_of
 from lamella_engine.pushing import push_checkpoint
 from lamella_engine.reading import Patterns, Reader, select
 from lamella_engine.sharing import Sharing
+from lamella_engine.spreading import SpreadJobs, Task, cluster_named
 from lamella_engine.transaction import Transaction
 from lamella_engine.version_files import check_files
 from lamella_engine.versions import Version
+
+Result = TypeVar("Result")
 
 
 class Repository:
@@ -40,10 +43,11 @@ class Repository:
 
     __module__ = "lamella"
 
-    def __init__(self, store: ContentStore, executor: Executor, jobs: Jobs) -> None:
+    def __init__(self, store: ContentStore, executor: Executor, jobs: Jobs, *, location: str | None = None) -> None:
         self._store = store
         self._executor = executor
         self._jobs = jobs
+        self._location = location
         self._reader = Reader(store, executor)
         self.sharing = Sharing(store, executor, self._reader)
         """For workers that hold a checkpoint together: what ``lamella.torch`` and ``lamella.ray`` are made of."""
@@ -371,12 +375,28 @@ class Repository:
         """Say which tensors differ between two versions; reads no weights."""
         return self._jobs.diff(self._store.resolve(a), self._store.resolve(b))
 
-    def distance(self, a: str, b: str, *, include: Patterns = None) -> Distance:
+    def distance(self, a: str, b: str, *, include: Patterns = None, executor: str | None = None) -> Distance:
         """Measure two versions against each other, exactly and in float64; chunks that are equal are not read.
 
-        Raises InvalidInputError if a selected tensor is in one version only, or has another dtype or shape there.
+        Parameters
+        ----------
+        a, b
+            Revisions.
+        include
+            Globs over tensor names.
+        executor
+            ``"ray"`` for the nodes of a Ray cluster, each of which has to see the repository where it was opened, and
+            to have the credentials in its environment. The result has the same bits.
+
+        Raises
+        ------
+        InvalidInputError
+            A selected tensor is in one version only, or has another dtype or shape there; or there is no such executor
+            (``bad_executor``), or its nodes could not open this repository (``not_shared``).
+        StorageError
+            The nodes of the executor are gone (``worker_lost``).
         """
-        return self._jobs.distance(self._store.resolve(a), self._store.resolve(b), select(include))
+        return self._jobs_by(executor).distance(self._store.resolve(a), self._store.resolve(b), select(include))
 
     # -- refs ----------------------------------------------------------------------------------------------------------
 
@@ -418,12 +438,31 @@ class Repository:
         """Return how large the repository is. Lists every object."""
         return self._jobs.stats()
 
-    def verify(self, deep: bool = False) -> Verification:
+    def verify(self, deep: bool = False, *, executor: str | None = None) -> Verification:
         """Check everything that is stored; see :class:`lamella.Verification` for what was found. Changes nothing.
 
-        ``deep`` also decodes every blob and computes its chunk id again.
+        Parameters
+        ----------
+        deep
+            Whether to decode every blob too, and compute its chunk id again.
+        executor
+            As for :meth:`distance`: its nodes check the packs, and this process the log and what versions say. The same
+            problems are found. Not for a repository of a service, which does it where its bytes lie.
         """
-        return self._jobs.verify(deep=deep)
+        return self._jobs_by(executor).verify(deep=deep)
+
+    def run_task(self, task: Task[Result]) -> Result:
+        """Do a part of a job that is spread over several processes; executors are made of it."""
+        return task(self._store, self._executor)
+
+    def _jobs_by(self, executor: str | None) -> Jobs | SpreadJobs:
+        if executor is None:
+            return self._jobs
+        if self._location is None:
+            raise InvalidInputError(
+                "no other process can open a repository in memory: leave executor out", kind="not_shared"
+            )
+        return SpreadJobs(self._store, self._executor, cluster_named(executor), self._location)
 
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """Yield who did what: every act by the log, then every read that a service noted, and what is wrong of those.
@@ -495,6 +534,9 @@ def _open_source(source: object, attached: Sequence[Attachment]) -> Checkpoint:
     return checkpoint
 
 
-def on_objects(store: PackedStore, *, seen: Collection[Head] = ()) -> Repository:
-    """Return the repository that a store holds, with jobs done in this process; ``seen`` as for them."""
-    return Repository(store, store.executor, LocalJobs(store, store.executor, seen=seen))
+def on_objects(store: PackedStore, *, seen: Collection[Head] = (), location: str | None = None) -> Repository:
+    """Return the repository that a store holds, with jobs done in this process; ``seen`` as for them.
+
+    ``location`` is where any other process would open it.
+    """
+    return Repository(store, store.executor, LocalJobs(store, store.executor, seen=seen), location=location)

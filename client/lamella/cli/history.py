@@ -11,7 +11,7 @@ import typer
 import lamella
 from lamella.cli import completion, graph, terminal, text
 from lamella.cli.documents import answer, of_cost, of_distance, of_tensor, of_version
-from lamella.cli.parameters import REVISION_HELP, AsJson, Include, Revision, Revisions, open_repository
+from lamella.cli.parameters import REVISION_HELP, AsJson, Executor, Include, Revision, Revisions, open_repository
 
 Most = Annotated[int | None, typer.Option("-n", min=1, metavar="N", help="Show at most so many; --json has them all.")]
 
@@ -102,11 +102,12 @@ def distance(
     ] = False,
     by: Annotated[Literal["l2", "l1", "linf", "changed", "name"], typer.Option(help="Sorted by what.")] = "l2",
     most: Most = None,
+    executor: Executor = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how far two versions lie apart, the tensors with the largest change first."""
     with open_repository(context) as repo, terminal.waiting(f"measuring {a} against {b}"):
-        found = repo.distance(a, b, include=include)
+        found = repo.distance(a, b, include=include, executor=executor)
         document = {
             "a": a,
             "b": b,

@@ -8,6 +8,13 @@ import lamella
 from lamella.cli import completion
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Who does it: ray is the Ray cluster that RAY_ADDRESS names. By default this process."
+    ),
+]
+
 Include = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be given several times.")
 ]

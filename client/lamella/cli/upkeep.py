@@ -12,7 +12,7 @@ from lamella.cli import completion as shells
 from lamella.cli import schema as schemas
 from lamella.cli import terminal, text
 from lamella.cli.documents import answer, of_account, of_problem
-from lamella.cli.parameters import AsJson, open_repository
+from lamella.cli.parameters import AsJson, Executor, open_repository
 from lamella_engine.signing import generate_key
 
 
@@ -27,11 +27,12 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
 def verify(
     context: typer.Context,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode everything and compute its ids again.")] = False,
+    executor: Executor = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that is stored. Changes nothing; exits with 6 if there are problems."""
     with open_repository(context) as repo, terminal.waiting("verifying"):
-        found = repo.verify(deep=deep)
+        found = repo.verify(deep=deep, executor=executor)
     keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes")
     problems = {"problems": [of_problem(one) for one in found.problems]}
     answer({key: getattr(found, key) for key in keys} | problems, text.verify, as_json=as_json)

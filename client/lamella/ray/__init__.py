@@ -8,11 +8,16 @@ the pieces of cells that lie on several nodes travel between them. Whoever calls
 version at the end: until then nothing is visible. An encoder that dies is started again, and does again what it was at;
 what it and others had handed over is not sent twice.
 
+What is asked of a whole repository is spread over the nodes too: ``repo.distance(a, b, executor="ray")``,
+``repo.verify(deep=True, executor="ray")``, and :func:`import_checkpoints`.
+
 This package imports ray; ``import lamella`` does not.
 """
 
 from lamella.ray.groups import Group
+from lamella.ray.imports import Imported, import_checkpoints
 from lamella.ray.pushes import push
 from lamella.ray.shards import Place, Shard
+from lamella.ray.uploads import LamellaUpload
 
-__all__ = ["Group", "Place", "Shard", "push"]
+__all__ = ["Group", "Imported", "LamellaUpload", "Place", "Shard", "import_checkpoints", "push"]
