@@ -316,7 +316,7 @@ def test_a_worker_that_is_interrupted_keeps_nobody_waiting() -> None:
     repo = new_repository()
     tensors = {"w": np.zeros((4, 5), np.float32)}
     held = split(tensors, 2, axis_of)
-    shared = repo.shared_push("m@main", structure_of(tensors), holdings_of(held), 2)
+    shared = repo.sharing.begin("m@main", structure_of(tensors), holdings_of(held), 2)
     meeting = Meeting(2)
 
     def interrupted() -> Held:
@@ -325,7 +325,7 @@ def test_a_worker_that_is_interrupted_keeps_nobody_waiting() -> None:
     def work(worker: int) -> BaseException | None:
         given = interrupted if worker else lambda: held[0]
         try:
-            repo.store_part(shared.assignments[worker], given, meeting.exchange(worker))
+            repo.sharing.store_part(shared.assignments[worker], given, meeting.exchange(worker))
         except BaseException as error:
             return error
         return None
@@ -364,9 +364,9 @@ def test_parts_of_two_pushes_of_one_structure_make_no_version() -> None:
     repo = new_repository()
     held = [split(weights(step), 2, axis_of) for step in (0.0, 1.0)]
     parts = [push_shared([repo] * 2, f"m@{at}", weights(), held[at])[1] for at in range(2)]
-    shared = repo.shared_push("m@main", structure_of(weights()), holdings_of(held[0]), 2)
+    shared = repo.sharing.begin("m@main", structure_of(weights()), holdings_of(held[0]), 2)
     with pytest.raises(InvalidInputError) as caught:
-        repo.record(shared, [parts[0][0], parts[1][1]])
+        repo.sharing.record(shared, [parts[0][0], parts[1][1]])
     assert caught.value.kind == "bad_part"
 
 
@@ -374,10 +374,10 @@ def test_a_part_that_two_pushes_join_is_recorded_once_in_the_log() -> None:
     repo = new_repository()
     tensors = {"w": np.random.default_rng(0).standard_normal((300, 300))}
     held = split(tensors, 1, axis_of)
-    shares = [repo.shared_push(f"m@{at}", structure_of(tensors), holdings_of(held), 1) for at in range(2)]
-    part = repo.store_part(shares[0].assignments[0], lambda: held[0], Alone())
+    shares = [repo.sharing.begin(f"m@{at}", structure_of(tensors), holdings_of(held), 1) for at in range(2)]
+    part = repo.sharing.store_part(shares[0].assignments[0], lambda: held[0], Alone())
     for at, shared in enumerate(shares):
-        repo.record(shared, [replace(part, push=shared.assignments[0].push)], message=str(at))
+        repo.sharing.record(shared, [replace(part, push=shared.assignments[0].push)], message=str(at))
     assert repo.verify(deep=True).problems == []
     assert bits(repo.checkout("m@1")) == bits(tensors)
 
