@@ -257,24 +257,27 @@ class Killer:
 def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str, campaign: int) -> None:
     with Killer(nodes, within_s=None) as spared:
         lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place)
-    killed = 0
-    for number in range(1, 11):
-        tensors = weights(seed=10 * campaign + number)
+    killed, number, lived_s = 0, 0, spared.lived_s
+    while killed < 10:
+        number += 1
+        assert number < 100, "encoders are gone before they can be killed"
+        tensors = weights(seed=100 * campaign + number)
         shards = lent(nodes, tensors, 2)
         completed = False
-        with Killer(nodes, spared.lived_s) as killer, suppress(StorageError):
+        with Killer(nodes, lived_s) as killer, suppress(StorageError):
             lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
             completed = True
         killed += killer.killed
+        if not killer.killed:  # the first push of all is slower than others: their end is not to be missed for ever
+            lived_s = min(lived_s, killer.lived_s)
         if not completed:
             lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
         with lamella.open(place) as repo:
             assert repo.version("llm@main").number == 1 + number, killer.moment_s
             assert bits(repo.checkout("llm@main")) == bits(tensors), killer.moment_s
-    assert killed > 2
     with lamella.open(place) as repo:
         assert repo.verify(deep=True).ok
-        assert repo.stats().versions == 11
+        assert repo.stats().versions == 1 + number
 
 
 def test_what_had_arrived_is_not_sent_again(nodes: Nodes, place: str) -> None:
