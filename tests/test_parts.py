@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from faults import CountingObjects
 from hypothesis import given
 from hypothesis import strategies as st
@@ -474,7 +475,6 @@ def test_a_branch_that_moves_meanwhile_is_a_conflict() -> None:
 
 
 def test_a_tensor_that_changes_meanwhile_fails_the_push() -> None:
-    torch = pytest.importorskip("torch")
     repo = new_repository()
     tensor = torch.zeros(1000, 100)
 
