@@ -134,7 +134,7 @@ def test_a_companion_whose_chunk_repeats_another_one_is_done_without():
 
 
 def test_packs_may_end_between_a_companion_and_its_follower(monkeypatch):
-    monkeypatch.setattr("lamella_engine.content_store.packs.PACK_NBYTES", 1)
+    monkeypatch.setattr("lamella_engine.content_store.packing.PACK_NBYTES", 1)
     objects = MemoryObjects()
     repo = new_repository(objects, ThreadExecutor())
     tensors = {}

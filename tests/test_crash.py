@@ -10,7 +10,7 @@ import s3
 from faults import CountingObjects, Fault, FaultyObjects, SimulatedCrash
 from support import bits, copy_into, copy_of, names_of, new_repository, noise, open_again, store_of
 
-from lamella_engine.content_store import packs
+from lamella_engine.content_store import packing, packs
 from lamella_engine.content_store.entries import FOLD_EVERY
 from lamella_engine.errors import (
     AlreadyExistsError,
@@ -101,7 +101,7 @@ def outcome(faulty: FaultyObjects, operation: Callable[[Repository], object], **
 @pytest.mark.parametrize("entries", [3, FOLD_EVERY], ids=["plain", "with a fold"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_write_may_fail(name, entries, fault, monkeypatch):
-    monkeypatch.setattr("lamella_engine.content_store.packs.PACK_NBYTES", 4_000)  # several packs for one push
+    monkeypatch.setattr("lamella_engine.content_store.packing.PACK_NBYTES", 4_000)  # several packs for one push
     operation = OPERATIONS[name]
     base = some_history(entries=entries)
     old = seen(open_again(base))
@@ -323,7 +323,7 @@ def test_a_commit_that_went_through_is_never_called_failed_when_the_store_then_f
 
 def test_a_push_that_went_through_does_not_fail_for_the_sake_of_a_derived_index(monkeypatch):
     """What the chunk index wants to know may have to be read again by then, and nobody may be there to answer."""
-    monkeypatch.setattr(packs, "PACK_BLOBS", 1)  # many packs,
+    monkeypatch.setattr(packing, "PACK_BLOBS", 1)  # many packs,
     monkeypatch.setattr(packs, "ROWS_KEPT", 0)  # of which the index of one is remembered
     objects = some_history(entries=3)
     mute = Mute(objects)

@@ -490,7 +490,7 @@ def test_what_may_have_been_recorded_is_never_deleted(store: PackedStore, monkey
 
 
 def problems(store: PackedStore) -> list[str]:
-    return [problem.message for problem in verify(PackedStore(store.objects, InlineExecutor()), deep=True).problems]
+    return [problem.message for problem in verify(store, deep=True).problems]
 
 
 def test_a_push_that_lost_its_race_leaves_nothing(store: PackedStore):

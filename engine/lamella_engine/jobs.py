@@ -68,7 +68,7 @@ class Jobs(Protocol):
     def distance(self, a: VersionId, b: VersionId, selection: Selection) -> Distance:
         """See :func:`lamella_engine.distance.measure`."""
 
-    def verify(self, *, deep: bool) -> Verification:
+    def verify(self, *, deep: bool, doubtful: bool) -> Verification:
         """See :func:`lamella_engine.maintenance.verify`."""
 
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
@@ -136,10 +136,9 @@ class LocalJobs:
         """See :class:`Jobs`."""
         return measure(Reader(self._store, self._executor), a, b, selection)
 
-    def verify(self, *, deep: bool) -> Verification:
+    def verify(self, *, deep: bool, doubtful: bool) -> Verification:
         """See :class:`Jobs`."""
-        # A store of its own: what is read must come from where it is stored, not from what this process remembers.
-        return maintenance.verify(PackedStore(self._store.objects, self._executor), deep=deep)
+        return maintenance.verify(self._store, deep=deep, doubtful=doubtful)
 
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """See :class:`Jobs`."""

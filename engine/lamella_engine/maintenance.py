@@ -1,5 +1,6 @@
-"""Looking after a repository. Today: verify, which reads everything and changes nothing."""
+"""Looking after a repository. Today: verify, which reads everything, and vouches for what only its writer has read."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,14 +10,23 @@ from typing import TypeAlias, TypeVar
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.content_store.state import State
-from lamella_engine.errors import CorruptionError, LamellaError, NotFoundError, UnsupportedFormatError
-from lamella_engine.format.entry import FoldRef, PackAdded, VersionAdded
+from lamella_engine.errors import (
+    CorruptionError,
+    LamellaError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+    UnsupportedFormatError,
+)
+from lamella_engine.format.entry import VERIFIED_BY_WRITER, FoldRef, PackAdded, VersionAdded
 from lamella_engine.format.fold import TABLES
 from lamella_engine.format.names import log_name
 from lamella_engine.reading import Reader
 from lamella_engine.version_files import VersionFiles
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger("lamella")
 
 BLOBS_AT_ONCE = 256
 """Blobs whose checks are handed out at a time; each thread holds one payload."""
@@ -49,6 +59,10 @@ class Verification:
     read_nbytes: int = 0
     """Bytes of blobs that were read."""
     problems: list[Problem] = field(default_factory=list)
+    vouched: int = 0
+    """Packs that any push may stand on from now on: until now nobody but their writers had decoded them."""
+    proven: list[str] = field(default_factory=list, repr=False)
+    """Names of packs that nobody but their writers had decoded, and that are right."""
 
     @property
     def ok(self) -> bool:
@@ -61,44 +75,66 @@ class Verification:
         self.blobs += found.blobs
         self.read_nbytes += found.read_nbytes
         self.problems += found.problems
+        self.proven += found.proven
 
 
 CheckPacks: TypeAlias = Callable[[Iterable[PackAdded]], Iterable[Verification]]
 """Checks packs as :func:`verify_packs` does, some at a time and in their order, in this process or in others."""
 
 
-def verify(store: PackedStore, *, deep: bool = False, check_packs: CheckPacks | None = None) -> Verification:
+def verify(
+    store: PackedStore, *, deep: bool = False, doubtful: bool = False, check_packs: CheckPacks | None = None
+) -> Verification:
     """Check a repository against FORMAT.md, from the log to the last blob.
 
     Always: the chain of entries, each against the state before it, every fold, every version's metadata, pages and
     parameters id, every cell's copy and everything it stands on, every pack's index and the digest of every blob. With
-    ``deep`` every blob is also decoded and its chunk id computed again.
+    ``deep`` every blob is also decoded and its chunk id computed again, and packs that only their writers had decoded
+    are recorded as verified, if they are right and this process may write. With ``doubtful`` only those are checked,
+    deeply.
 
     A problem is noted, and what does not depend on it is still checked. Raises CorruptionError only if the log itself
     cannot be read, for then nothing can be said at all.
     """
-    report = Verification(deep)
-    deque(verifying(store, report, check_packs), maxlen=0)
+    report = Verification(deep or doubtful)
+    deque(verifying(store, report, doubtful=doubtful, check_packs=check_packs), maxlen=0)
     return report
 
 
-def verifying(store: PackedStore, report: Verification, check_packs: CheckPacks | None = None) -> Iterator[None]:
+def verifying(
+    store: PackedStore, report: Verification, *, doubtful: bool = False, check_packs: CheckPacks | None = None
+) -> Iterator[None]:
     """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop."""
-    checker = _Checker(store, report)
-    state = yield from checker.log()
-    if check_packs is None:
-        yield from checker.packs(state.packs())
+    # A store of its own: what is read must come from where it is stored, not from what this process remembers.
+    checker = _Checker(PackedStore(store.objects, store.executor), report)
+    if doubtful:
+        packs: Iterable[PackAdded] = doubtful_packs(store.log.refresh())
     else:
-        for found in check_packs(state.packs()):
+        state = yield from checker.log()
+        packs = state.packs()
+    if check_packs is None:
+        yield from checker.packs(packs)
+    else:
+        for found in check_packs(packs):
             yield
             report.add_packs(found)
-    yield from checker.versions(state)
+    if not doubtful:
+        yield from checker.versions(state)
+    try:
+        report.vouched = store.vouch(report.proven)
+    except (PermissionDeniedError, StorageError) as error:  # what was found is as true
+        logger.warning("packs that are right stay doubtful: %s", error)
+
+
+def doubtful_packs(state: State) -> Iterator[PackAdded]:
+    """Yield the live packs that nobody but their writers has decoded, by name. Looks at all packs."""
+    return (pack for pack in state.packs() if pack.verifier == VERIFIED_BY_WRITER)
 
 
 def verify_packs(store: PackedStore, packs: Iterable[PackAdded], *, deep: bool) -> Verification:
     """Check only the index of each of these packs, and every blob in it with all that it stands on."""
     report = Verification(deep)
-    deque(_Checker(store, report).packs(packs), maxlen=0)
+    deque(_Checker(PackedStore(store.objects, store.executor), report).packs(packs), maxlen=0)
     return report
 
 
@@ -155,6 +191,7 @@ class _Checker:
         """Check the index of each pack, and every blob in it."""
         for pack in packs:
             self._report.packs += 1
+            known = len(self._report.problems)
             self._try(pack.name, partial(self._check_size, pack.name, pack.nbytes))
             index = self._try(pack.name, partial(self._store.packs.index, pack.name))
             if index is None:
@@ -163,6 +200,8 @@ class _Checker:
             for at in range(0, len(blobs), BLOBS_AT_ONCE):
                 yield
                 self._blobs(blobs[at : at + BLOBS_AT_ONCE])
+            if self._report.deep and pack.verifier == VERIFIED_BY_WRITER and len(self._report.problems) == known:
+                self._report.proven.append(pack.name)
 
     def _blobs(self, blobs: list[StoredBlob]) -> None:
         self._report.blobs += len(blobs)

@@ -438,18 +438,23 @@ class Repository:
         """Return how large the repository is. Lists every object."""
         return self._jobs.stats()
 
-    def verify(self, deep: bool = False, *, executor: str | None = None) -> Verification:
-        """Check everything that is stored; see :class:`lamella.Verification` for what was found. Changes nothing.
+    def verify(self, deep: bool = False, *, doubtful: bool = False, executor: str | None = None) -> Verification:
+        """Check everything that is stored; see :class:`lamella.Verification` for what was found.
+
+        Changes nothing, with one exception: packs that only their writers had decoded (see ``serve --direct``) may
+        serve any push once a deep check has found them right.
 
         Parameters
         ----------
         deep
             Whether to decode every blob too, and compute its chunk id again.
+        doubtful
+            Check only the packs that nobody but their writers has decoded; deeply.
         executor
             As for :meth:`distance`: its nodes check the packs, and this process the log and what versions say. The same
             problems are found. Not for a repository of a service, which does it where its bytes lie.
         """
-        return self._jobs_by(executor).verify(deep=deep)
+        return self._jobs_by(executor).verify(deep=deep, doubtful=doubtful)
 
     def run_task(self, task: Task[Result]) -> Result:
         """Do a part of a job that is spread over several processes; executors are made of it."""

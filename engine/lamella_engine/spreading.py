@@ -97,7 +97,7 @@ class SpreadJobs:
 
         return measure(Reader(self._store, self._executor), a, b, selection, pairs=pairs)
 
-    def verify(self, *, deep: bool) -> Verification:
+    def verify(self, *, deep: bool, doubtful: bool) -> Verification:
         """See :func:`lamella_engine.maintenance.verify`; raises InvalidInputError (``not_shared``) behind a service."""
         if not isinstance(self._store, PackedStore):
             raise InvalidInputError(
@@ -105,11 +105,10 @@ class SpreadJobs:
             )
 
         def check_packs(packs: Iterable[PackAdded]) -> Iterator[Verification]:
-            tasks = (partial(_verified, deep, some) for some in _parts(packs, lambda pack: pack.nbytes))
+            tasks = (partial(_verified, deep or doubtful, some) for some in _parts(packs, lambda pack: pack.nbytes))
             return self._cluster.map(self._location, tasks)
 
-        # A store of its own, here and in each task: what is read must come from where it is stored.
-        return verify(PackedStore(self._store.objects, self._executor), deep=deep, check_packs=check_packs)
+        return verify(self._store, deep=deep, doubtful=doubtful, check_packs=check_packs)
 
 
 def _measured(
@@ -120,7 +119,7 @@ def _measured(
 
 def _verified(deep: bool, packs: list[PackAdded], store: ContentStore, executor: Executor) -> Verification:
     assert isinstance(store, PackedStore)
-    return verify_packs(PackedStore(store.objects, executor), packs, deep=deep)
+    return verify_packs(store, packs, deep=deep)
 
 
 def _parts(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -4,6 +4,7 @@ Both sides of the wire are made from the same descriptors: :data:`METHODS` lists
 returns, so no code is generated but the messages.
 """
 
+import ipaddress
 import json
 import struct
 from collections import deque
@@ -17,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from lamella_engine import errors
 from lamella_engine.chunking import MAX_CELL_NBYTES
+from lamella_engine.content_store.packing import Described, described
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Reading, Recorded
 from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError
 from lamella_engine.format.digests import DIGEST_NBYTES, blob_digest
@@ -50,6 +52,14 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
 )
 """Of both sides; a little more than a message, for what goes around one."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, with which one may speak in the clear."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 # -- rpcs --------------------------------------------------------------------------------------------------------------
@@ -283,19 +293,44 @@ HAS_BASE, FLOATING, TRIED_BASE = 1, 2, 4
 
 def encode_record(blob: Blob, flags: int = 0) -> list[Buffer]:
     """Return a blob as a record: its header and its payload."""
-    flags |= 0 if blob.base is None else HAS_BASE
-    payload = blob.payload
-    header = _RECORD.pack(
+    return [encode_header(described(blob, blob.payload), flags), blob.payload]
+
+
+def encode_header(blob: Described, flags: int = 0) -> bytes:
+    """Return the header of a record."""
+    return _RECORD.pack(
         blob.chunk,
         blob.base or _NO_CHUNK,
-        blob.digest or blob_digest(payload),
+        blob.digest,
         blob.decoded_nbytes,
-        len(payload),
+        blob.encoded_nbytes,
         blob.encoding,
         blob.width,
-        flags,
+        flags | (0 if blob.base is None else HAS_BASE),
     )
-    return [header, payload]
+
+
+def _decode_header(data: Buffer) -> tuple[Described, int]:
+    """Return what a header says, and its flags; raises CorruptionError (``bad_record``) if it breaks a rule."""
+    chunk, base, digest, decoded_nbytes, encoded_nbytes, encoding, width, flags = _RECORD.unpack(data)
+    if (
+        encoded_nbytes > MAX_ENCODED_NBYTES
+        or not 0 < decoded_nbytes <= MAX_CELL_NBYTES
+        or width not in LANE_WIDTHS
+        or decoded_nbytes % width
+        or bool(flags & HAS_BASE) == (base == _NO_CHUNK)
+    ):
+        raise CorruptionError("a blob came with a header that breaks the rules of the wire", kind="bad_record")
+    of = ChunkId(base) if flags & HAS_BASE else None
+    return Described(ChunkId(chunk), of, digest, decoded_nbytes, encoded_nbytes, encoding, width), flags
+
+
+def decode_headers(data: Buffer) -> list[Described]:
+    """Return what headers say, one after another; raises CorruptionError (``bad_record``)."""
+    view = memoryview(data)
+    if view.nbytes % _RECORD.size:
+        raise CorruptionError("there is a piece of a header at the end", kind="bad_record")
+    return [_decode_header(view[at : at + _RECORD.size])[0] for at in range(0, view.nbytes, _RECORD.size)]
 
 
 def encode_reading(reading: Reading) -> list[Buffer]:
@@ -363,24 +398,17 @@ class RecordParser:
         """
         if self._nbytes < _RECORD.size:
             return None
-        header = self._peek(_RECORD.size)
-        chunk, base, digest, decoded_nbytes, encoded_nbytes, encoding, width, flags = _RECORD.unpack(header)
-        if (
-            encoded_nbytes > MAX_ENCODED_NBYTES
-            or not 0 < decoded_nbytes <= MAX_CELL_NBYTES
-            or width not in LANE_WIDTHS
-            or decoded_nbytes % width
-            or bool(flags & HAS_BASE) == (base == _NO_CHUNK)
-        ):
-            raise CorruptionError("a blob came with a header that breaks the rules of the wire", kind="bad_record")
-        if self._nbytes < _RECORD.size + encoded_nbytes:
+        found, flags = _decode_header(self._peek(_RECORD.size))
+        if self._nbytes < _RECORD.size + found.encoded_nbytes:
             return None
         self._take(_RECORD.size)
-        payload = self._take(encoded_nbytes)
-        if blob_digest(payload) != digest:
+        payload = self._take(found.encoded_nbytes)
+        if blob_digest(payload) != found.digest:
             raise CorruptionError("a blob was changed on its way: try again", kind="changed_on_its_way")
-        of = ChunkId(base) if flags & HAS_BASE else None
-        return Blob(ChunkId(chunk), encoding, width, decoded_nbytes, payload, of, digest=digest), flags
+        blob = Blob(
+            found.chunk, found.encoding, found.width, found.decoded_nbytes, payload, found.base, digest=found.digest
+        )
+        return blob, flags
 
     def chain_length(self) -> int | None:
         """Return the number of blobs of the next cell, or None until it has come."""

@@ -52,6 +52,12 @@ def serve(
     audit: Annotated[
         bool, typer.Option("--audit", help="Note in each repository who read or changed what, from where.")
     ] = False,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct", help="Let clients put packs into the bucket by themselves, by URLs that are good for one each."
+        ),
+    ] = False,
     max_uncommitted: Annotated[
         str,
         typer.Option(metavar="SIZE", help="What one principal may store in pushes under way, 0 for any: 500GiB, 8TiB."),
@@ -98,6 +104,7 @@ def serve(
                 signing_key=signing_key,
                 require_signed=require_signed,
                 audit=audit,
+                direct=direct,
                 quotas=Quotas(uncommitted_nbytes=_nbytes(max_uncommitted), daily_nbytes=_nbytes(max_daily)),
             )
         stack.callback(server.stop, grace_s=0)

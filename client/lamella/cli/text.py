@@ -238,6 +238,8 @@ def verify(found: Document) -> Iterator[str]:
     depth = "read and decoded" if found["deep"] else "read"
     verdict = "no problems" if found["ok"] else count(len(found["problems"]), "problem")
     yield f"{verdict} in {looked_at} ({size(found['read_nbytes'])} {depth})"
+    if found["vouched"]:
+        yield f"{count(found['vouched'], 'pack')} that only their writers had decoded may serve any push from now on"
 
 
 def _problem(problem: lamella.Problem) -> str:

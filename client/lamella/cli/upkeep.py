@@ -27,13 +27,16 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
 def verify(
     context: typer.Context,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode everything and compute its ids again.")] = False,
+    doubtful: Annotated[
+        bool, typer.Option("--doubtful", help="Only packs that nobody but their writers has decoded; deeply.")
+    ] = False,
     executor: Executor = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything that is stored. Changes nothing; exits with 6 if there are problems."""
+    """Check everything that is stored; exits with 6 if there are problems."""
     with open_repository(context) as repo, terminal.waiting("verifying"):
-        found = repo.verify(deep=deep, executor=executor)
-    keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes")
+        found = repo.verify(deep=deep, doubtful=doubtful, executor=executor)
+    keys = ("ok", "deep", "entries", "versions", "packs", "blobs", "read_nbytes", "vouched")
     problems = {"problems": [of_problem(one) for one in found.problems]}
     answer({key: getattr(found, key) for key in keys} | problems, text.verify, as_json=as_json)
     if not found.ok:

@@ -49,12 +49,13 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None 
         The decoded bytes of the chunk that the first blob's base names, if it is a delta; apart from ``out``. It is
         the caller's word that they are: a chunk that leans on it is to be checked.
     check
-        Whether to compute the chunk's id again and compare it: costs 50-80 % of a decode.
+        Whether to compute the chunk's id again and compare it: costs 50-80 % of a decode. Done anyway if a blob is
+        doubtful.
 
     Raises
     ------
     CorruptionError
-        A payload breaks a rule of its encoding, the chain does not fit together, or (with ``check``) the id differs.
+        A payload breaks a rule of its encoding, the chain does not fit together, or the id was compared and differs.
     """
     _check_links(chain, held=base is not None)
     for at, blob in enumerate(chain):
@@ -63,7 +64,7 @@ def decode_chain(chain: Sequence[Blob], out: memoryview, *, base: Buffer | None 
         _check_length(blob.decoded_nbytes, len(target))
         codecs.decode(blob.encoding, blob.payload, target, width=blob.width, base=base)
         base = target
-    if check:
+    if check or any(blob.doubtful for blob in chain):
         check_chunk(chain[-1].chunk, out)
     if chain[-1].keep is not None:
         chain[-1].keep(out)
@@ -101,6 +102,7 @@ def measure_chains(first: Sequence[Blob], second: Sequence[Blob], dtype: Dtype, 
         second = (*first, *second)
     for chain in (first, second):
         _check_links(chain, held=False)
+        check = check or any(blob.doubtful for blob in chain)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0].chunk == pair[1].chunk, zip(first, second, strict=False)))
     trunk, first, second = first[:shared], first[shared:], second[shared:]
     base = _decoded(trunk, None, _SHARED, check=check and not (first and second))

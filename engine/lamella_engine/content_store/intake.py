@@ -1,13 +1,17 @@
-"""Intake: every blob that a push is given is decoded and compared before it counts."""
+"""Intake: every blob that a push is given is decoded and compared before it counts.
+
+Of blobs that lie elsewhere only a description is given, and nothing is known but that it can be right.
+"""
 
 import logging
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lamella_engine.codecs import Encoding
+from lamella_engine.codecs import Encoding, needs_base
 from lamella_engine.content_store.bases import Bases, Offer
 from lamella_engine.content_store.decoding import check_blob
+from lamella_engine.content_store.packing import Described
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.content_store.seam import COMPANION_REACH, Blob
 from lamella_engine.errors import CorruptionError, InvalidInputError
@@ -83,7 +87,7 @@ class Intake:
             for blob in blobs:
                 offer = self._wanted.get(blob.chunk)
                 if offer is None and blob.chunk not in planned:
-                    raise InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
+                    raise _unplanned()
                 base = None if offer is None else offer.base
                 own = base if base is not None and base.row.chunk == blob.base else None
                 self._given[blob.chunk] = _Given(blob, own)
@@ -95,6 +99,34 @@ class Intake:
         for blob, base in checked:
             if self._wanted.pop(blob.chunk, None) is not None:  # else it was given twice
                 yield blob, base
+
+    def described(
+        self, blobs: Sequence[Described], holds: Callable[[ChunkId], bool]
+    ) -> list[tuple[Described, StoredBlob | ChunkId | None]]:
+        """Take blobs for given of which nobody here sees a payload; return each with what it is a delta of.
+
+        ``holds`` tells whether one may be made against a chunk that was described shortly before the first. All or
+        none: raises InvalidInputError if nobody asked for one (``unplanned_blob``), it is a delta against something
+        else than was offered (``wrong_base``), or no blob is like that (``bad_record``).
+        """
+        found: dict[ChunkId, tuple[Described, StoredBlob | ChunkId | None]] = {}
+        recent: OrderedDict[ChunkId, None] = OrderedDict()
+        for blob in blobs:
+            offer = self._wanted.get(blob.chunk)
+            if offer is None or blob.chunk in found:
+                raise _unplanned()
+            if blob.encoding not in set(Encoding) or needs_base(blob.encoding) != (blob.base is not None):
+                raise InvalidInputError("a blob is described as none can be", kind="bad_record")
+            base = None if blob.base is None else _offered(blob.base, offer)
+            if isinstance(base, bytes) and not (base in recent or holds(base)):
+                raise _wrong_base()
+            found[blob.chunk] = blob, base
+            recent[blob.chunk] = None
+            if len(recent) > COMPANION_REACH:
+                recent.popitem(last=False)
+        for chunk in found:
+            del self._wanted[chunk]
+        return list(found.values())
 
     def _check(self, item: tuple[Blob, Offer | None, _Given | None]) -> tuple[Blob, StoredBlob | ChunkId | None]:
         blob, offer, before = item
@@ -117,14 +149,32 @@ class Intake:
         """Return what a blob is a delta of, a copy or a chunk whose blob was given before, and its bytes."""
         if blob.base is None:
             return None, None
-        for copy in (offer.base, offer.companion):
-            if isinstance(copy, StoredBlob) and copy.row.chunk == blob.base:
-                return copy, self._bases.lent(copy)
-        if offer.companion != blob.base or before is None or (before.blob.base is None) != (before.base is None):
-            raise InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
+        base = _offered(blob.base, offer)
+        if isinstance(base, StoredBlob):
+            return base, self._bases.lent(base)
+        if before is None or (before.blob.base is None) != (before.base is None):
+            raise _wrong_base()
         data = bytearray(before.blob.decoded_nbytes)
         _right(before.blob, None if before.base is None else self._bases.lent(before.base), data)
-        return blob.base, data
+        return base, data
+
+
+def _offered(base: ChunkId, offer: Offer) -> StoredBlob | ChunkId:
+    """Return what was offered as the base of that name; raises InvalidInputError if nothing was."""
+    for copy in (offer.base, offer.companion):
+        if isinstance(copy, StoredBlob) and copy.row.chunk == base:
+            return copy
+    if offer.companion != base:
+        raise _wrong_base()
+    return base
+
+
+def _unplanned() -> InvalidInputError:
+    return InvalidInputError("a blob was written that nobody asked for", kind="unplanned_blob")
+
+
+def _wrong_base() -> InvalidInputError:
+    return InvalidInputError("a delta was made against another base than the one offered", kind="wrong_base")
 
 
 def _right(blob: Blob, base: Buffer | None, out: bytearray | None = None) -> Blob:

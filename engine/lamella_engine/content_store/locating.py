@@ -54,15 +54,15 @@ def locate(
     try:
         return _locate(description, pack_of, packs, reader, check)
     except CorruptionError as error:
-        # Every chunk of the manifest was held against its id when it was given. If it is not damaged where it is
-        # stored, which an error of that names, it is what the description says that is wrong.
+        # If no chunk of the manifest is damaged where it is stored, which an error of that names, it is what the
+        # description says that is wrong, or a chunk was not what its writer said.
         if error.kind not in _WRONG or "object" in error.context:
             raise
         message = f"the description of the version does not fit what was pushed: {error.message}"
         raise InvalidInputError(message, kind="wrong_description") from error
 
 
-_WRONG = ("bad_attachment", "bad_digest", "bad_json", "bad_length", "bad_manifest")
+_WRONG = ("bad_attachment", "bad_chunk", "bad_digest", "bad_json", "bad_length", "bad_manifest", "bad_payload")
 
 
 def _locate(
@@ -85,7 +85,7 @@ def _locate(
 
     def load(at: int) -> bytes:
         chunk, nbytes = description.manifest_chunks[at]
-        return bytes(reader.decoded(packs.find(chunk, [pack_of(chunk)]), nbytes))
+        return bytes(reader.decoded(packs.find(chunk, [pack_of(chunk)]), nbytes, check=True))
 
     manifest_runs = _runs(place(chunk, nbytes) for chunk, nbytes in description.manifest_chunks)
     manifest = Manifest(description, load)

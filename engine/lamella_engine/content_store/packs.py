@@ -1,36 +1,19 @@
-"""Packs at work: filling them, finding blobs in them, and following deltas to their bases."""
+"""Packs at work: finding blobs in them, and following deltas to their bases. ``packing`` fills them."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
-from lamella_engine.content_store.seam import COMPANION_REACH, Blob
+from lamella_engine.content_store.seam import Blob
 from lamella_engine.errors import CorruptionError, NotFoundError
 from lamella_engine.executor import Executor
-from lamella_engine.format.digests import Context, blob_digest, digest
-from lamella_engine.format.names import PackName
-from lamella_engine.format.pack import (
-    FOOTER_NBYTES,
-    MAX_BASE_PACKS,
-    BlobRow,
-    PackIndex,
-    decode_footer,
-    decode_pack_index,
-    encode_footer,
-    encode_pack_index,
-)
+from lamella_engine.format.digests import blob_digest
+from lamella_engine.format.entry import VERIFIED_BY_STORE, PackAdded
+from lamella_engine.format.pack import FOOTER_NBYTES, BlobRow, PackIndex, decode_footer, decode_pack_index
 from lamella_engine.format.version import PackRef
-from lamella_engine.model import Buffer, ChunkId, PushId
+from lamella_engine.model import Buffer, ChunkId
 from lamella_engine.objects import Objects
-
-# A pack is closed once its blobs pass this. Large enough that a checkpoint is few objects and the 6 ms of a durable put
-# are nothing beside it; small enough to be held in memory twice, one filling while one is written.
-PACK_NBYTES = 64 << 20
-
-PACK_BLOBS = 1 << 15
-"""Most blobs of a pack: their rows, some 20 MB while it is filled, are read together by whoever wants one of them."""
 
 # Ranges of a pack that lie at most this far apart are read as one: a read costs about as much as so many bytes do, and
 # the bytes between are paid for by the caller, whose reads are promised to stay within 1.1x of the blobs.
@@ -65,13 +48,14 @@ class Packs:
     ----------
     objects
         Where they lie.
-    nbytes_of
-        Tells the size of a live pack from the log; raises CorruptionError if it is not live.
+    row_of
+        Tells what the log says of a pack; None if it is not live.
     """
 
-    def __init__(self, objects: Objects, nbytes_of: Callable[[str], int]) -> None:
+    def __init__(self, objects: Objects, row_of: Callable[[str], PackAdded | None]) -> None:
         self._objects = objects
-        self._nbytes_of = nbytes_of
+        self._row_of = row_of
+        self._decoded: set[str] = set()
         self._refs: dict[str, PackRef] = {}
         self._indexes: OrderedDict[str, PackIndex] = OrderedDict()
         self._rows_kept = 0
@@ -86,11 +70,37 @@ class Packs:
         """Return a pack with the size of its index."""
         ref = self._refs.get(pack)
         if ref is None:
-            nbytes = self._nbytes_of(pack)
+            row = self._row_of(pack)
+            if row is None:
+                raise CorruptionError(f"{pack} is named, but is not live", kind="missing_pack", object=pack)
+            nbytes = row.nbytes
             footer = self.range(pack, max(nbytes - FOOTER_NBYTES, 0), nbytes)
             ref = PackRef(pack, nbytes, decode_footer(footer, pack=pack, pack_nbytes=nbytes))
             self._refs[pack] = ref
         return ref
+
+    def _is_decoded(self, pack: str) -> bool:
+        """Whether every blob of a pack has been decoded and compared with its chunk id by more than its writer."""
+        if pack in self._decoded:
+            return True
+        row = self._row_of(pack)
+        if row is not None and row.verifier == VERIFIED_BY_STORE:
+            self._decoded.add(pack)  # and it stays so
+        return row is None or row.verifier == VERIFIED_BY_STORE
+
+    def blob(self, stored: StoredBlob, payload: Buffer) -> Blob:
+        """Return a stored blob as it travels; ``payload`` has been compared with its row."""
+        row = stored.row
+        return Blob(
+            row.chunk,
+            row.encoding,
+            row.width,
+            row.decoded_nbytes,
+            payload,
+            row.base,
+            digest=row.digest,
+            doubtful=not self._is_decoded(stored.pack),
+        )
 
     def index(self, pack: str) -> PackIndex:
         """Return the checked index of a pack; raises CorruptionError if it is missing or damaged."""
@@ -217,105 +227,3 @@ def _neighbours(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
         run.append(blob)
     if run:
         yield run
-
-
-def as_blob(stored: StoredBlob, payload: Buffer) -> Blob:
-    """Return a stored blob as it travels; ``payload`` has been compared with its row."""
-    row = stored.row
-    return Blob(row.chunk, row.encoding, row.width, row.decoded_nbytes, payload, row.base, digest=row.digest)
-
-
-class PackWriter:
-    """Fills packs with the blobs of one push, and writes each while the next is filled. For one thread.
-
-    Parameters
-    ----------
-    objects, executor
-        Where packs go, and what writes them.
-    push
-        The push whose packs these are.
-    closed
-        Told of each pack that is full: its name and its chunks.
-    """
-
-    def __init__(
-        self,
-        objects: Objects,
-        executor: Executor,
-        push: PushId,
-        closed: Callable[[str, Iterable[ChunkId]], None],
-    ) -> None:
-        self._objects = objects
-        self._executor = executor
-        self._push = push
-        self._closed = closed
-        self._parts: list[bytes] = []
-        self._rows: list[BlobRow] = []
-        self._nbytes = 0
-        self._base_packs: set[str] = set()
-        self._writing: Future[None] | None = None
-        self._latest: OrderedDict[ChunkId, tuple[int, BlobRow]] = OrderedDict()
-        self.written: dict[str, PackRef] = {}
-        """The packs so far, by name; the last may still be on its way to the disk."""
-
-    def add(self, blob: Blob, *, base: StoredBlob | ChunkId | None) -> None:
-        """Append a blob whose base, for a delta, is a copy in an earlier pack, or one of the blobs added last."""
-        if self._nbytes >= PACK_NBYTES or len(self._rows) == PACK_BLOBS or len(self._base_packs) == MAX_BASE_PACKS:
-            self.close_pack()
-        if isinstance(base, bytes):
-            number, row = self._latest[base]
-            base = StoredBlob("" if number == len(self.written) else list(self.written)[number], row)
-        payload = bytes(blob.payload)
-        row = BlobRow(
-            chunk=blob.chunk,
-            start=self._nbytes,
-            encoded_nbytes=len(payload),
-            decoded_nbytes=blob.decoded_nbytes,
-            encoding=blob.encoding,
-            width=blob.width,
-            depth=0 if base is None else base.row.depth + 1,
-            base=None if base is None else base.row.chunk,
-            base_pack=None if base is None else base.pack,
-            digest=blob.digest or blob_digest(payload),
-        )
-        self._parts.append(payload)
-        self._rows.append(row)
-        self._nbytes += len(payload)
-        if base is not None and base.pack:
-            self._base_packs.add(base.pack)
-        self._latest[blob.chunk] = len(self.written), row
-        if len(self._latest) > COMPANION_REACH:
-            self._latest.popitem(last=False)
-
-    @property
-    def filled_nbytes(self) -> int:
-        """Bytes held of the pack that is being filled."""
-        return self._nbytes
-
-    def finish(self) -> None:
-        """Write what is left; every pack is durable when this returns. Raises what writing one raised."""
-        self.close_pack()
-        self.wait()
-
-    def close_pack(self) -> None:
-        """Start writing the pack that is being filled, if it holds anything. Waits for the one before.
-
-        Raises what writing that one raised.
-        """
-        if not self._rows:
-            return
-        index = encode_pack_index(self._rows)
-        name = str(PackName(self._push, len(self.written), digest(Context.PACK_INDEX, index)))
-        parts = [*self._parts, index, encode_footer(index)]
-        ref = PackRef(name, self._nbytes + len(index) + FOOTER_NBYTES, len(index))
-        self.wait()
-        self.written[name] = ref
-        self._closed(name, (row.chunk for row in self._rows))
-        self._writing = self._executor.submit(lambda: self._objects.put_if_absent(name, parts))
-        self._parts, self._rows, self._nbytes, self._base_packs = [], [], 0, set()
-
-    def wait(self) -> None:
-        """Wait until the packs that are full are durable; raises what writing one raised."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None

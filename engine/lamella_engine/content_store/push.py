@@ -2,18 +2,22 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.bases import Bases, serves_all
 from lamella_engine.content_store.committing import Change
+from lamella_engine.content_store.incoming import Granted, IncomingPacks
 from lamella_engine.content_store.intake import Intake
 from lamella_engine.content_store.locating import locate
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest
-from lamella_engine.content_store.packs import Packs, PackWriter, StoredBlob
+from lamella_engine.content_store.packing import Described, PackWriter
+from lamella_engine.content_store.packs import Packs, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
 from lamella_engine.content_store.state import Ref, State
@@ -21,7 +25,7 @@ from lamella_engine.errors import AlreadyExistsError, ConflictError, CorruptionE
 from lamella_engine.executor import Executor
 from lamella_engine.format import canonical
 from lamella_engine.format.digests import Context, digest
-from lamella_engine.format.entry import VERIFIED_BY_STORE, PackAdded, RefChange, VersionAdded
+from lamella_engine.format.entry import VERIFIED_BY_STORE, VERIFIED_BY_WRITER, PackAdded, RefChange, VersionAdded
 from lamella_engine.format.names import metadata_name, parse_pack_name, session_name
 from lamella_engine.format.version import Description, Locator, PackRef, encode_description, encode_metadata, version_id
 from lamella_engine.model import Buffer, ChunkId, PushId, VersionId
@@ -97,12 +101,16 @@ class PackedPush:
             packs=context.packs,
             index=context.index,
         )
-        self._writer = PackWriter(context.objects, context.executor, writer_id, self._note_pack)
+        numbers = count()
+        self._writer = PackWriter(context.objects, context.executor, writer_id, self._note_pack, numbers)
+        self._incoming = IncomingPacks(context.objects, context.executor, context.packs, writer_id, numbers)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._intake = Intake(self._bases, context.executor)
         self._joined: dict[str, PackRef] = {}
         """The packs that parts have written, by name."""
+        self._joined_undecoded: set[str] = set()
+        """Those of them that only their writers have decoded."""
         self._joined_packs: set[str] = set()
         """Names of these, and of those that parts have found live."""
         self._part: bytes | None = None
@@ -158,9 +166,37 @@ class PackedPush:
         """Take the pack that is being filled for full: its memory is wanted for something else."""
         self._writer.close_pack()
 
+    def grant(self, blobs: Sequence[Described]) -> Granted:
+        """Make a pack of blobs that whoever asks has, in this order, and will put into the bucket without our help.
+
+        They count as written; nobody has decoded them, so that no other push may stand on them until somebody has.
+
+        Raises InvalidInputError as :meth:`write` does, as far as that shows without a payload.
+        """
+        granted = self._incoming.grant(self._intake.described(blobs, self._incoming.holds))
+        self._note_pack(granted.ref.name, granted.chunks)
+        return granted
+
+    def put_url(self, granted: Granted) -> str:
+        """Return a URL at which the bytes of a granted pack may be put for a while. It is a secret."""
+        return self._incoming.put_url(granted)
+
+    def arrived(self, packs: int) -> None:
+        """Take over so many of the packs that were granted, the first ones: they have been put where they were to."""
+        self._incoming.take(packs)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether nobody but their writers has decoded some of its packs."""
+        return bool(self._undecoded)
+
     def finish(self) -> None:
-        """Return when all packs are written, as :meth:`commit` does first."""
+        """Return when all packs are written, as :meth:`commit` does first.
+
+        Raises InvalidInputError (``not_uploaded``) if one that was granted is not there, or not what was described.
+        """
         self._writer.finish()
+        self._incoming.finish()
 
     def _note_pack(self, name: str, chunks: Iterable[ChunkId]) -> None:
         self._packs.update(dict.fromkeys(chunks, name))
@@ -183,6 +219,7 @@ class PackedPush:
             self._part = canonical.dumps(
                 {
                     "written": [[ref.name, ref.nbytes, ref.index_nbytes] for ref in written.values()],
+                    "undecoded": sorted(self._undecoded),
                     "live": sorted({name for name in self._packs.values() if name not in written}),
                 }
             )
@@ -191,8 +228,9 @@ class PackedPush:
 
     def join(self, part: bytes) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        written, live = _parse_part(part)
+        written, undecoded, live = _parse_part(part)
         self._store.packs.learn(written)
+        self._joined_undecoded.update(undecoded)
         self._joined.update((ref.name, ref) for ref in written)
         self._store.log.refresh()  # the part may have found what was recorded since this push began
         names = [name for name in (*live, *(ref.name for ref in written)) if name not in self._joined_packs]
@@ -212,7 +250,12 @@ class PackedPush:
     @property
     def _written(self) -> dict[str, PackRef]:
         """The packs of this push and its parts, by name."""
-        return self._joined | self._writer.written
+        return self._joined | self._writer.written | self._incoming.written
+
+    @property
+    def _undecoded(self) -> set[str]:
+        """Names of those of them that only their writers have decoded."""
+        return self._joined_undecoded.union(self._incoming.written)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -226,7 +269,7 @@ class PackedPush:
             return
         with suppress(LamellaError):
             self._writer.wait()
-        for name in self._writer.written:
+        for name in (*self._writer.written, *self._incoming.left()):
             with suppress(LamellaError):
                 self._store.objects.delete(name)
 
@@ -244,7 +287,7 @@ class PackedPush:
         if description.parents != tuple(parent.id for parent in self.parents):
             raise InvalidInputError("a version's parents are those that its push began with", kind="wrong_parents")
         self.finish()
-        written = self._written
+        written, undecoded = self._written, self._undecoded
         self._store.packs.learn(written.values())
         data = encode_description(description)
         located = locate(description, self._pack_of, self._store.packs, self._store.reader, check)
@@ -274,7 +317,7 @@ class PackedPush:
                 refs=(RefChange(self.model, self.branch, "branch", head.number if head else None, number),),
                 versions=(version,),
                 packs=tuple(
-                    PackAdded(ref.name, ref.nbytes, VERIFIED_BY_STORE)
+                    PackAdded(ref.name, ref.nbytes, VERIFIED_BY_WRITER if ref.name in undecoded else VERIFIED_BY_STORE)
                     for ref in written.values()
                     if state.pack(ref.name) is None and not state.was_taken_away(ref.name)
                 ),
@@ -365,19 +408,30 @@ class PackedPush:
         return pack
 
 
-def _parse_part(part: bytes) -> tuple[list[PackRef], list[str]]:
-    """Return the packs that a part has written, and the names of those that it found live; raises InvalidInputError."""
+class _Receipt(NamedTuple):
+    """What a part stands on."""
+
+    written: list[PackRef]
+    """Packs of its own."""
+    undecoded: list[str]
+    """Names of those of them that only their writer has decoded."""
+    live: list[str]
+    """Names of packs that others wrote."""
+
+
+def _parse_part(part: bytes) -> _Receipt:
+    """Return what a part stands on; raises InvalidInputError."""
     try:
         fields = canonical.loads(part, what="a part of a push")
         written = [
             PackRef(str(name), int(nbytes), int(index_nbytes)) for name, nbytes, index_nbytes in fields["written"]
         ]
-        live = [str(name) for name in fields["live"]]
+        undecoded, live = ([str(name) for name in fields[field]] for field in ("undecoded", "live"))
         for name in (*live, *(ref.name for ref in written)):
             parse_pack_name(name)
     except (CorruptionError, LookupError, TypeError, ValueError) as error:
         raise InvalidInputError("this is no part of a push to this repository", kind="bad_part") from error
-    return written, live
+    return _Receipt(written, undecoded, live)
 
 
 def _chunk_of(base: StoredBlob | ChunkId | None) -> ChunkId | None:

@@ -18,7 +18,7 @@ from lamella_engine.codecs import Encoding
 from lamella_engine.content_store.decoding import decode_chain, lend
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest, Row
-from lamella_engine.content_store.packs import Packs, StoredBlob, as_blob
+from lamella_engine.content_store.packs import Packs, StoredBlob
 from lamella_engine.content_store.seam import Blob, Parent, Reading, Recorded, Stored
 from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError, VersionNotFoundError
 from lamella_engine.executor import Executor
@@ -83,11 +83,11 @@ class _Located:
     content: bytes | None
     chain: tuple[StoredBlob, ...]
 
-    def reading(self, payloads: Mapping[StoredBlob, memoryview]) -> Reading:
+    def reading(self, payloads: Mapping[StoredBlob, memoryview], packs: Packs) -> Reading:
         if self.content is not None:
             raw = Blob(chunk_id(self.content), Encoding.RAW, 1, len(self.content), self.content, None)
             return Reading(self.cell, (raw,))
-        return Reading(self.cell, tuple(as_blob(link, payloads[link]) for link in self.chain))
+        return Reading(self.cell, tuple(packs.blob(link, payloads[link]) for link in self.chain))
 
 
 class PackedReader:
@@ -273,7 +273,7 @@ class PackedReader:
 
     def _blobs(self, blob: StoredBlob) -> list[Blob]:
         """Read what has to be decoded for a blob, in the caller's thread."""
-        return [as_blob(link, self._packs.payload(link)) for link in self.chain(blob)]
+        return [self._packs.blob(link, self._packs.payload(link)) for link in self.chain(blob)]
 
     def base(self, blob: StoredBlob) -> Buffer:
         """Return the chunk of a copy that several blobs are made against, or one of them more than once."""
@@ -334,7 +334,7 @@ class PackedReader:
             # The second time round, when a pack was missing, every cell is located again.
             cells = next(located, None) or [locate(item.cell) for item in window]
             payloads = self._packs.payloads((link for item in cells for link in item.chain), self._executor)
-            return [item.reading(payloads) for item in cells]
+            return [item.reading(payloads, self._packs) for item in cells]
 
         return iter(self._following_packs(fetch) if window else ())
 

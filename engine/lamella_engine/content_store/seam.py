@@ -36,6 +36,8 @@ class Blob:
     """Whether lanes are floats, for a store that encodes the chunk once more."""
     digest: bytes | None = field(default=None, compare=False)
     """Of the payload (``format.digests.blob_digest``), where it has been checked."""
+    doubtful: bool = field(default=False, compare=False)
+    """Whether nobody but its writer has ever decoded it: what it decodes to is to be compared with its chunk id."""
     keep: Callable[[Buffer], None] | None = field(default=None, compare=False)
     """Is shown the chunk by whoever decodes it, for a store that keeps some near."""
 

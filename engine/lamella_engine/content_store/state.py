@@ -7,7 +7,15 @@ from typing import Any
 
 from lamella_engine.errors import CorruptionError, NotFoundError
 from lamella_engine.format import fold as folds
-from lamella_engine.format.entry import Entry, FoldRef, Genesis, PackAdded, VersionAdded
+from lamella_engine.format.entry import (
+    VERIFIED_BY_STORE,
+    VERIFIED_BY_WRITER,
+    Entry,
+    FoldRef,
+    Genesis,
+    PackAdded,
+    VersionAdded,
+)
 from lamella_engine.heads import Head
 from lamella_engine.model import PushId, RefKind
 from lamella_engine.objects import Objects
@@ -195,7 +203,8 @@ class State:
             if self.version(version.model, version.number) is not None or len(added) != len(entry.versions):
                 raise _contradiction(entry, f"records {version.model}@v{version.number} once more")
         for pack in entry.packs:
-            if self.pack(pack.name) is not None:
+            there = self.pack(pack.name)
+            if there is not None and (there.verifier, pack) != (VERIFIED_BY_WRITER, _verified(there)):
                 raise _contradiction(entry, f"adds {pack.name} once more")
         for name in (*entry.condemned, *entry.replaced):
             if self.pack(name) is None:
@@ -207,8 +216,7 @@ class State:
             at = self.ref(ref.model, ref.name)
             if at is not None and (at.kind != ref.kind or (at.kind == "tag" and ref.new is not None)):
                 raise _contradiction(entry, f"makes something else of the {at.kind} {ref.model}@{ref.name}")
-            there = (ref.model, ref.new) in added or ref.new is None or self.version(ref.model, ref.new) is not None
-            if not there:
+            if not ((ref.model, ref.new) in added or ref.new is None or self.version(ref.model, ref.new) is not None):
                 raise _contradiction(entry, f"moves {ref.model}@{ref.name} to v{ref.new}, which is not there")
 
     def after(self, entry: Entry, digest: bytes) -> "State":
@@ -239,6 +247,10 @@ class State:
         for push in entry.pushes:
             put("pushes", push, entry.number)
         return replace(self, number=entry.number, digest=digest, changes=changes, signers=entry.signers or self.signers)
+
+
+def _verified(pack: PackAdded) -> PackAdded:
+    return replace(pack, verifier=VERIFIED_BY_STORE)
 
 
 def _key(item: tuple[str, Any]) -> str:

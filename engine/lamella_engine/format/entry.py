@@ -21,7 +21,10 @@ ENTRY_FORMAT = 0
 MAX_ENTRY_NBYTES = 4 << 20
 
 VERIFIED_BY_STORE = "store"
-"""Verifier of a pack whose every blob was decoded and compared with its chunk id before the entry that adds it."""
+"""Verifier of a pack whose every blob was decoded and compared with its chunk id before the entry that says so."""
+
+VERIFIED_BY_WRITER = "writer"
+"""Verifier of a pack that nobody but whoever wrote it has decoded: no other push may stand on it."""
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features a genesis entry may require of whoever opens the repository. None exists yet."""
@@ -302,7 +305,7 @@ def decode_entry(data: bytes, *, number: int, repository: str, previous: bytes |
         check_named(version.model, version.number, what=what, kind="bad_entry")
     packs = tuple(PackAdded(*row) for row in value["packs"])
     for pack in packs:
-        if pack.verifier not in ("store", "writer"):
+        if pack.verifier not in (VERIFIED_BY_STORE, VERIFIED_BY_WRITER):
             raise UnsupportedFormatError(f"{what} has a pack verified by {pack.verifier!r}: upgrade lamella")
     for name in (
         *(pack.name for pack in packs),

@@ -86,6 +86,12 @@ def parse_pack_name(name: str) -> PackName:
     return PackName(PushId(found[1]), int(found[2]), bytes.fromhex(found[3]))
 
 
+def incoming_name(pack: str) -> str:
+    """Return where a pack is put by whoever may not write packs; raises CorruptionError for what is no pack's name."""
+    parse_pack_name(pack)
+    return f"incoming/{pack.removeprefix('packs/')}"
+
+
 def fold_name(number: int, root_digest: bytes) -> str:
     """Return the name of the fold of entries up to ``number``.
 

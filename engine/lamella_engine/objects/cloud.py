@@ -338,6 +338,27 @@ class CloudObjects:
             except FileNotFoundError:
                 return
 
+    def put_url(self, name: str, seconds: float) -> str:
+        """Return a URL at which whoever has it may put this object, and do nothing else, for so long. It is a secret.
+
+        Not for Azure. What is put there is under no condition: it replaces what was put before, also after that time if
+        it was begun within it.
+        """
+        check_object_name(name)
+        with self._errors("sign a URL for", name):
+            store: Any = self._store
+            return str(obstore.sign(store, "PUT", name, timedelta(seconds=seconds)))
+
+    def copy(self, source: str, name: str) -> None:
+        """Have the store copy an object as it is now to a name that only the caller uses. Durable, and atomic.
+
+        Raises NotFoundError (``object_not_found``) if there is no such object.
+        """
+        check_object_name(source)
+        check_object_name(name)
+        with _store_errors(f"copy {source} in {self.place}", source):
+            obstore.copy(self._store, source, name, overwrite=True)
+
     def close(self) -> None:
         """Hold nothing: connections end when they have been idle for a while."""
 

@@ -82,10 +82,10 @@ class RemoteJobs:
             ]
         )
 
-    def verify(self, *, deep: bool) -> Verification:
+    def verify(self, *, deep: bool, doubtful: bool) -> Verification:
         """See :class:`~lamella_engine.jobs.Jobs`."""
-        request = pb.VerifyRequest(repository=self._repository, deep=deep)
-        return patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep))
+        request = pb.VerifyRequest(repository=self._repository, deep=deep, doubtful=doubtful)
+        return patiently(lambda: _verification(self._channel.stream("Jobs.Verify", request), deep=deep or doubtful))
 
     def audit(self) -> Iterator[Act | NotedRead | Problem]:
         """See :class:`~lamella_engine.jobs.Jobs`."""
@@ -135,7 +135,7 @@ def _verification(updates: Iterator[pb.VerifyUpdate], *, deep: bool) -> Verifica
     report = Verification(deep)
     done = False
     for update in updates:
-        for name in ("entries", "versions", "packs", "blobs", "read_nbytes"):
+        for name in ("entries", "versions", "packs", "blobs", "read_nbytes", "vouched"):
             setattr(report, name, getattr(update, name))
         report.problems += (Problem(found.kind, found.message, found.where) for found in update.problems)
         done = update.done

@@ -45,7 +45,8 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
     try:
         if new_max_depth is not None:  # tried once: a second call would find what the first one made
             request = pb.CreateRequest(repository=place.repository, max_depth=new_max_depth)
-            head = _head(channel.call_once("Repositories.Create", request))
+            info = channel.call_once("Repositories.Create", request)
+            head = _head(info)
             pin.replace(head)
             seen = [head]
         else:
@@ -57,7 +58,8 @@ def connect(url: str, executor: Executor, *, new_max_depth: int | None = None) -
     except LamellaError:
         channel.close()
         raise
-    return RemoteStore(channel, place.repository, executor, cache), RemoteJobs(channel, place.repository, seen=seen)
+    store = RemoteStore(channel, place.repository, executor, cache, direct=info.grants)
+    return store, RemoteJobs(channel, place.repository, seen=seen)
 
 
 def _head(info: pb.RepositoryInfo) -> Head:

@@ -10,7 +10,6 @@ URL, which ends up in logs and shells' histories: they come from files and the e
 * ``LAMELLA_CLIENT_CERT`` and ``LAMELLA_CLIENT_KEY``: files with a certificate to show, and its key.
 """
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lamella_engine.errors import InvalidInputError
+from lamella_engine.wire import is_loopback
 
 DEFAULT_PORT = 7443
 
@@ -54,19 +54,12 @@ def parse_url(url: str) -> Place:
     repository = parts.path.strip("/")
     if not parts.hostname or not repository or port == 0:
         raise _bad_url("host or repository is missing")
-    secure = parts.scheme == "grpcs" or not _is_loopback(parts.hostname)
+    secure = parts.scheme == "grpcs" or not is_loopback(parts.hostname)
     return Place(parts.hostname, DEFAULT_PORT if port is None else port, repository, secure)
 
 
 def _bad_url(cause: str) -> InvalidInputError:
     return InvalidInputError(f"this URL names no repository, {cause}: give grpc://host:port/name", kind="bad_url")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True)

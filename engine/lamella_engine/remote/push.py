@@ -19,6 +19,7 @@ from lamella_engine.format.version import Description, encode_description, versi
 from lamella_engine.model import Buffer, ChunkId, PushId, VersionId
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.channel import Channel, Patience, Pending, may_succeed_later
+from lamella_engine.remote.direct import NOT_PUT, DirectPacks, Way
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.sketches import Sketch
 from lamella_engine.wire import (
@@ -63,6 +64,8 @@ class RemotePush:
         Chunks that are here: of those that are pushed, the bases of the next ones.
     model, branch, parent, push_id, part
         As for ``ContentStore.begin``.
+    way
+        The one that blobs take.
     keep
         Told of the version that is recorded: nothing that fails after that may look like a failure of the push.
     """
@@ -79,7 +82,9 @@ class RemotePush:
         push_id: PushId,
         part: bool = False,
         keep: Callable[[Recorded], Recorded],
+        way: Way,
     ) -> None:
+        self._way = way
         self._channel = channel
         self._repository = repository
         self._cache = cache
@@ -89,6 +94,8 @@ class RemotePush:
         self.id = push_id
         self._is_part = part
         self._restarts = 0
+        self._direct: DirectPacks | None = None
+        """Packs that this machine puts into the bucket of the service by itself, if it may."""
         self.parents = self._begin(parent, again=False)
 
     def _begin(self, parent: VersionId | None, *, again: bool) -> tuple[Parent, ...]:
@@ -106,6 +113,9 @@ class RemotePush:
         self._untried: set[ChunkId] = set()
         """Chunks that were offered a base which is not to be had here."""
         self._position = 0
+        if self._direct is not None:
+            self._direct.close()
+        self._direct = DirectPacks(self._channel, self._repository, self.id, self._way) if self._way.direct else None
         return decode_parents(reply.parents)
 
     def _push(self) -> pb.PushRequest:
@@ -177,6 +187,25 @@ class RemotePush:
 
         A blob that does not decode to its chunk is refused, for it cannot be read again from here.
         """
+        self._send(self._not_direct(blobs))
+
+    def _not_direct(self, blobs: Iterable[Blob]) -> Iterator[Blob]:
+        """Put straight into the bucket what goes there; yield the rest."""
+        for blob in blobs:
+            if self._direct is not None and self._direct.takes(blob, tried=blob.chunk not in self._untried):
+                self._direct.add(blob)
+            else:
+                yield blob
+
+    def _finish_direct(self) -> None:
+        if self._direct is not None:
+            with _losing():
+                left = self._direct.finish()
+            if left:
+                self._send(left)
+
+    def _send(self, blobs: Iterable[Blob]) -> None:
+        """Send blobs to the service; return when it has them."""
         with _losing():
             upload = _Upload(self._channel, self._repository, self.id, self._position)
             try:
@@ -196,6 +225,7 @@ class RemotePush:
 
     def commit(self, description: Description) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
+        self._finish_direct()
         data = encode_description(description)
         request = pb.CommitRequest(repository=self._repository, push=self.id, description=data)
         for _ in range(COMMITS):
@@ -212,6 +242,7 @@ class RemotePush:
 
     def part(self) -> bytes:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
+        self._finish_direct()
         with _losing():
             part: bytes = self._channel.call("Pushes.Part", self._push()).part
         return part
@@ -243,7 +274,11 @@ class RemotePush:
 
     def restart(self, error: LamellaError) -> bool:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        if error.kind != "session_lost" or self._restarts == RESTARTS:
+        if error.kind == NOT_PUT:
+            self._way.direct = False
+        elif error.kind != "session_lost":
+            return False
+        if self._restarts == RESTARTS:
             return False
         self._restarts += 1
         parents = self._begin(self.parents[0].id if self.parents else None, again=True)
@@ -257,6 +292,8 @@ class RemotePush:
 
     def abandon(self) -> None:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
+        if self._direct is not None:
+            self._direct.close()
         with suppress(LamellaError):  # tried once: a push that nobody calls for is given up anyway
             self._channel.call_once("Pushes.Abandon", self._push())
 

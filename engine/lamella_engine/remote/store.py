@@ -18,6 +18,7 @@ from lamella_engine.model import Cell, ChunkId, PushId, RefInfo, RefKind, Versio
 from lamella_engine.remote.cache import ChunkCache
 from lamella_engine.remote.caching import read_through
 from lamella_engine.remote.channel import PATIENCE_S, Channel, Patience, patiently
+from lamella_engine.remote.direct import Way
 from lamella_engine.remote.push import RemotePush
 from lamella_engine.rpc import lamella_pb2 as pb
 from lamella_engine.wire import MAX_MESSAGE_NBYTES, batches, decode_readings, decode_version, encode_cells
@@ -49,15 +50,20 @@ class RemoteStore:
         Runs what is done for each chunk; closed with the store.
     cache
         Chunks that are here.
+    direct
+        Whether the service lets clients put packs into its bucket by themselves.
     """
 
     vouches = False  # the digest of a payload is the service's own word
 
-    def __init__(self, channel: Channel, repository: str, executor: Executor, cache: ChunkCache) -> None:
+    def __init__(
+        self, channel: Channel, repository: str, executor: Executor, cache: ChunkCache, *, direct: bool = False
+    ) -> None:
         self.channel = channel
         self.repository = repository
         self.executor = executor
         self.cache = cache
+        self._way = Way(direct)
         self._versions: OrderedDict[VersionId, tuple[Recorded, Manifest]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -262,6 +268,7 @@ class RemoteStore:
             push_id=push_id,
             part=part,
             keep=lambda recorded: self._keep(recorded)[0],
+            way=self._way,
         )
 
     def update_refs(self, updates: Sequence[RefUpdate]) -> None:

@@ -37,18 +37,20 @@ class DescribeRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., seen: _Optional[int] = ...) -> None: ...
 
 class RepositoryInfo(_message.Message):
-    __slots__ = ("id", "max_depth", "head", "head_digest", "seen_digest")
+    __slots__ = ("id", "max_depth", "head", "head_digest", "seen_digest", "grants")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SEEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     max_depth: int
     head: int
     head_digest: bytes
     seen_digest: bytes
-    def __init__(self, id: _Optional[str] = ..., max_depth: _Optional[int] = ..., head: _Optional[int] = ..., head_digest: _Optional[bytes] = ..., seen_digest: _Optional[bytes] = ...) -> None: ...
+    grants: bool
+    def __init__(self, id: _Optional[str] = ..., max_depth: _Optional[int] = ..., head: _Optional[int] = ..., head_digest: _Optional[bytes] = ..., seen_digest: _Optional[bytes] = ..., grants: bool = ...) -> None: ...
 
 class StatsReply(_message.Message):
     __slots__ = ("models", "versions", "packs", "decoded_nbytes", "stored_nbytes")
@@ -319,6 +321,28 @@ class WriteHeader(_message.Message):
     push: str
     def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ...) -> None: ...
 
+class GrantRequest(_message.Message):
+    __slots__ = ("repository", "push", "number", "blobs", "arrived")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    push: str
+    number: int
+    blobs: bytes
+    arrived: int
+    def __init__(self, repository: _Optional[str] = ..., push: _Optional[str] = ..., number: _Optional[int] = ..., blobs: _Optional[bytes] = ..., arrived: _Optional[int] = ...) -> None: ...
+
+class GrantReply(_message.Message):
+    __slots__ = ("url", "tail")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    tail: bytes
+    def __init__(self, url: _Optional[str] = ..., tail: _Optional[bytes] = ...) -> None: ...
+
 class CommitRequest(_message.Message):
     __slots__ = ("repository", "push", "description")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
@@ -412,12 +436,14 @@ class TensorMoments(_message.Message):
     def __init__(self, name: _Optional[str] = ..., elements: _Optional[int] = ..., count: _Optional[int] = ..., changed: _Optional[int] = ..., squared_difference: _Optional[float] = ..., absolute_difference: _Optional[float] = ..., largest_difference: _Optional[float] = ..., dot: _Optional[float] = ..., squared_a: _Optional[float] = ..., squared_b: _Optional[float] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
-    __slots__ = ("repository", "deep")
+    __slots__ = ("repository", "deep", "doubtful")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     DEEP_FIELD_NUMBER: _ClassVar[int]
+    DOUBTFUL_FIELD_NUMBER: _ClassVar[int]
     repository: str
     deep: bool
-    def __init__(self, repository: _Optional[str] = ..., deep: bool = ...) -> None: ...
+    doubtful: bool
+    def __init__(self, repository: _Optional[str] = ..., deep: bool = ..., doubtful: bool = ...) -> None: ...
 
 class AuditRequest(_message.Message):
     __slots__ = ("repository", "after")
@@ -436,7 +462,7 @@ class AuditReply(_message.Message):
     def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class VerifyUpdate(_message.Message):
-    __slots__ = ("entries", "versions", "packs", "blobs", "read_nbytes", "problems", "done")
+    __slots__ = ("entries", "versions", "packs", "blobs", "read_nbytes", "problems", "done", "vouched")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     PACKS_FIELD_NUMBER: _ClassVar[int]
@@ -444,6 +470,7 @@ class VerifyUpdate(_message.Message):
     READ_NBYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    VOUCHED_FIELD_NUMBER: _ClassVar[int]
     entries: int
     versions: int
     packs: int
@@ -451,7 +478,8 @@ class VerifyUpdate(_message.Message):
     read_nbytes: int
     problems: _containers.RepeatedCompositeFieldContainer[Problem]
     done: bool
-    def __init__(self, entries: _Optional[int] = ..., versions: _Optional[int] = ..., packs: _Optional[int] = ..., blobs: _Optional[int] = ..., read_nbytes: _Optional[int] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ..., done: bool = ...) -> None: ...
+    vouched: int
+    def __init__(self, entries: _Optional[int] = ..., versions: _Optional[int] = ..., packs: _Optional[int] = ..., blobs: _Optional[int] = ..., read_nbytes: _Optional[int] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ..., done: bool = ..., vouched: _Optional[int] = ...) -> None: ...
 
 class Problem(_message.Message):
     __slots__ = ("kind", "message", "where")

@@ -56,6 +56,7 @@ POLICY: Mapping[str, Verb] = MappingProxyType(
         "Pushes.Consider": Verb.PUSH,
         "Pushes.Plan": Verb.PUSH,
         "Pushes.Write": Verb.PUSH,
+        "Pushes.Grant": Verb.PUSH,
         "Pushes.Commit": Verb.PUSH,
         "Pushes.Part": Verb.PUSH,
         "Pushes.Join": Verb.PUSH,

@@ -1,6 +1,5 @@
 """Where a server listens, within which bounds, how it proves who it is, and what any gRPC server says of itself."""
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lamella_engine.errors import InvalidInputError
-from lamella_engine.wire import CHANNEL_OPTIONS
+from lamella_engine.wire import CHANNEL_OPTIONS, is_loopback
 
 OPTIONS = (
     *CHANNEL_OPTIONS,
@@ -61,19 +60,12 @@ def check_listen(listen: str, *, tls: Tls | None, insecure_loopback: bool) -> st
             "a service needs a certificate and its key; without, give --insecure-loopback and a loopback address",
             kind="no_tls",
         )
-    if insecure_loopback and not _is_loopback(host.strip("[]")):
+    if insecure_loopback and not is_loopback(host.strip("[]")):
         raise InvalidInputError(
             f"{host} is no loopback address, and others could call without a token: listen at 127.0.0.1",
             kind="not_loopback",
         )
     return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def listen_at(server: grpc.Server, listen: str, tls: Tls | None) -> int:

@@ -32,11 +32,13 @@ from lamella_engine.service.repositories import Repositories
 from lamella_engine.service.sessions import Session, Sessions
 from lamella_engine.service.slots import Slots
 from lamella_engine.service.tokens import Grant, Tokens
+from lamella_engine.service.verifying import Verifier
 from lamella_engine.sketches import parse as parse_sketch
 from lamella_engine.wire import (
     POSITION,
     batches,
     decode_cells,
+    decode_headers,
     decode_planned,
     encode_answer,
     encode_object,
@@ -91,10 +93,21 @@ class Call:
 
 
 class Rpcs:
-    """The rpcs of one server process, each a method named like it; raise LamellaError. Safe for several threads."""
+    """The rpcs of one server process, each a method named like it; raise LamellaError. Safe for several threads.
 
-    def __init__(self, repositories: Repositories, tokens: Tokens, executor: Executor, quotas: Quotas) -> None:
+    With a ``verifier`` clients may put packs into the bucket by themselves, which it is told of.
+    """
+
+    def __init__(
+        self,
+        repositories: Repositories,
+        tokens: Tokens,
+        executor: Executor,
+        quotas: Quotas,
+        verifier: Verifier | None = None,
+    ) -> None:
         self._repositories = repositories
+        self._verifier = verifier
         self._tokens = tokens
         self._executor = executor
         self.sessions = Sessions(quotas)
@@ -143,7 +156,11 @@ class Rpcs:
         state = store.log.state
         genesis = state.genesis
         return pb.RepositoryInfo(
-            id=genesis.repository, max_depth=genesis.max_depth, head=state.number, head_digest=state.digest
+            id=genesis.repository,
+            max_depth=genesis.max_depth,
+            head=state.number,
+            head_digest=state.digest,
+            grants=self._verifier is not None,
         )
 
     def repositories_stats(self, request: pb.RepositoryRequest, call: Call) -> pb.StatsReply:
@@ -255,6 +272,8 @@ class Rpcs:
     def pushes_begin(self, request: pb.BeginRequest, call: Call) -> pb.BeginReply:
         """Start a push, or find it started."""
         store = self._repositories.open(request.repository)
+        if self._verifier is not None:
+            self._verifier.look_once(store)
         parent = _version_id(request.parent) if request.parent else None
         session, taken = self.sessions.begin(
             store,
@@ -307,6 +326,16 @@ class Rpcs:
                     yield POSITION.pack(taken)
             yield POSITION.pack(session.flush())
 
+    def pushes_grant(self, request: pb.GrantRequest, call: Call) -> pb.GrantReply:
+        """Say where the client may put a pack by itself."""
+        _, session = self._session(request.repository, request.push, call)
+        if self._verifier is None:
+            raise InvalidInputError("this service takes packs by Write only", kind="no_grants")
+        with _handed_in():
+            blobs = decode_headers(request.blobs)
+        granted, url = session.grant(request.number, blobs, request.arrived)
+        return pb.GrantReply(url=url, tail=b"".join(granted.tail))
+
     def pushes_commit(self, request: pb.CommitRequest, call: Call) -> pb.Version:
         """Record the version."""
         store, session = self._session(request.repository, request.push, call)
@@ -316,6 +345,8 @@ class Rpcs:
         with acting_as(call.principal.name):
             recorded = session.commit(description)
         self.sessions.release_parts(session)
+        if self._verifier is not None and session.push.is_doubtful:
+            self._verifier.look_at(store)
         self._publish(store)
         return _version(recorded)
 
@@ -374,10 +405,9 @@ class Rpcs:
         """Check everything that is stored."""
         store = self._repositories.open(request.repository)
         with self._readers.taken(call.principal.name):
-            report = Verification(request.deep)
+            report = Verification(request.deep or request.doubtful)
             told = time.monotonic()
-            # A store of its own: what is read must come from where it is stored.
-            for _ in verifying(PackedStore(store.objects, self._executor), report):
+            for _ in verifying(store, report, doubtful=request.doubtful):
                 call.check()
                 if time.monotonic() - told >= _PROGRESS_S:
                     yield _verified(report, done=False)
@@ -476,6 +506,7 @@ def _verified(found: Verification, *, done: bool) -> pb.VerifyUpdate:
         packs=found.packs,
         blobs=found.blobs,
         read_nbytes=found.read_nbytes,
+        vouched=found.vouched,
         problems=[pb.Problem(kind=one.kind, message=one.message, where=one.where) for one in problems],
         done=done,
     )

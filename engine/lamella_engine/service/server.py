@@ -33,6 +33,7 @@ from lamella_engine.service.rpcs import Call, Rpcs
 from lamella_engine.service.slots import come_again
 from lamella_engine.service.streams import WINDOW_S, Streams
 from lamella_engine.service.tokens import Tokens
+from lamella_engine.service.verifying import Verifier
 from lamella_engine.signing import load_key
 from lamella_engine.wire import (
     ERROR_TRAILER,
@@ -96,6 +97,9 @@ class Server:
         Whether repositories are made to take nothing any more that is not signed.
     audit
         Whether to note in each repository who read or changed what, from where.
+    direct
+        Whether clients may put packs into the bucket by themselves, for which ``root`` has to be one of S3 or Google
+        Cloud Storage. This server decodes them when a version is recorded.
     quotas
         Bounds of what one principal may hold and write; those of ``Quotas()`` unless they are given.
     memory_nbytes
@@ -120,9 +124,16 @@ class Server:
         signing_key: Path | None = None,
         require_signed: bool = False,
         audit: bool = False,
+        direct: bool = False,
         quotas: Quotas | None = None,
         memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     ) -> None:
+        if direct and not root.startswith(("s3://", "gs://")):
+            raise InvalidInputError(
+                "only into a bucket can clients put anything by themselves: leave out --direct, or give a --root of "
+                "s3://...",
+                kind="bad_option",
+            )
         host = check_listen(listen, tls=tls, insecure_loopback=insecure_loopback)
         self._observe = observe
         self._executor = ThreadExecutor(memory_nbytes=memory_nbytes)
@@ -133,7 +144,8 @@ class Server:
         signer = None if signing_key is None else load_key(signing_key)
         repositories = Repositories(root, self._executor, signer=signer, require_signed=require_signed)
         self._quotas = quotas or Quotas()
-        self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas)
+        self._verifier = Verifier() if direct else None
+        self._rpcs = Rpcs(repositories, self._tokens, self._executor, self._quotas, self._verifier)
         self._streams = Streams()
         self._stopped = threading.Event()
         self._admission = Admission(self._handlers(), self._callers.believed)
@@ -149,6 +161,8 @@ class Server:
         self._grpc.start()
         for often_s, work in ((_SWEEP_S, self._sweep), (_PACE_S, self._streams.end_silent)):
             threading.Thread(target=self._repeat, args=[often_s, work], daemon=True).start()
+        if self._verifier is not None:
+            self._verifier.start()
         self._health.serving = True
 
     def stop(self, grace_s: float = 30.0) -> None:
@@ -161,12 +175,18 @@ class Server:
         self._grpc.stop(grace_s).wait()
         self._admission.close()
         self._rpcs.keep_audits()
+        if self._verifier is not None:
+            self._verifier.stop()
         self._executor.close()
 
     @property
     def pushes(self) -> int:
         """How many pushes are under way."""
         return len(self._rpcs.sessions)
+
+    def verified(self, timeout_s: float = 60.0) -> bool:
+        """Return whether, within so long, nothing is left to be decoded that clients have put by themselves."""
+        return self._verifier is None or self._verifier.wait(timeout_s)
 
     def wait(self) -> None:
         """Return when the server has been stopped."""

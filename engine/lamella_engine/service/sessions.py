@@ -11,8 +11,10 @@ from functools import partial
 from lamella_engine import codecs
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
+from lamella_engine.content_store.incoming import GRANTED_BLOBS, Granted
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packed import PackedStore
+from lamella_engine.content_store.packing import Described
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
 from lamella_engine.errors import (
@@ -114,6 +116,9 @@ class Session:
         is told what is wrong for their own push, no more."""
         self._untried: dict[ChunkId, Missing] = {}
         """What was offered a base, and has not been stored."""
+        self._grants = 0
+        self._granted: tuple[Sequence[Described], Granted] | None = None
+        """The newest pack that the client puts by itself, and what it was asked for with."""
         self._parser = RecordParser()
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
@@ -193,7 +198,7 @@ class Session:
             self._turn.wait_for(lambda: self.over or self._planned >= first, _ORDER_PATIENCE_S)
             self._check_it_runs()
             if self.ended:
-                raise InvalidInputError("this push has ended: begin another", kind="push_over")
+                raise _push_over()
             if self._planned != first:
                 raise InvalidInputError(
                     f"cell {first} was planned out of turn, after {self._planned}: begin again", kind="out_of_turn"
@@ -288,6 +293,30 @@ class Session:
             return blob
         return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
 
+    def grant(self, number: int, blobs: Sequence[Described], arrived: int) -> tuple[Granted, str]:
+        """Return pack ``number`` of those that the client puts by itself, and a URL for it.
+
+        The first ``arrived`` of them have been put. The newest may be asked for again.
+        """
+        with self._our_turn():
+            if self.ended:
+                raise _push_over()
+            if not 0 < len(blobs) <= GRANTED_BLOBS:
+                raise InvalidInputError(f"such a pack has 1 to {GRANTED_BLOBS} blobs", kind="bad_record")
+            if self._granted is None or number != self._grants - 1 or self._granted[0] != blobs:
+                if number != self._grants or arrived > number:
+                    raise InvalidInputError(
+                        f"pack {number} was asked for out of turn, after {self._grants}: begin again",
+                        kind="out_of_turn",
+                    )
+                self.claim.take(sum(blob.encoded_nbytes + _ROW_NBYTES for blob in blobs))
+                self._granted = blobs, self.push.grant(blobs)
+                self._grants += 1
+                self.push.arrived(arrived)
+                for blob in blobs:
+                    self._untried.pop(blob.chunk, None)
+            return self._granted[1], self.push.put_url(self._granted[1])
+
     def commit(self, description: Description) -> Recorded:
         """Record the version, if a checkout could write its files; a repeated call returns it again."""
         with self._our_turn():
@@ -338,6 +367,10 @@ class Session:
                 self.over = True
                 self._turn.notify_all()
                 self.push.abandon()
+
+
+def _push_over() -> InvalidInputError:
+    return InvalidInputError("this push has ended: begin another", kind="push_over")
 
 
 def _headers_nbytes(description: Description) -> int:

@@ -1,0 +1,137 @@
+"""Packs that a client of a service puts into the bucket by itself: their bytes pass through nobody else.
+
+A client may write one object for a while, below ``incoming/``, where nothing counts. What it has put there is copied by
+the store to the pack's name, which no client can write, and only the copy is looked at: whatever is put afterwards, even
+by an upload that was begun in time and ends hours later, changes no pack. That a pack's blobs decode to their chunks is
+the client's word; until somebody has decoded them, no other push stands on it.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
+
+from lamella_engine.content_store.packing import Described, PackRows
+from lamella_engine.content_store.packs import Packs, StoredBlob
+from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError
+from lamella_engine.executor import Executor
+from lamella_engine.format.names import incoming_name
+from lamella_engine.format.version import PackRef
+from lamella_engine.model import ChunkId, PushId
+from lamella_engine.objects import Objects
+
+GRANTED_BLOBS = 1 << 14
+"""Most blobs of such a pack: its description, and its index, which goes back, are one message each."""
+
+PUT_S = 900.0
+"""For how long a URL is good: 64 MiB at 75 kB/s. Whoever is slower asks for it again."""
+
+
+class Bucket(Objects, Protocol):
+    """Objects of which others may put single ones: see :class:`~lamella_engine.objects.cloud.CloudObjects`."""
+
+    def put_url(self, name: str, seconds: float) -> str:
+        """Return a URL at which to put an object, for so long."""
+
+    def copy(self, source: str, name: str) -> None:
+        """Copy an object within the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A pack that somebody may put where it belongs."""
+
+    ref: PackRef
+    chunks: tuple[ChunkId, ...]
+    tail: tuple[bytes, bytes]
+    """Its last bytes, after the payloads: index and footer."""
+
+
+class IncomingPacks:
+    """The packs of one push that come so. For one thread.
+
+    Parameters
+    ----------
+    objects
+        Where they go. Only packs that are granted make it a :class:`Bucket`.
+    executor
+        What copies them.
+    packs
+        Checks their indexes.
+    push, numbers
+        As for :class:`~lamella_engine.content_store.packing.PackRows`.
+    """
+
+    def __init__(
+        self, objects: Objects, executor: Executor, packs: Packs, push: PushId, numbers: Iterator[int]
+    ) -> None:
+        self._objects = objects
+        self._executor = executor
+        self._packs = packs
+        self._rows = PackRows(push, numbers)
+        self._waiting: deque[PackRef] = deque()
+        """Those that were granted and not taken over yet, the first first."""
+        self._taking: list[Future[None]] = []
+        self.written: dict[str, PackRef] = {}
+        """Those that were granted, by name; only after :meth:`finish` they are all there."""
+
+    def holds(self, chunk: ChunkId) -> bool:
+        """Whether another blob may be made against a chunk that was granted shortly before."""
+        return self._rows.holds(chunk)
+
+    def grant(self, blobs: Sequence[tuple[Described, StoredBlob | ChunkId | None]]) -> Granted:
+        """Make a pack of blobs in this order, each with what it is a delta of."""
+        for blob, base in blobs:
+            self._rows.add(blob, base=base)
+        pack = self._rows.close()
+        self.written[pack.ref.name] = pack.ref
+        self._waiting.append(pack.ref)
+        return Granted(pack.ref, pack.chunks, pack.tail)
+
+    def put_url(self, granted: Granted) -> str:
+        """Return where to put a pack, a secret."""
+        return self._bucket.put_url(incoming_name(granted.ref.name), PUT_S)
+
+    @property
+    def _bucket(self) -> Bucket:
+        return cast("Bucket", self._objects)
+
+    def take(self, packs: int) -> None:
+        """Begin to take over those that have been put, the first ``packs`` of all that were granted."""
+        while self._waiting and len(self._taking) < packs:
+            self._taking.append(self._executor.submit(partial(self._take, self._waiting.popleft())))
+
+    def finish(self) -> None:
+        """Take over what is left; raises InvalidInputError (``not_uploaded``) if it is not what was described."""
+        self.take(len(self.written))
+        for taking in self._taking:
+            taking.result()
+
+    def _take(self, ref: PackRef) -> None:
+        incoming = incoming_name(ref.name)
+        try:
+            self._bucket.copy(incoming, ref.name)
+            nbytes = self._objects.size(ref.name)
+            self._packs.learn([ref])
+            if nbytes == ref.nbytes:
+                self._packs.index(ref.name)
+        except (NotFoundError, CorruptionError) as error:
+            raise _not_uploaded() from error
+        if nbytes != ref.nbytes:
+            raise _not_uploaded()
+        self._objects.delete(incoming)
+
+    def left(self) -> list[str]:
+        """Return the names of all that may lie in the bucket, when nothing is being copied any more."""
+        for taking in self._taking:
+            taking.exception()
+        return [name for pack in self.written for name in (incoming_name(pack), pack)]
+
+
+def _not_uploaded() -> InvalidInputError:
+    return InvalidInputError(
+        "a pack that was to be put into the bucket is not there, or not what was described: push again",
+        kind="not_uploaded",
+    )
