@@ -56,6 +56,7 @@ PUSHING = {
     "Pushes.Consider",
     "Pushes.Plan",
     "Pushes.Write",
+    "Pushes.Grant",
     "Pushes.Commit",
     "Pushes.Part",
     "Pushes.Join",
@@ -185,6 +186,7 @@ def request(world: World, rpc: str, repository: str, push: str) -> Any:
         "Pushes.Consider": lambda: pb.ConsiderRequest(repository=repository, push=push),
         "Pushes.Plan": lambda: pb.PlanRequest(repository=repository, push=push),
         "Pushes.Write": lambda: write_messages(repository, push, b""),
+        "Pushes.Grant": lambda: pb.GrantRequest(repository=repository, push=push),
         "Pushes.Commit": lambda: pb.CommitRequest(repository=repository, push=push, description=b"none"),
         "Pushes.Part": lambda: pushed,
         "Pushes.Join": lambda: pb.JoinRequest(repository=repository, push=push, part=b"none"),
@@ -236,10 +238,11 @@ def denied(client: WireClient, rpc: str, message: Any, **options: Any) -> Failur
 
 NOT_FOUND = (Status.NOT_FOUND, "repository_not_found")
 NOT_ALLOWED = (Status.PERMISSION_DENIED, "not_allowed")
-# What is said of the requests below where they are allowed: these three change nothing, on purpose.
+# What is said of the requests below where they are allowed: these four change nothing, on purpose.
 BAD_DEPTH = (Status.INVALID_ARGUMENT, "bad_option")
 BAD_DESCRIPTION = (Status.INVALID_ARGUMENT, "bad_json")
 BAD_PART = (Status.INVALID_ARGUMENT, "bad_part")
+NO_GRANTS = (Status.INVALID_ARGUMENT, "no_grants")
 
 
 def expected(role: str, rpc: str, place: str) -> tuple[Status, str] | None:
@@ -251,7 +254,7 @@ def expected(role: str, rpc: str, place: str) -> tuple[Status, str] | None:
         return (Status.INVALID_ARGUMENT, "bad_repository_name") if place in BADLY_NAMED else BAD_DEPTH
     if place not in EXISTING:
         return NOT_FOUND
-    return {"Pushes.Commit": BAD_DESCRIPTION, "Pushes.Join": BAD_PART}.get(rpc)
+    return {"Pushes.Commit": BAD_DESCRIPTION, "Pushes.Join": BAD_PART, "Pushes.Grant": NO_GRANTS}.get(rpc)
 
 
 @pytest.mark.parametrize("rpc", sorted(OF_A_REPOSITORY))

@@ -87,7 +87,7 @@ def test_later_entries_are_obeyed_though_nothing_writes_them_yet():
     objects = golden("replaced")
     state = Log(objects).state
     (condemned, at) = next(state.table("condemned"))
-    assert (state.pack(condemned), at) == (None, 6)
+    assert (state.pack(condemned), at) == (None, 7)
     replaced = dict(state.table("replaced"))
     assert all(state.pack(old) is None for old in replaced)
     first = next(old for old, new in replaced.items() if len(new) == 2)

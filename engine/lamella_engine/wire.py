@@ -4,7 +4,6 @@ Both sides of the wire are made from the same descriptors: :data:`METHODS` lists
 returns, so no code is generated but the messages.
 """
 
-import ipaddress
 import json
 import struct
 from collections import deque
@@ -52,14 +51,6 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES + (64 << 10)),
 )
 """Of both sides; a little more than a message, for what goes around one."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, with which one may speak in the clear."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # -- rpcs --------------------------------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ def replaced() -> Golden:
     golden.append(packs=(again,), replaced={packs[0].name: (again.name,)}, pushes=(PushId("0a" * 16),))
     lonely = write_pack(golden.objects, [next(iter(copies_in(golden.objects, second.name).values()))])
     golden.append(packs=(replace(lonely, verifier="writer"),))
+    golden.append(packs=(lonely,))  # somebody has decoded it since
     golden.append(condemned=(lonely.name,), fenced=(PushId("0b" * 16),))
     for gone in (first.name, packs[0].name, lonely.name):
         golden.objects.delete(gone)

@@ -1,9 +1,9 @@
 """Packs that a client of a service puts into the bucket by itself: their bytes pass through nobody else.
 
-A client may write one object for a while, below ``incoming/``, where nothing counts. What it has put there is copied by
-the store to the pack's name, which no client can write, and only the copy is looked at: whatever is put afterwards, even
+A client may write one object for a while, below ``incoming/``, where nothing counts. What it has put there the store
+copies to the pack's name, which no client can write, and only the copy is looked at: whatever is put afterwards, even
 by an upload that was begun in time and ends hours later, changes no pack. That a pack's blobs decode to their chunks is
-the client's word; until somebody has decoded them, no other push stands on it.
+its writer's word; until somebody else has decoded them, no other push stands on it.
 """
 
 from collections import deque

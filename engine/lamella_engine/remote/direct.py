@@ -18,11 +18,12 @@ from urllib.request import Request, urlopen
 from lamella_engine.content_store.incoming import GRANTED_BLOBS
 from lamella_engine.content_store.packing import PACK_NBYTES, described
 from lamella_engine.content_store.seam import COMPANION_REACH, Blob
-from lamella_engine.errors import LamellaError, StorageError
+from lamella_engine.errors import StorageError
+from lamella_engine.hosts import is_loopback
 from lamella_engine.model import Buffer, ChunkId, PushId
 from lamella_engine.remote.channel import OPENING_PATIENCE_S, PATIENCE_S, Channel, Patience
 from lamella_engine.rpc import lamella_pb2 as pb
-from lamella_engine.wire import encode_header, is_loopback
+from lamella_engine.wire import encode_header
 
 WORTH_NBYTES = 4 << 20
 """A push of fewer bytes goes through the service, all of it: it is one pack then, and verified at once."""
@@ -146,7 +147,7 @@ class _Put:
         self._url = url
         self._parts = parts
         self._way = way
-        self._error: LamellaError | None = None
+        self._error: Exception | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="lamella-put", daemon=True)
         self._thread.start()
@@ -175,7 +176,7 @@ class _Put:
                 else:
                     self._way.proven = True
                     return
-        except LamellaError as error:  # told to whoever waits
+        except Exception as error:  # told to whoever waits
             self._error = error
         finally:
             self._parts = ()
@@ -193,7 +194,7 @@ def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
         "Content-MD5": base64.b64encode(md5).decode(),
     }
     try:
-        with urlopen(Request(url, iter(parts), headers, method="PUT"), timeout=_TIMEOUT_S) as answer:
+        with urlopen(Request(url, map(bytes, parts), headers, method="PUT"), timeout=_TIMEOUT_S) as answer:
             answer.read(_ANSWER_NBYTES)
     except HTTPError as error:
         error.close()

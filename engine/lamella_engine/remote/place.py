@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lamella_engine.errors import InvalidInputError
-from lamella_engine.wire import is_loopback
+from lamella_engine.hosts import is_loopback
 
 DEFAULT_PORT = 7443
 

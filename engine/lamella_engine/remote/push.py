@@ -225,7 +225,11 @@ class RemotePush:
 
     def commit(self, description: Description) -> Recorded:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        self._finish_direct()
+        try:
+            self._finish_direct()
+        except BaseException:  # of what fails later nobody knows what it left; this has recorded nothing
+            self.abandon()
+            raise
         data = encode_description(description)
         request = pb.CommitRequest(repository=self._repository, push=self.id, description=data)
         for _ in range(COMMITS):

@@ -9,7 +9,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lamella_engine.errors import InvalidInputError
-from lamella_engine.wire import CHANNEL_OPTIONS, is_loopback
+from lamella_engine.hosts import is_loopback
+from lamella_engine.wire import CHANNEL_OPTIONS
 
 OPTIONS = (
     *CHANNEL_OPTIONS,
