@@ -34,7 +34,11 @@ class FakeStream:
         with self.lock:
             while self.queue and self.done < place:
                 self.done += 1
-                self.queue.pop(0)()
+                try:
+                    self.queue.pop(0)()
+                except RuntimeError:  # of a GPU that fails nothing comes any more
+                    self.queue.clear()
+                    raise
 
 
 @dataclass
@@ -66,6 +70,8 @@ class FakeGpu:
     lands_at_once: bool = False
     copies: int = 0
     """That were queued."""
+    queued: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    """Released for each of them."""
     unpinned_copies: int = 0
     """Of those, into memory that a GPU does not write to by itself."""
     broken_after: int | None = None
@@ -115,6 +121,7 @@ class FakeGpu:
             _copy(target, source)
 
         self.entered[-1].queue.append(run)
+        self.queued.release()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         assert flags == 1

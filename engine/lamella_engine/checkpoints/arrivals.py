@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lamella_engine.boxes import Octets
-from lamella_engine.checkpoints.pages import Pages
+from lamella_engine.checkpoints.pages import Pages, aligned
 from lamella_engine.errors import LimitError
 from lamella_engine.torch_tensors import Device, Transfers, Waitable
 
@@ -27,9 +27,6 @@ RING_NBYTES = 64 << 20
 """Most memory that is pinned for one push. A push with an executor's usual memory asks for six batches of cells ahead
 (``executor.map_batched``), each of at most 5 MiB, and for a message of 8 MiB to other workers: twice that finds room
 however the parts lie, and leaves a push below 512 MiB."""
-
-# Where a part begins: a line of the processor's cache, which is a multiple of every element's size.
-_ALIGNMENT = 64
 
 
 class Arrivals:
@@ -45,7 +42,7 @@ class Arrivals:
     transfers
         What copies from there.
     nbytes
-        All that may be asked for: a ring need not be longer.
+        Memory for all that may be asked for: a ring need not be longer.
     """
 
     def __init__(self, device: Device, transfers: Transfers, nbytes: int) -> None:
@@ -104,9 +101,11 @@ class Arrivals:
 
     def close(self) -> None:
         """Give the ring back, once nothing is written to it any more. Doing it twice is harmless."""
-        self._transfers.wait()
-        self._begun.clear()
-        self._ring = None
+        try:
+            self._transfers.wait()
+        finally:  # a GPU that fails writes nothing any more
+            self._begun.clear()
+            self._ring = None
 
     def _new_ring(self) -> "Ring":
         nbytes = min(self._nbytes, RING_NBYTES)
@@ -142,7 +141,7 @@ class Ring:
 
     def take(self, nbytes: int) -> Span | None:
         """Take a piece, of at least a byte; None if there is no room behind the last one."""
-        length = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        length = aligned(nbytes)
         first, last = (self._spans[0].start, self._spans[-1].stop) if self._spans else (0, 0)
         wrapped = bool(self._spans) and last <= first
         start = last

@@ -7,6 +7,14 @@ import numpy as np
 from lamella_engine.boxes import Octets
 from lamella_engine.torch_tensors import Device
 
+ALIGNMENT = 64
+"""Where things in it begin: a line of the processor's cache, which is a multiple of every element's size."""
+
+
+def aligned(nbytes: int) -> int:
+    """Return how much memory something takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
 
 class Pages:
     """Memory in huge pages, whose first touch takes a third of the time that small ones take.

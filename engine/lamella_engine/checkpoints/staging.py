@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from lamella_engine.checkpoints.pages import Pages
+from lamella_engine.checkpoints.pages import Pages, aligned
 from lamella_engine.checkpoints.tensors import MemoryCheckpoint
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
@@ -14,9 +14,6 @@ from lamella_engine.torch_tensors import CUDA
 
 STAGED_COPIES = 2
 """One that is being stored, and one that the next push is copied into meanwhile."""
-
-# Where a tensor begins: a line of the processor's cache, which is a multiple of every element's size.
-_ALIGNMENT = 64
 
 
 class Staging:
@@ -43,7 +40,7 @@ class Staging:
         for spec in source.structure:
             start = starts[spec.name] = known.setdefault(source.memory(spec), nbytes)
             if start == nbytes:
-                nbytes += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
+                nbytes += aligned(spec.nbytes)
         memory = self._take(nbytes, pinned=source.on_gpu)
         staged = StagedCheckpoint(source, starts, memory, self._give_back)
         try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lamella_engine.boxes import Octets
 from lamella_engine.checkpoints.arrivals import Arrivals
+from lamella_engine.checkpoints.pages import ALIGNMENT
 from lamella_engine.chunking import Region
 from lamella_engine.dtypes import Dtype, dtype_of_numpy
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
@@ -74,8 +75,9 @@ class MemoryCheckpoint:
         self._transfers = Transfers(device)
         for name in self._on_gpu:
             self._transfers.follow(self._tensors[name])
-        gpu_nbytes = sum(spec.nbytes for spec in specs if spec.name in self._on_gpu)
-        self._arrivals = Arrivals(device, self._transfers, gpu_nbytes)
+        far = [spec for spec in specs if spec.name in self._on_gpu]
+        nbytes = sum(spec.nbytes + spec.grid.cell_count * ALIGNMENT for spec in far)
+        self._arrivals = Arrivals(device, self._transfers, nbytes)
 
     def expect(self, tensor: TensorSpec, region: Region) -> None:
         """Have a part that will be read soon be copied already, if it lies on a GPU; raises what :meth:`read` does."""
