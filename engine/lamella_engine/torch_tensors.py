@@ -169,14 +169,11 @@ def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[A
     InvalidInputError
         The tensor's memory was freed meanwhile (``freed_tensor``).
     """
-    import torch
-
-    with torch.no_grad():
-        part = _carried(tensor, slices)
-        if part.device.type != "cpu":
-            part = part.contiguous().cpu()
-        # DLPack and not Tensor.numpy(), which would forbid the caller's storage ever to be resized, as FSDP does.
-        array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part)
+    part = _carried(tensor, slices)
+    if part.device.type != "cpu":
+        part = part.contiguous().cpu()
+    # DLPack and not Tensor.numpy(), which would forbid the caller's storage ever to be resized, as FSDP does.
+    array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part)
     dtype = dtype_of_torch(tensor.dtype)
     return array if dtype.numpy is None else array.view(dtype.numpy)
 
@@ -185,13 +182,17 @@ def _carried(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "torch.Tensor
     """Return a part, sliced as for :func:`array_of`, on the tensor's device and in a dtype that moves without change.
 
     NumPy knows few of torch's dtypes, but integers of every width; and as integers, bools keep bits that make no bool.
+    Detached, so autograd sees nothing of what is done with it.
     """
     import torch
 
     _check_alive(tensor)
     if dtype_of_torch(tensor.dtype).opaque:
         return tensor.detach().view(torch.uint8).reshape(-1)[slices]
-    part = tensor.detach()[slices].resolve_conj().resolve_neg()
+    part = tensor.detach()
+    if slices:
+        part = part[slices]
+    part = part.resolve_conj().resolve_neg()
     carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(part.itemsize)
     return part.view(carrier) if carrier else part
 
@@ -322,7 +323,7 @@ class Transfers:
         import torch
 
         stream = self._streams[tensor.device]
-        with torch.no_grad(), self._device.queuing(stream):
+        with self._device.queuing(stream):
             source = _carried(tensor, slices)
             torch.from_numpy(out).view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
             return self._device.mark(stream)
@@ -386,10 +387,12 @@ def to_torch(
 
 def _check_alive(tensor: "torch.Tensor") -> None:
     """Raise InvalidInputError if the tensor's elements lie outside its storage, as after ``resize_(0)``."""
-    if not tensor.numel():
+    count = tensor.numel()
+    if not count:
         return
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if not tensor.is_contiguous():
+        count = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + count) * tensor.itemsize
     if end > tensor.untyped_storage().nbytes():
         raise InvalidInputError("its memory has been freed: gather the parameters first", kind="freed_tensor")
 

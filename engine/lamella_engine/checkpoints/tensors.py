@@ -1,8 +1,7 @@
 """Tensors in memory: arrays and torch tensors by name as a checkpoint, and decoded bytes as arrays."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -67,11 +66,10 @@ class MemoryCheckpoint:
         self.structure: tuple[TensorSpec, ...] = tuple(sorted(specs, key=lambda spec: spec.name))
         self.random_access = True
         self.attachments: tuple[Attachment, ...] = ()
+        self._of_torch = frozenset(name for name, value in self._tensors.items() if is_torch_tensor(value))
         self._change_counts = self._count_changes()
         self._closed = False
-        self._on_gpu = frozenset(
-            name for name, value in self._tensors.items() if is_torch_tensor(value) and device.holds(value)
-        )
+        self._on_gpu = frozenset(name for name in self._of_torch if device.holds(self._tensors[name]))
         self._transfers = Transfers(device)
         for name in self._on_gpu:
             self._transfers.follow(self._tensors[name])
@@ -82,7 +80,7 @@ class MemoryCheckpoint:
     def expect(self, tensor: TensorSpec, region: Region) -> None:
         """Have a part that will be read soon be copied already, if it lies on a GPU; raises what :meth:`read` does."""
         if tensor.name in self._on_gpu and region.nbytes:
-            with _naming(tensor.name):
+            with _Naming(tensor.name):
                 key = tensor.name, region.start, region.stop
                 self._arrivals.expect(key, self._value(tensor.name), region.slices, region.nbytes)
 
@@ -97,7 +95,7 @@ class MemoryCheckpoint:
         if part is not None:
             _lay_out(part, tensor.dtype, target)
         elif region.nbytes:
-            with _naming(tensor.name):
+            with _Naming(tensor.name):
                 key = tensor.name, region.start, region.stop
                 self._arrivals.read(key, self._value(tensor.name), region.slices, target)
         return target.data
@@ -125,7 +123,7 @@ class MemoryCheckpoint:
     def memory(self, tensor: TensorSpec) -> object:
         """Return what is equal for tensors that are one memory, read alike, as tied parameters are."""
         value = self._value(tensor.name)
-        if is_torch_tensor(value):
+        if tensor.name in self._of_torch:
             return memory_of(value)
         return value.ctypes.data, value.dtype, value.shape, value.strides
 
@@ -147,7 +145,7 @@ class MemoryCheckpoint:
         Raises what :meth:`read` does.
         """
         if tensor.name in self._on_gpu:
-            with _naming(tensor.name):
+            with _Naming(tensor.name):
                 self._transfers.begin(self._value(tensor.name), (), out)
             return
         part = self._part(tensor, ())
@@ -171,9 +169,9 @@ class MemoryCheckpoint:
 
     def _part(self, tensor: TensorSpec, slices: tuple[slice, ...]) -> Array:
         value = self._value(tensor.name)
-        if not is_torch_tensor(value):
+        if tensor.name not in self._of_torch:
             return np.asarray(value[(*slices, ...)])
-        with _naming(tensor.name):
+        with _Naming(tensor.name):
             return array_of(value, slices)
 
     def check_unchanged(self) -> None:
@@ -192,6 +190,7 @@ class MemoryCheckpoint:
         self._arrivals.close()
         self._closed = True
         self._tensors = {}
+        self._of_torch = frozenset()
         self._change_counts = {}
 
     def __enter__(self) -> Self:
@@ -203,7 +202,7 @@ class MemoryCheckpoint:
         self.close()
 
     def _count_changes(self) -> dict[str, int]:
-        return {name: change_count(value) for name, value in self._tensors.items() if is_torch_tensor(value)}
+        return {name: change_count(self._tensors[name]) for name in self._of_torch}
 
 
 def to_numpy(data: Buffer, dtype: Dtype, shape: tuple[int, ...]) -> Array:
@@ -247,7 +246,7 @@ def _check_tensor_name(name: object) -> str:
 
 
 def _spec_of(name: str, value: object) -> TensorSpec:
-    with _naming(name):
+    with _Naming(name):
         if is_torch_tensor(value):
             check_storable(value)
             return TensorSpec(name, dtype_of_torch(value.dtype), shape_of(value))
@@ -261,15 +260,24 @@ def _spec_of(name: str, value: object) -> TensorSpec:
     )
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
+class _Naming:  # no function with a yield, which takes longer than what it guards
     """Have what is refused of a tensor say which one it is."""
-    try:
-        yield
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            f"tensor {name[:80]!r}: {error}", kind=error.kind, tensor=name, **error.context
-        ) from None
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Nothing is refused yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, InvalidInputError):
+            raise InvalidInputError(
+                f"tensor {self._name[:80]!r}: {error}", kind=error.kind, tensor=self._name, **error.context
+            ) from None
 
 
 def _octets(array: Array) -> Octets | None:
