@@ -10,7 +10,7 @@ from lamella_engine.checkpoints.tensors import MemoryCheckpoint
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
-from lamella_engine.torch_tensors import CUDA
+from lamella_engine.torch_tensors import Device
 
 STAGED_COPIES = 2
 """One that is being stored, and one that the next push is copied into meanwhile."""
@@ -41,7 +41,7 @@ class Staging:
             start = starts[spec.name] = known.setdefault(source.memory(spec), nbytes)
             if start == nbytes:
                 nbytes += aligned(spec.nbytes)
-        memory = self._take(nbytes, pinned=source.on_gpu)
+        memory = self._take(nbytes, source.device)
         staged = StagedCheckpoint(source, starts, memory, self._give_back)
         try:
             staged.fill()
@@ -50,18 +50,18 @@ class Staging:
             raise
         return staged
 
-    def _take(self, nbytes: int, *, pinned: bool) -> Pages:
+    def _take(self, nbytes: int, pinned_by: Device | None) -> Pages:
         with self._changed:
             self._changed.wait_for(lambda: self._taken < STAGED_COPIES)
             self._taken += 1
-            fitting = [one for one in self._free if one.octets.nbytes >= nbytes and one.pinned >= pinned]
+            fitting = [one for one in self._free if one.octets.nbytes >= nbytes and (one.pinned or pinned_by is None)]
             if self._free:  # what does not fit makes room for what will
                 taken = min(fitting or self._free, key=lambda memory: memory.octets.nbytes)
                 self._free.remove(taken)
                 if fitting:
                     return taken
         try:
-            return Pages(nbytes, CUDA if pinned else None)
+            return Pages(nbytes, pinned_by)
         except BaseException:
             self._give_back(None)
             raise
@@ -108,7 +108,7 @@ class StagedCheckpoint:
             if start not in filled and spec.nbytes:
                 self._source.copy(spec, self._memory.octets[start : start + spec.nbytes])
                 filled.add(start)
-        if not self._source.on_gpu:
+        if self._source.device is None:
             self.wait()
 
     @property

@@ -70,6 +70,8 @@ class MemoryCheckpoint:
         self._change_counts = self._count_changes()
         self._closed = False
         self._on_gpu = frozenset(name for name in self._of_torch if device.holds(self._tensors[name]))
+        self.device = device if self._on_gpu else None
+        """Where tensors lie that do not lie in this machine's memory; None if there are none."""
         self._transfers = Transfers(device)
         for name in self._on_gpu:
             self._transfers.follow(self._tensors[name])
@@ -126,11 +128,6 @@ class MemoryCheckpoint:
         if tensor.name in self._of_torch:
             return memory_of(value)
         return value.ctypes.data, value.dtype, value.shape, value.strides
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether any tensor lies on a GPU."""
-        return bool(self._on_gpu)
 
     def copy(self, tensor: TensorSpec, out: Octets) -> None:
         """Copy a whole tensor; one that lies on a GPU has been copied when :meth:`wait` returns.
