@@ -1,29 +1,39 @@
-"""Pushes of tensors on a GPU: how long the call keeps a loop, when tensors may change, what steps notice of it.
+"""Pushes of tensors on a GPU: how fast they are read, how long a call keeps a loop, what steps notice of it.
 
-    python -m benchmarks.gpu [--rounds N] [--layers N] [--width N] [--folder DIR]
+    python -m benchmarks.gpu [--device cuda|cpu] [--rounds N] [--layers N] [--width N] [--folder DIR]
 
-Needs a CUDA device, and says so where there is none. In every round each contender saves the weights of a GPT, in turn,
-while nothing else runs: a copy into pinned memory that is there (what nothing that takes a true copy can be faster
-than), ``dcp.async_save`` with pinned memory that it uses again, ``torch.save``, and ``push(..., wait=False)``. Then
-steps of the GPU, products of matrices, are timed by themselves and while such a push copies tensors and stores them.
-In the end a version that was pushed so is compared with one that was waited for, its tensors having been overwritten
-as soon as they were staged.
+Needs a CUDA device, and says so where there is none; ``--device cpu`` goes through the same code with tensors of the
+CPU, which shows that it runs and says nothing of a GPU. First the weights of a GPT are brought to this machine's
+memory: in one copy for each tensor, pinned and not; and as a push reads them, cell by cell, hashed by all cores, either
+through the ring of pinned memory, ahead of time, or each copied when it is its turn, unpinned, which is what a push did
+before there was the ring.
+
+Then each contender saves them in every round, in turn, while nothing else runs: a copy into pinned memory that is there
+(what nothing that takes a true copy can be faster than), ``dcp.async_save`` with pinned memory that it uses again,
+``torch.save``, ``push(..., wait=False)``; and those that a loop waits for, ``dcp.save`` to files and into a repository,
+and ``push``. Then steps of the GPU, products of matrices, are timed by themselves and while a push that nobody waits
+for copies tensors and stores them. In the end a version that was pushed so is compared with one that was waited for,
+its tensors having been overwritten as soon as they were staged.
 """
 
 import argparse
 import logging
 import os
 import statistics
+import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +43,15 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 import lamella
 from benchmarks import corpora, gpt
+from lamella.torch import LamellaWriter
+from lamella_engine.boxes import Octets
+from lamella_engine.checkpoints import MemoryCheckpoint, expect
+from lamella_engine.checkpoints.pages import Pages
+from lamella_engine.chunking import MAX_CELL_NBYTES, Region
+from lamella_engine.executor import ThreadExecutor, map_batched
+from lamella_engine.format.digests import chunk_id
+from lamella_engine.model import TensorSpec
+from lamella_engine.torch_tensors import CUDA, Device, Transfers, array_of
 
 ROUNDS = 6
 """The first of which is told apart: it pins memory."""
@@ -47,13 +66,114 @@ _SIDE = 8192  # of the matrices of a step: some ms on a GPU of today
 _MIB = 1 << 20
 
 NOT_RUN = (
-    "There is no CUDA device here, so nothing was run and nothing measured: not the time of the call, not the copies "
-    "from the GPU into pinned memory, not what steps notice of them, not the comparison of what was recorded."
+    "There is no CUDA device here, so nothing was run and nothing measured: not the copies from the GPU, pinned or "
+    "not, not the ring, not the time of the calls, not what steps notice of them, not whether the same is "
+    "recorded. --device cpu goes through the same code without one."
 )
+
+NO_FIGURES = "[bold]No GPU: these are the CPU's tensors, so no figure here says anything of one.[/bold]"
 
 State: TypeAlias = Mapping[str, Tensor]
 Save: TypeAlias = Callable[[State], tuple[Callable[[], object], Callable[[], object]]]
 """Begins to save; returns what waits until tensors may change, and what waits until everything is stored."""
+
+
+class Host:
+    """See :class:`~lamella_engine.torch_tensors.Device`: the CPU in a GPU's place, whose copies end when they begin."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """See the class."""
+        return True
+
+    def stream(self, tensor: Tensor) -> "Host":
+        """See the class."""
+        return self
+
+    def queuing(self, stream: Any) -> AbstractContextManager[object]:
+        """See the class."""
+        return nullcontext()
+
+    def mark(self, stream: Any) -> "Host":
+        """See the class."""
+        return self
+
+    def pin(self, memory: Octets) -> None:
+        """See the class."""
+
+    def synchronize(self) -> None:
+        """See the class."""
+
+
+def arrive(state: State, device: Device, *, rounds: int) -> dict[str, list[float]]:
+    """Return how many seconds each way to this machine's memory takes, a round each."""
+    checkpoint = MemoryCheckpoint(state, device)
+    starts: dict[str, int] = {}
+    nbytes = 0
+    for spec in checkpoint.structure:
+        starts[spec.name] = nbytes
+        nbytes += -(-spec.nbytes // 64) * 64
+    memory = {"pinned": Pages(nbytes, device), "unpinned": Pages(nbytes, None)}
+    buffers = threading.local()
+    executor = ThreadExecutor()
+
+    def copy(pages: Pages) -> None:
+        transfers = Transfers(device)
+        for spec in checkpoint.structure:
+            start = starts[spec.name]
+            transfers.follow(state[spec.name])
+            transfers.begin(state[spec.name], (), pages.octets[start : start + spec.nbytes])
+        transfers.wait()
+
+    def cells(reader: MemoryCheckpoint | None) -> Iterator[tuple[TensorSpec, Region]]:
+        for spec in checkpoint.structure:
+            for region in spec.grid.regions():
+                if reader is not None:
+                    expect(reader, spec, region)
+                yield spec, region
+
+    def hash_all(read: Callable[[TensorSpec, Region], Any], reader: MemoryCheckpoint | None) -> None:
+        def hashed(cell: tuple[TensorSpec, Region]) -> bytes:
+            return chunk_id(read(*cell))
+
+        for _ in map_batched(executor, hashed, cells(reader), nbytes=lambda cell: cell[1].nbytes):
+            pass
+
+    def through_the_ring() -> None:
+        def read(spec: TensorSpec, region: Region) -> Any:
+            if not hasattr(buffers, "memory"):
+                buffers.memory = np.empty(MAX_CELL_NBYTES, np.uint8).data
+            return reader.read(spec, region, buffers.memory)
+
+        with MemoryCheckpoint(state, device) as reader:
+            hash_all(read, reader)
+
+    def cell_by_cell() -> None:
+        def read(spec: TensorSpec, region: Region) -> Any:
+            return np.ascontiguousarray(array_of(state[spec.name], region.slices)).reshape(-1).view(np.uint8).data
+
+        hash_all(read, None)
+
+    ways: dict[str, Callable[[], None]] = {
+        "each tensor in one copy, pinned": lambda: copy(memory["pinned"]),
+        "each tensor in one copy, unpinned": lambda: copy(memory["unpinned"]),
+        "cells, hashed, through the ring": through_the_ring,
+        "cells, hashed, one by one, unpinned": cell_by_cell,
+    }
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, way in ways.items():
+            synchronize()
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    executor.close()
+    return dict(seconds)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +185,18 @@ class Times:
     stored: list[float]
 
 
-def measure(state: State, repo: lamella.Repository, folder: Path, *, rounds: int) -> dict[str, Times]:
+def measure(state: State, repo: lamella.Repository, folder: Path, device: Device, *, rounds: int) -> dict[str, Times]:
     """Time every contender, in turn."""
-    pinned = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in state.items()}
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stager = DefaultStager(StagingOptions(True, False, False, True))
+    on_gpu = device is CUDA
+    pinned = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu) for name, tensor in state.items()}
+    stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
 
     def nothing() -> None:
         """Wait for what has ended already."""
 
     def copy(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream: Any = device.stream(next(iter(state.values())))
+        with device.queuing(stream):
             for name, tensor in state.items():
                 pinned[name].copy_(tensor, non_blocking=True)
         return stream.synchronize, nothing
@@ -89,18 +209,33 @@ def measure(state: State, repo: lamella.Repository, folder: Path, *, rounds: int
         saved: Any = async_save(dict(state), checkpoint_id=str(folder / "dcp"), async_stager=stager, no_dist=True)
         return nothing, saved.result
 
+    def dcp_save_to_files(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
+        dcp.save(dict(state), checkpoint_id=str(folder / "dcp files"), no_dist=True)
+        return nothing, nothing
+
+    def dcp_save_to_lamella(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
+        dcp.save(dict(state), storage_writer=LamellaWriter(repo, "dcp@main"), no_dist=True)
+        return nothing, nothing
+
+    def push(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
+        repo.push(state, "pushed@main")
+        return nothing, nothing
+
     contenders: dict[str, Save] = {
         "copy into pinned memory": copy,
         "torch.save": torch_save,
         "dcp.async_save": dcp_save,
-        "lamella": pushing(repo),
+        "lamella, wait=False": pushing(repo),
+        "dcp.save to files": dcp_save_to_files,
+        "dcp.save to lamella": dcp_save_to_lamella,
+        "lamella": push,
     }
     times: dict[str, Times] = defaultdict(lambda: Times([], [], []))
     for _ in range(rounds):
         for name, save in contenders.items():
             os.sync()  # so that nobody waits for what the one before left to be written
             train(state)
-            torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             staged, stored = save(state)
             times[name].returned.append(time.perf_counter() - start)
@@ -154,6 +289,17 @@ def same_bits(state: State, repo: lamella.Repository) -> bool:
     return handle.published.result().parameters_id == expected
 
 
+def arrivals_table(seconds: Mapping[str, list[float]], title: str, nbytes: int) -> Table:
+    """Return how fast bytes arrive in each way."""
+    result = Table("", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("first", "median", "GB/s"):
+        result.add_column(heading, justify="right")
+    for name, found in seconds.items():
+        median = statistics.median(found[1:])
+        result.add_row(name, f"{found[0] * 1e3:.0f} ms", f"{median * 1e3:.1f} ms", f"{nbytes / median / 1e9:.1f}")
+    return result
+
+
 def table(times: Mapping[str, Times], title: str, nbytes: int) -> Table:
     """Return what a reader wants to see of times: of calls, then of when tensors may change, and of what is stored."""
     result = Table("", title=title, title_justify="left", box=SIMPLE_HEAD)
@@ -176,16 +322,18 @@ def table(times: Mapping[str, Times], title: str, nbytes: int) -> Table:
 def main() -> None:
     """Measure on the first GPU; exit with 1, having said what was not run, if there is none."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only see that everything runs")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--layers", type=int, default=SHAPE.layers)
     parser.add_argument("--width", type=int, default=SHAPE.width)
     parser.add_argument("--folder", type=Path, default=corpora.DATA, help="where to write; its disk is measured")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    device: Device = CUDA if arguments.device == "cuda" else Host()
+    if device is CUDA and not torch.cuda.is_available():
         raise SystemExit(NOT_RUN)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)  # that nothing is distributed here
     shape = gpt.Shape(arguments.layers, arguments.width)
-    state = {name: tensor.cuda() for name, tensor in gpt.initial(shape, "gpu").items()}
+    state = {name: tensor.to(arguments.device) for name, tensor in gpt.initial(shape, "gpu").items()}
     nbytes = sum(tensor.nbytes for tensor in state.values())
     arguments.folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=120)
@@ -195,12 +343,18 @@ def main() -> None:
         lamella.init(str(Path(scratch, "repository"))) as repo,
     ):
         warnings.filterwarnings("ignore", module="torch.distributed")
-        times = measure(state, repo, Path(scratch), rounds=arguments.rounds)
-        title = f"{nbytes / _MIB:,.0f} MiB in {len(state)} tensors on {torch.cuda.get_device_name()}"
-        console.print(table(times, title, nbytes))
-        alone = step_seconds(lambda: None)
-        beside = step_seconds(lambda: pushing(repo)(state))
-        console.print(f"a step of the GPU: {alone * 1e3:.2f} ms alone, {beside * 1e3:.2f} ms beside a push")
+        name = torch.cuda.get_device_name() if device is CUDA else "the CPU"
+        title = f"{nbytes / _MIB:,.0f} MiB in {len(state)} tensors on {name}"
+        if device is not CUDA:
+            console.print(NO_FIGURES)
+        arrived = arrive(state, device, rounds=arguments.rounds)
+        console.print(arrivals_table(arrived, f"{title}: into this machine's memory", nbytes))
+        times = measure(state, repo, Path(scratch), device, rounds=arguments.rounds)
+        console.print(table(times, f"{title}: saved", nbytes))
+        if device is CUDA:
+            alone = step_seconds(lambda: None)
+            beside = step_seconds(lambda: pushing(repo)(state))
+            console.print(f"a step of the GPU: {alone * 1e3:.2f} ms alone, {beside * 1e3:.2f} ms beside a push")
         console.print(f"recorded what it was when it was staged: {'yes' if same_bits(state, repo) else 'NO'}")
 
 

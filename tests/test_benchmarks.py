@@ -33,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.corpora import PRECISIONS, Checkpoint, Pair
 from examples import demo
+from lamella_engine.checkpoints.arrivals import Arrivals
 from lamella_engine.chunking import grid
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "_", *"abcdefghijklmnopqrstuvwxyz"]
@@ -347,6 +348,24 @@ def test_without_a_gpu_it_is_said_that_nothing_was_measured(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="nothing was run and nothing measured"):
         gpu.main()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that it is alone and overwrites
+def test_what_is_measured_of_a_gpu_runs_without_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", f"gpu --device cpu --rounds 2 --layers 1 --width 64 --folder {tmp_path}".split())
+    begun = Arrivals.expect
+    expected: list[object] = []
+    monkeypatch.setattr(Arrivals, "expect", lambda *given: expected.append(given[1]) or begun(*given))
+    gpu.main()
+    told = capsys.readouterr().out
+    assert "No GPU" in told
+    assert "a step of the GPU" not in told
+    for row in ("through the ring", "one by one, unpinned", "lamella, wait=False", "dcp.save to lamella"):
+        assert row in told
+    assert "recorded what it was when it was staged: yes" in told
+    assert len(expected) >= 2 * len(set(expected)) > 0
 
 
 def test_every_part_is_the_same_from_a_file_and_from_a_repository(family: tuple[Checkpoint, ...], tmp_path: Path):

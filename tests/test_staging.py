@@ -9,13 +9,12 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import s3
 import torch
+from gpus import FakeGpu, playing
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -484,78 +483,10 @@ def test_a_handle_does_not_pickle(repo):
 # -- GPUs, played by the CPU -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class FakeStream:
-    """A stream whose copies are made when it is waited for, as late as those of a GPU may be."""
-
-    device: torch.device
-    queue: list[Callable[[], object]] = field(default_factory=list)
-    waits_for: list["FakeStream"] = field(default_factory=list)
-    gate: threading.Event = field(default_factory=threading.Event)
-
-    def wait_stream(self, other: "FakeStream") -> None:
-        self.waits_for.append(other)
-
-    def synchronize(self) -> None:
-        assert self.gate.wait(PATIENCE_S)
-        while self.queue:
-            self.queue.pop(0)()
-
-
-@dataclass
-class FakeGpu:
-    """Has tensors of the CPU pass for a GPU's."""
-
-    streams: list[FakeStream] = field(default_factory=list)
-    pinned: dict[int, int] = field(default_factory=dict)
-    registering_fails: int = 0
-    current: list[FakeStream] = field(default_factory=lambda: [FakeStream(torch.device("cpu"))])
-
-    def stream_of(self, device: torch.device) -> FakeStream:
-        self.streams.append(FakeStream(device))
-        return self.streams[-1]
-
-    @contextmanager
-    def entered(self, stream: FakeStream) -> Iterator[None]:
-        self.current.append(stream)
-        yield
-        self.current.pop()
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        assert flags == 1
-        if not self.registering_fails:
-            self.pinned[address] = nbytes
-        return self.registering_fails
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.pinned[address]
-        return 0
-
-    def let_all_land(self) -> None:
-        for stream in self.streams:
-            stream.gate.set()
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    gpu = FakeGpu()
-    monkeypatch.setattr(torch.cuda, "Stream", gpu.stream_of)
-    monkeypatch.setattr(torch.cuda, "stream", gpu.entered)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: gpu.current[-1])
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: gpu)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    copy = torch.Tensor.copy_
-
-    def copy_later(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if not non_blocking:
-            return copy(target, source)
-        gpu.current[-1].queue.append(lambda: copy(target, source))
-        return target
-
-    monkeypatch.setattr(torch.Tensor, "copy_", copy_later)
-    yield gpu
-    gc.collect()
-    assert not gpu.pinned
+    with playing(monkeypatch) as gpu:
+        yield gpu
 
 
 def test_tensors_on_a_gpu_are_staged_when_their_copies_have_arrived(gpu, repo):
@@ -566,10 +497,13 @@ def test_tensors_on_a_gpu_are_staged_when_their_copies_have_arrived(gpu, repo):
         "step": torch.tensor(3.0),
         "array": noise(3, 10, 10),
     }
-    expected = new_repository().push(dict(weights, **{n: t.clone() for n, t in weights.items() if n != "array"}), "m@a")
+    with gpu.landing_at_once():
+        expected = new_repository().push(
+            {name: tensor.copy() if name == "array" else tensor.clone() for name, tensor in weights.items()}, "m@a"
+        )
     handle = repo.push(weights, "m@main", wait=False)
-    (stream,) = gpu.streams
-    assert stream.waits_for == [gpu.current[0]]
+    stream = gpu.streams[-1]
+    assert stream.waits_for == gpu.entered
     assert len(stream.queue) == 4
     assert not handle.staged.done()
     assert not handle.published.done()

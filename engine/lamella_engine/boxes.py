@@ -10,7 +10,7 @@ from lamella_engine.model import Buffer, TensorSpec
 Box: TypeAlias = tuple[tuple[int, int], ...]
 """A part of a tensor: (first, stop) for each axis, in elements. All of an opaque tensor is one box, of its bytes."""
 
-Octets: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+Octets: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def box_of(region: Region) -> Box:

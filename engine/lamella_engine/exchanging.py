@@ -79,6 +79,8 @@ def pieces_of(structure: Mapping[str, TensorSpec], shards: Shards, pieces: Seque
     """Write the bytes of some pieces into ``out``, one after another, which is as long as they are."""
     at = 0
     for piece in pieces:
+        shards.expect(structure[piece.cell.tensor or ""], piece.box)
+    for piece in pieces:
         data = shards.read(structure[piece.cell.tensor or ""], piece.box)
         out[at : at + piece.nbytes] = np.frombuffer(data, np.uint8)
         at += piece.nbytes

@@ -11,6 +11,7 @@ that it was at is stored again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -241,18 +242,19 @@ def store_part(
     except BaseException:
         exchange.merge(samples_of(assignment.structure, None))  # whoever fails still answers the others, who would wait
         raise
-    with abandoning(push):
-        merged = exchange.merge(samples)
-        if merged[0]:
-            raise worker_failed()
-    sketch = _sketch(assignment.structure, merged)
-    while True:
-        try:
-            with abandoning(push), Mail(assignment.share, assignment.structure, shards, exchange) as mail:
-                return _stored(push, executor, assignment, shards, mail, sketch)
-        except LamellaError as error:
-            if assignment.share.rounds or not push.restart(error):  # what was exchanged is gone
-                raise
+    with closing(shards):
+        with abandoning(push):
+            merged = exchange.merge(samples)
+            if merged[0]:
+                raise worker_failed()
+        sketch = _sketch(assignment.structure, merged)
+        while True:
+            try:
+                with abandoning(push), Mail(assignment.share, assignment.structure, shards, exchange) as mail:
+                    return _stored(push, executor, assignment, shards, mail, sketch)
+            except LamellaError as error:
+                if assignment.share.rounds or not push.restart(error):  # what was exchanged is gone
+                    raise
 
 
 def store_batch(
@@ -321,7 +323,10 @@ def _stored(
             box = box_of(spec.grid.region(number))
             if not (waits or elsewhere.has(cell)):
                 return
-            read = elsewhere.reader(cell) or partial(shards.read, spec, box)
+            read = elsewhere.reader(cell)
+            if read is None:
+                shards.expect(spec, box)
+                read = partial(shards.read, spec, box)
             found = cell_place(spec, number, read, beside if follows else None)
             beside = beside if follows else found
             upcoming, waits = next(cells, None), False

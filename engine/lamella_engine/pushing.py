@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 
-from lamella_engine.checkpoints import Checkpoint
+from lamella_engine.checkpoints import Checkpoint, expect
 from lamella_engine.chunking import MAX_CELL_NBYTES
 from lamella_engine.companions import companions, in_order
 from lamella_engine.content_store.acting import now, principal
@@ -105,7 +105,9 @@ def push_checkpoint(
         def places() -> Iterator[Place]:
             beside: Place | None = None
             for spec, number, follows in in_order(checkpoint.structure, companion_of, _all_cells):
-                read = partial(checkpoint.read, spec, spec.grid.region(number))
+                region = spec.grid.region(number)
+                expect(checkpoint, spec, region)
+                read = partial(checkpoint.read, spec, region)
                 place = cell_place(spec, number, read, beside if follows else None)
                 beside = beside if follows else place
                 yield place

@@ -7,8 +7,9 @@ can be told without it, because a program that holds a tensor has imported torch
 import os
 import sys
 import weakref
+from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -168,14 +169,11 @@ def array_of(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "np.ndarray[A
     InvalidInputError
         The tensor's memory was freed meanwhile (``freed_tensor``).
     """
-    import torch
-
-    with torch.no_grad():
-        part = _carried(tensor, slices)
-        if part.device.type != "cpu":
-            part = part.contiguous().cpu()
-        # DLPack and not Tensor.numpy(), which would forbid the caller's storage ever to be resized, as FSDP does.
-        array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part)
+    part = _carried(tensor, slices)
+    if part.device.type != "cpu":
+        part = part.contiguous().cpu()
+    # DLPack and not Tensor.numpy(), which would forbid the caller's storage ever to be resized, as FSDP does.
+    array: np.ndarray[Any, np.dtype[Any]] = np.from_dlpack(part)
     dtype = dtype_of_torch(tensor.dtype)
     return array if dtype.numpy is None else array.view(dtype.numpy)
 
@@ -184,37 +182,138 @@ def _carried(tensor: "torch.Tensor", slices: tuple[slice, ...]) -> "torch.Tensor
     """Return a part, sliced as for :func:`array_of`, on the tensor's device and in a dtype that moves without change.
 
     NumPy knows few of torch's dtypes, but integers of every width; and as integers, bools keep bits that make no bool.
+    Detached, so autograd sees nothing of what is done with it.
     """
     import torch
 
     _check_alive(tensor)
     if dtype_of_torch(tensor.dtype).opaque:
         return tensor.detach().view(torch.uint8).reshape(-1)[slices]
-    part = tensor.detach()[slices].resolve_conj().resolve_neg()
+    part = tensor.detach()
+    if slices:
+        part = part[slices]
+    part = part.resolve_conj().resolve_neg()
     carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(part.itemsize)
     return part.view(carrier) if carrier else part
 
 
-class Transfers:
-    """Copies from GPUs into memory of this machine, which go on beside what the GPUs do, on streams of their own.
+class Waitable(Protocol):
+    """A stream, or a place in the queue of one."""
 
-    A copy sees its tensor as it is when all that was queued on the current stream before has run. The tensor must
-    neither change nor be freed until :meth:`wait` has returned.
+    def synchronize(self) -> None:
+        """Wait until everything that was queued before has run."""
+
+
+class Device(Protocol):
+    """What copies from a kind of device need of it: the seam at which tests and benchmarks put the CPU in its place."""
+
+    def holds(self, tensor: "torch.Tensor") -> bool:
+        """Whether a tensor lies on such a device."""
+
+    def stream(self, tensor: "torch.Tensor") -> Waitable:
+        """Return a new stream of a tensor's device, which waits for all that this thread has queued there."""
+
+    def queuing(self, stream: Any) -> AbstractContextManager[object]:
+        """Have what this thread does to tensors in the block be queued on a stream."""
+
+    def mark(self, stream: Any) -> Waitable:
+        """Return the place that a stream's queue has reached."""
+
+    def pin(self, memory: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
+        """Lock pages of this machine's memory while the array lives, so that a device writes to them by itself.
+
+        Raises LimitError (``not_pinned``) if the system does not allow so much.
+        """
+
+
+class Cuda:
+    """See :class:`Device`: torch's GPUs."""
+
+    def holds(self, tensor: "torch.Tensor") -> bool:
+        """See :class:`Device`."""
+        return tensor.is_cuda
+
+    def stream(self, tensor: "torch.Tensor") -> Waitable:
+        """See :class:`Device`."""
+        import torch
+
+        stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        return stream
+
+    def queuing(self, stream: Any) -> AbstractContextManager[object]:
+        """See :class:`Device`."""
+        import torch
+
+        return torch.cuda.stream(stream)
+
+    def mark(self, stream: Any) -> Waitable:
+        """See :class:`Device`."""
+        import torch
+
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits leaves the core to others
+        event.record(stream)
+        return event
+
+    def pin(self, memory: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
+        """See :class:`Device`. Registered, and not had from torch, which would round up to a power of two."""
+        import torch
+
+        address = memory.ctypes.data
+        # 1: cudaHostRegisterPortable, pinned for all GPUs.
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = int(runtime.cudaHostRegister(address, memory.nbytes, 1))
+        if error:
+            raise LimitError(
+                f"{memory.nbytes} bytes of memory cannot be pinned (CUDA error {error}): allow the process more locked "
+                "memory, or push with wait=True",
+                kind="not_pinned",
+            )
+        weakref.finalize(memory, _unpin, address, os.getpid()).atexit = False
+
+
+CUDA = Cuda()
+
+
+def _unpin(address: int, process: int) -> None:
+    import torch
+
+    if process == os.getpid():  # a fork has the memory, but not the GPU
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+class Transfers:
+    """Copies from devices into memory of this machine, which go on beside what the devices do, on streams of their own.
+
+    A copy sees its tensor as it is when all has run that was queued when its device was followed (:meth:`follow`). The
+    tensor must neither change nor be freed until what was begun has been waited for.
     """
 
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._streams: dict[torch.device, Waitable] = {}
 
-    def begin(self, tensor: "torch.Tensor", out: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
-        """Begin to copy a tensor's little-endian bytes in C order.
+    def follow(self, tensor: "torch.Tensor") -> None:
+        """Have copies from a tensor's device wait for what this thread has queued there; only the first call counts."""
+        if tensor.device not in self._streams:
+            self._streams[tensor.device] = self._device.stream(tensor)
+
+    def begin(
+        self, tensor: "torch.Tensor", slices: tuple[slice, ...], out: "np.ndarray[Any, np.dtype[np.uint8]]"
+    ) -> Waitable:
+        """Begin to copy the little-endian bytes, in C order, of a part of a tensor; return what waits for them.
+
+        What does not lie so on the device is gathered there, beside the tensor, before it is copied in one run.
 
         Parameters
         ----------
         tensor
-            On a GPU; passed :func:`check_storable`.
+            On a device that is followed; passed :func:`check_storable`.
+        slices
+            The part, as for :func:`array_of`; not empty.
         out : uint8, 1-d, contiguous
-            As long as the tensor, aligned to its elements. If it is not pinned (:func:`pin`), the copy has ended when
-            this returns.
+            As long as the part, aligned to its elements. If it is not pinned (:meth:`Device.pin`), the copy may have
+            ended when this returns.
 
         Raises
         ------
@@ -223,51 +322,16 @@ class Transfers:
         """
         import torch
 
-        stream = self._streams.get(tensor.device)
-        if stream is None:
-            stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            source = _carried(tensor, ())
+        stream = self._streams[tensor.device]
+        with self._device.queuing(stream):
+            source = _carried(tensor, slices)
             torch.from_numpy(out).view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is anything to wait for."""
-        return bool(self._streams)
+            return self._device.mark(stream)
 
     def wait(self) -> None:
         """Wait for every copy that was begun."""
         for stream in self._streams.values():
             stream.synchronize()
-
-
-def pin(memory: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
-    """Lock pages of this machine's memory for as long as the array lives, so that a GPU writes to them by itself.
-
-    Registered, and not had from torch, which would round up to a power of two. Raises LimitError (``not_pinned``) if
-    the system does not allow so much.
-    """
-    import torch
-
-    address = memory.ctypes.data
-    # 1: cudaHostRegisterPortable, pinned for all GPUs.
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    error = int(runtime.cudaHostRegister(address, memory.nbytes, 1))
-    if error:
-        raise LimitError(
-            f"{memory.nbytes} bytes of memory cannot be pinned (CUDA error {error}): allow the process more locked "
-            "memory, or push with wait=True",
-            kind="not_pinned",
-        )
-    weakref.finalize(memory, _unpin, address, os.getpid()).atexit = False
-
-
-def _unpin(address: int, process: int) -> None:
-    import torch
-
-    if process == os.getpid():  # a fork has the memory, but not the GPU
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def to_torch(
@@ -323,10 +387,12 @@ def to_torch(
 
 def _check_alive(tensor: "torch.Tensor") -> None:
     """Raise InvalidInputError if the tensor's elements lie outside its storage, as after ``resize_(0)``."""
-    if not tensor.numel():
+    count = tensor.numel()
+    if not count:
         return
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if not tensor.is_contiguous():
+        count = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + count) * tensor.itemsize
     if end > tensor.untyped_storage().nbytes():
         raise InvalidInputError("its memory has been freed: gather the parameters first", kind="freed_tensor")
 

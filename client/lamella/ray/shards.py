@@ -111,7 +111,7 @@ class Shard:
             batch: list[Octets] = []
             for spec in checkpoint.structure:
                 found[spec.name] = len(objects), len(batch)
-                batch.append(np.frombuffer(checkpoint.read(spec, _all_of(spec)), np.uint8))
+                batch.append(np.frombuffer(checkpoint.whole(spec), np.uint8))
                 if sum(octets.nbytes for octets in batch) >= LENT_NBYTES:
                     objects.append(put(batch))
                     batch = []
@@ -123,10 +123,6 @@ class Shard:
 
 def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _all_of(spec: TensorSpec) -> Region:
-    return Region(tuple(slice(0, length) for length in spec.grid.shape), 0, spec.nbytes)
 
 
 class LentTensors:

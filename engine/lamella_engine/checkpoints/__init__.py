@@ -6,6 +6,9 @@
     zarr_groups   Zarr v3 hierarchies, re-gridded: those of directories (zarr_directories, which looks through them
                   first; zarr_metadata, its one parser and codecs with bounds), and the one that a transaction fills
                   (zarr_spool)
+    arrivals      parts of tensors on their way from a GPU, into a ring of pinned memory; pages, that memory
+    staging       copies of tensors in memory
+    shards        boxes of tensors, where several workers have a checkpoint together
     sources       files to read: with pread, and noticed when they change
     files         writing files whole or not at all
 
@@ -44,6 +47,7 @@ __all__ = [
     "SafetensorsCheckpoint",
     "SafetensorsLayout",
     "check_attachment_paths",
+    "expect",
     "open_checkpoint",
     "to_numpy",
     "write_files",
@@ -135,6 +139,15 @@ def open_checkpoint(source: object) -> Checkpoint:
         "or a path; lamella.torch.push takes modules",
         kind="bad_source",
     )
+
+
+def expect(checkpoint: Checkpoint, tensor: TensorSpec, region: Region) -> None:
+    """Say that a part of a tensor will be read soon: what lies on a GPU is on its way from then on.
+
+    What is not read after all is let go of when the checkpoint is closed. Raises what reading it would.
+    """
+    if isinstance(checkpoint, MemoryCheckpoint):
+        checkpoint.expect(tensor, region)
 
 
 def _is_zarr(source: object) -> "TypeGuard[zarr.Group | str | os.PathLike[str]]":

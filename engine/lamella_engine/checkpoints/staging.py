@@ -1,24 +1,19 @@
 """Staged copies: tensors in memory, copied into memory of our own so that their owner may go on changing them."""
 
-import mmap
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from lamella_engine.checkpoints.tensors import MemoryCheckpoint, Octets
+from lamella_engine.checkpoints.pages import Pages, aligned
+from lamella_engine.checkpoints.tensors import MemoryCheckpoint
 from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
-from lamella_engine.torch_tensors import Transfers, pin
+from lamella_engine.torch_tensors import Device
 
 STAGED_COPIES = 2
 """One that is being stored, and one that the next push is copied into meanwhile."""
-
-# Where a tensor begins: a line of the processor's cache, which is a multiple of every element's size.
-_ALIGNMENT = 64
 
 
 class Staging:
@@ -31,7 +26,7 @@ class Staging:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._taken = 0
-        self._free: list[_Memory] = []
+        self._free: list[Pages] = []
 
     def copy(self, source: MemoryCheckpoint) -> "StagedCheckpoint":
         """Copy a checkpoint, once there is room; what :meth:`StagedCheckpoint.wait` raises is raised here if it can be.
@@ -45,8 +40,8 @@ class Staging:
         for spec in source.structure:
             start = starts[spec.name] = known.setdefault(source.memory(spec), nbytes)
             if start == nbytes:
-                nbytes += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
-        memory = self._take(nbytes, pinned=source.on_gpu)
+                nbytes += aligned(spec.nbytes)
+        memory = self._take(nbytes, source.device)
         staged = StagedCheckpoint(source, starts, memory, self._give_back)
         try:
             staged.fill()
@@ -55,23 +50,23 @@ class Staging:
             raise
         return staged
 
-    def _take(self, nbytes: int, *, pinned: bool) -> "_Memory":
+    def _take(self, nbytes: int, pinned_by: Device | None) -> Pages:
         with self._changed:
             self._changed.wait_for(lambda: self._taken < STAGED_COPIES)
             self._taken += 1
-            fitting = [memory for memory in self._free if memory.fits(nbytes, pinned=pinned)]
+            fitting = [one for one in self._free if one.octets.nbytes >= nbytes and (one.pinned or pinned_by is None)]
             if self._free:  # what does not fit makes room for what will
                 taken = min(fitting or self._free, key=lambda memory: memory.octets.nbytes)
                 self._free.remove(taken)
                 if fitting:
                     return taken
         try:
-            return _Memory(nbytes, pinned=pinned)
+            return Pages(nbytes, pinned_by)
         except BaseException:
             self._give_back(None)
             raise
 
-    def _give_back(self, memory: "_Memory | None") -> None:
+    def _give_back(self, memory: Pages | None) -> None:
         with self._changed:
             self._taken -= 1
             if memory is not None:
@@ -84,21 +79,6 @@ class Staging:
             self._free.clear()
 
 
-class _Memory:
-    """One staged copy's memory."""
-
-    def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)  # first touch takes a third of the time
-        self.octets: Octets = np.frombuffer(pages, np.uint8)
-        self._pinned = pinned
-        if pinned:
-            pin(self.octets)
-
-    def fits(self, nbytes: int, *, pinned: bool) -> bool:
-        return self.octets.nbytes >= nbytes and self._pinned >= pinned
-
-
 class StagedCheckpoint:
     """A copy of a checkpoint in memory; made by :meth:`Staging.copy`. What it promises says ``Checkpoint``."""
 
@@ -106,17 +86,16 @@ class StagedCheckpoint:
         self,
         source: MemoryCheckpoint,
         starts: dict[str, int],
-        memory: "_Memory",
-        give_back: "Callable[[_Memory], None]",
+        memory: Pages,
+        give_back: Callable[[Pages], None],
     ) -> None:
         self.structure = source.structure
         self.random_access = True
         self.attachments: tuple[Attachment, ...] = ()
         self._source = source
         self._starts = starts
-        self._memory: _Memory | None = memory
+        self._memory: Pages | None = memory
         self._give_back = give_back
-        self._transfers = Transfers()
         self._lock = threading.Lock()
         self._whole = False
 
@@ -127,9 +106,9 @@ class StagedCheckpoint:
         for spec in self.structure:
             start = self._starts[spec.name]
             if start not in filled and spec.nbytes:
-                self._source.copy(spec, self._memory.octets[start : start + spec.nbytes], self._transfers)
+                self._source.copy(spec, self._memory.octets[start : start + spec.nbytes])
                 filled.add(start)
-        if not self._transfers.begun:
+        if self._source.device is None:
             self.wait()
 
     @property
@@ -144,7 +123,7 @@ class StagedCheckpoint:
         """
         with self._lock:
             if not self._whole:
-                self._transfers.wait()
+                self._source.wait()
                 self._source.check_unchanged()
                 self._source.close()
                 self._whole = True
@@ -170,7 +149,6 @@ class StagedCheckpoint:
             memory, self._memory = self._memory, None
             if memory is None:
                 return
-            self._transfers.wait()
             self._source.close()
         self._give_back(memory)
 

@@ -1,18 +1,23 @@
 """Tensors in memory: arrays and torch tensors by name as a checkpoint, and decoded bytes as arrays."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Mapping
 from math import prod
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from lamella_engine.boxes import Octets
+from lamella_engine.checkpoints.arrivals import Arrivals
+from lamella_engine.checkpoints.pages import ALIGNMENT
 from lamella_engine.chunking import Region
 from lamella_engine.dtypes import Dtype, dtype_of_numpy
 from lamella_engine.errors import InvalidInputError, TensorNotFoundError
 from lamella_engine.model import Attachment, Buffer, TensorSpec
 from lamella_engine.torch_tensors import (
+    CUDA,
+    Device,
     Transfers,
     array_of,
     change_count,
@@ -24,7 +29,8 @@ from lamella_engine.torch_tensors import (
 )
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Octets: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+CELLS_AHEAD = 4
+"""So many cells of a tensor that is read whole are on their way from a GPU while one is copied: 16 MiB."""
 
 
 class MemoryCheckpoint:
@@ -38,6 +44,9 @@ class MemoryCheckpoint:
     ----------
     tensors
         Names may be any strings without half surrogates, the empty one included.
+    device
+        What the tensors that do not lie in this machine's memory may lie on. They are read as they are when all has run
+        that the thread which makes this has queued there.
 
     Raises
     ------
@@ -47,7 +56,7 @@ class MemoryCheckpoint:
         :func:`~lamella_engine.torch_tensors.check_storable`. The message names the tensor.
     """
 
-    def __init__(self, tensors: Mapping[str, object]) -> None:
+    def __init__(self, tensors: Mapping[str, object], device: Device = CUDA) -> None:
         self._tensors: dict[str, Any] = {}
         specs: list[TensorSpec] = []
         for name, value in dict(tensors).items():
@@ -57,33 +66,71 @@ class MemoryCheckpoint:
         self.structure: tuple[TensorSpec, ...] = tuple(sorted(specs, key=lambda spec: spec.name))
         self.random_access = True
         self.attachments: tuple[Attachment, ...] = ()
+        self._of_torch = frozenset(name for name, value in self._tensors.items() if is_torch_tensor(value))
         self._change_counts = self._count_changes()
         self._closed = False
+        self._on_gpu = frozenset(name for name in self._of_torch if device.holds(self._tensors[name]))
+        self.device = device if self._on_gpu else None
+        """Where tensors lie that do not lie in this machine's memory; None if there are none."""
+        self._transfers = Transfers(device)
+        for name in self._on_gpu:
+            self._transfers.follow(self._tensors[name])
+        far = [spec for spec in specs if spec.name in self._on_gpu]
+        nbytes = sum(spec.nbytes + spec.grid.cell_count * ALIGNMENT for spec in far)
+        self._arrivals = Arrivals(device, self._transfers, nbytes)
+
+    def expect(self, tensor: TensorSpec, region: Region) -> None:
+        """Have a part that will be read soon be copied already, if it lies on a GPU; raises what :meth:`read` does."""
+        if tensor.name in self._on_gpu and region.nbytes:
+            with _Naming(tensor.name):
+                key = tensor.name, region.start, region.stop
+                self._arrivals.expect(key, self._value(tensor.name), region.slices, region.nbytes)
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; a view of contiguous tensors in the CPU's memory."""
-        part = self._part(tensor, region.slices)
-        octets = _octets(part)
+        on_gpu = tensor.name in self._on_gpu
+        part = None if on_gpu else self._part(tensor, region.slices)
+        octets = None if part is None else _octets(part)
         if octets is not None:
             return octets.data
         target = np.empty(region.nbytes, np.uint8) if out is None else np.frombuffer(out, np.uint8, region.nbytes)
-        _lay_out(part, tensor.dtype, target)
+        if part is not None:
+            _lay_out(part, tensor.dtype, target)
+        elif region.nbytes:
+            with _Naming(tensor.name):
+                key = tensor.name, region.start, region.stop
+                self._arrivals.read(key, self._value(tensor.name), region.slices, target)
         return target.data
+
+    def whole(self, tensor: TensorSpec) -> Buffer:
+        """Return all bytes of a tensor, as :meth:`read` returns those of a cell."""
+        if tensor.name not in self._on_gpu:
+            return self.read(tensor, Region(tuple(slice(0, length) for length in tensor.grid.shape), 0, tensor.nbytes))
+        out = np.empty(tensor.nbytes, np.uint8)
+        coming: deque[Region] = deque()
+
+        def take_oldest() -> None:
+            region = coming.popleft()
+            self.read(tensor, region, out[region.start : region.stop].data)
+
+        for region in tensor.grid.regions():
+            self.expect(tensor, region)
+            coming.append(region)
+            if len(coming) > CELLS_AHEAD:
+                take_oldest()
+        while coming:
+            take_oldest()
+        return out.data
 
     def memory(self, tensor: TensorSpec) -> object:
         """Return what is equal for tensors that are one memory, read alike, as tied parameters are."""
         value = self._value(tensor.name)
-        if is_torch_tensor(value):
+        if tensor.name in self._of_torch:
             return memory_of(value)
         return value.ctypes.data, value.dtype, value.shape, value.strides
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether any tensor lies on a GPU."""
-        return any(is_torch_tensor(value) and value.is_cuda for value in self._tensors.values())
-
-    def copy(self, tensor: TensorSpec, out: Octets, transfers: Transfers) -> None:
-        """Copy a whole tensor; one that lies on a GPU is copied when ``transfers`` has been waited for.
+    def copy(self, tensor: TensorSpec, out: Octets) -> None:
+        """Copy a whole tensor; one that lies on a GPU has been copied when :meth:`wait` returns.
 
         Parameters
         ----------
@@ -94,10 +141,9 @@ class MemoryCheckpoint:
 
         Raises what :meth:`read` does.
         """
-        value = self._value(tensor.name)
-        if is_torch_tensor(value) and value.is_cuda:
-            with _naming(tensor.name):
-                transfers.begin(value, out)
+        if tensor.name in self._on_gpu:
+            with _Naming(tensor.name):
+                self._transfers.begin(self._value(tensor.name), (), out)
             return
         part = self._part(tensor, ())
         octets = _octets(part)
@@ -105,6 +151,10 @@ class MemoryCheckpoint:
             _lay_out(part, tensor.dtype, out)
         else:
             np.copyto(out, octets)
+
+    def wait(self) -> None:
+        """Wait for what :meth:`copy` has begun."""
+        self._transfers.wait()
 
     def _value(self, name: str) -> Any:
         if self._closed:
@@ -116,9 +166,9 @@ class MemoryCheckpoint:
 
     def _part(self, tensor: TensorSpec, slices: tuple[slice, ...]) -> Array:
         value = self._value(tensor.name)
-        if not is_torch_tensor(value):
+        if tensor.name not in self._of_torch:
             return np.asarray(value[(*slices, ...)])
-        with _naming(tensor.name):
+        with _Naming(tensor.name):
             return array_of(value, slices)
 
     def check_unchanged(self) -> None:
@@ -133,9 +183,11 @@ class MemoryCheckpoint:
             )
 
     def close(self) -> None:
-        """Let go of the tensors. Doing it twice is harmless."""
+        """Let go of the tensors, once nothing is copied from them any more. Doing it twice is harmless."""
+        self._arrivals.close()
         self._closed = True
         self._tensors = {}
+        self._of_torch = frozenset()
         self._change_counts = {}
 
     def __enter__(self) -> Self:
@@ -147,7 +199,7 @@ class MemoryCheckpoint:
         self.close()
 
     def _count_changes(self) -> dict[str, int]:
-        return {name: change_count(value) for name, value in self._tensors.items() if is_torch_tensor(value)}
+        return {name: change_count(self._tensors[name]) for name in self._of_torch}
 
 
 def to_numpy(data: Buffer, dtype: Dtype, shape: tuple[int, ...]) -> Array:
@@ -191,7 +243,7 @@ def _check_tensor_name(name: object) -> str:
 
 
 def _spec_of(name: str, value: object) -> TensorSpec:
-    with _naming(name):
+    with _Naming(name):
         if is_torch_tensor(value):
             check_storable(value)
             return TensorSpec(name, dtype_of_torch(value.dtype), shape_of(value))
@@ -205,15 +257,24 @@ def _spec_of(name: str, value: object) -> TensorSpec:
     )
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
+class _Naming:  # no function with a yield, which takes longer than what it guards
     """Have what is refused of a tensor say which one it is."""
-    try:
-        yield
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            f"tensor {name[:80]!r}: {error}", kind=error.kind, tensor=name, **error.context
-        ) from None
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Nothing is refused yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, InvalidInputError):
+            raise InvalidInputError(
+                f"tensor {self._name[:80]!r}: {error}", kind=error.kind, tensor=self._name, **error.context
+            ) from None
 
 
 def _octets(array: Array) -> Octets | None:
