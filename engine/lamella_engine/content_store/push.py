@@ -173,7 +173,7 @@ class PackedPush:
 
         Raises InvalidInputError as :meth:`write` does, as far as that shows without a payload.
         """
-        granted = self._incoming.grant(self._intake.described(blobs, self._incoming.holds))
+        granted = self._incoming.grant(self._intake.described(blobs))
         self._note_pack(granted.ref.name, granted.chunks)
         return granted
 
