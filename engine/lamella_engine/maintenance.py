@@ -14,8 +14,6 @@ from lamella_engine.errors import (
     CorruptionError,
     LamellaError,
     NotFoundError,
-    PermissionDeniedError,
-    StorageError,
     UnsupportedFormatError,
 )
 from lamella_engine.format.entry import VERIFIED_BY_WRITER, FoldRef, PackAdded, VersionAdded
@@ -122,7 +120,7 @@ def verifying(
         yield from checker.versions(state)
     try:
         report.vouched = store.vouch(report.proven)
-    except (PermissionDeniedError, StorageError) as error:  # what was found is as true
+    except LamellaError as error:  # what was found is as true
         logger.warning("packs that are right stay doubtful: %s", error)
 
 

@@ -54,6 +54,8 @@ class Verifier:
                     self._verify(store)
             except LamellaError as error:  # whoever pushes there next has it looked at again
                 logger.warning("doubtful packs are not verified: %s", error)
+            except Exception:  # a bug: other repositories are looked at all the same
+                logger.exception("doubtful packs are not verified")
 
     def _next(self) -> PackedStore | None:
         with self._changed:
