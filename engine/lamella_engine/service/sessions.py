@@ -306,7 +306,7 @@ class Session:
             nbytes = sum(blob.encoded_nbytes for blob in blobs)
             if not 0 < len(blobs) <= GRANTED_BLOBS or nbytes - blobs[-1].encoded_nbytes >= PACK_NBYTES:
                 raise InvalidInputError(
-                    f"such a pack has 1 to {GRANTED_BLOBS} blobs, and ends with the one that passes {PACK_NBYTES} bytes",
+                    f"such a pack has 1 to {GRANTED_BLOBS} blobs, and ends where they reach {PACK_NBYTES} bytes",
                     kind="bad_record",
                 )
             if self._granted is None or number != self._grants - 1 or self._granted[0] != blobs:
