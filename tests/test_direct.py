@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -17,7 +17,7 @@ from support import Array, bits, noise, store_of
 from workers import push_shared, split
 
 import lamella
-from lamella_engine import codecs
+from lamella_engine import codecs, maintenance
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.incoming import PUT_S, IncomingPacks
 from lamella_engine.content_store.packed import PackedStore
@@ -25,6 +25,7 @@ from lamella_engine.content_store.packing import Described, described
 from lamella_engine.content_store.seam import COMPANION_REACH, Blob, Planned
 from lamella_engine.errors import CorruptionError, InvalidInputError, OutcomeUnknownError
 from lamella_engine.format.digests import blob_digest, chunk_id
+from lamella_engine.maintenance import Verification, verifying
 from lamella_engine.model import Cell
 from lamella_engine.remote import direct
 from lamella_engine.rpc import lamella_pb2 as pb
@@ -226,6 +227,28 @@ def test_what_another_server_left_is_verified_by_the_next(root: str, monkeypatch
     assert not any(doubts(root))
 
 
+def test_what_has_been_proven_when_a_server_is_stopped_is_not_proven_again(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Verifier, "start", lambda self: None)
+        with serving(root, direct=True) as server:
+            lamella.init(f"grpc://{server.address}/team").push(weights(), "m@main")
+    store, report = store_of(lamella.open(f"{root}/team")), Verification(deep=True)
+    count = sum(doubts(root))
+    with closing(verifying(store, report, doubtful=True)) as steps:
+        for _ in steps:
+            if report.packs == 4:  # three have been decoded
+                break
+    assert report.vouched == 3
+    assert sum(doubts(root)) == count - 3
+    monkeypatch.setattr(maintenance, "VOUCHED_AT_ONCE", 1)
+    with closing(verifying(store, report, doubtful=True)) as steps:
+        for _ in steps:
+            assert len(report.proven) <= 1
+    assert not any(doubts(root))
+
+
 # -- who lies ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +289,22 @@ def test_a_chunk_that_is_not_what_its_writer_said_harms_nobody_else(
     assert bits(repo.checkout("honest@main")) == bits(tensors)
     assert honest.parameters_id == repo.version("m@main").parameters_id
     assert sum(doubts(root)) == 1
+
+
+def test_what_a_liar_has_put_is_read_once(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    repo = lamella.init(f"grpc://{server.address}/team")
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        lie(patch, about=1)
+        repo.push(weights(), "m@main")
+        assert server.verified()
+    for at in range(2):
+        repo.push({"w": noise(50 + at, 500, 500)}, f"other{at}@main")
+        assert server.verified()
+    assert sum(doubts(root)) == 1
+    assert caplog.text.count("stays doubtful") == 1
+    assert len(repo.verify(doubtful=True).problems) == 1  # whoever asks is told
 
 
 def test_a_manifest_that_is_not_what_its_writer_said_is_not_recorded(
