@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -12,22 +12,27 @@ import numpy as np
 import pytest
 import s3
 from remote import proxied
-from service import Failure, WireClient, serving, take_apart
+from service import Failure, WireClient, serving, take_apart, write_messages
 from support import Array, bits, noise, store_of
 from workers import push_shared, split
 
 import lamella
+from lamella_engine import codecs, maintenance
 from lamella_engine.content_store.acting import new_push_id
-from lamella_engine.content_store.incoming import PUT_S
+from lamella_engine.content_store.incoming import PUT_S, IncomingPacks
+from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packing import Described, described
-from lamella_engine.content_store.seam import Blob
-from lamella_engine.errors import CorruptionError, InvalidInputError
-from lamella_engine.format.digests import blob_digest
+from lamella_engine.content_store.seam import COMPANION_REACH, Blob, Planned
+from lamella_engine.errors import CorruptionError, InvalidInputError, OutcomeUnknownError
+from lamella_engine.format.digests import blob_digest, chunk_id
+from lamella_engine.maintenance import Verification, verifying
+from lamella_engine.model import Cell
 from lamella_engine.remote import direct
 from lamella_engine.rpc import lamella_pb2 as pb
+from lamella_engine.service import sessions
 from lamella_engine.service.server import Server
 from lamella_engine.service.verifying import Verifier
-from lamella_engine.wire import encode_header, encode_planned
+from lamella_engine.wire import encode_header, encode_planned, encode_record
 
 Use = Callable[[s3.Server], None]
 
@@ -222,6 +227,28 @@ def test_what_another_server_left_is_verified_by_the_next(root: str, monkeypatch
     assert not any(doubts(root))
 
 
+def test_what_has_been_proven_when_a_server_is_stopped_is_not_proven_again(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Verifier, "start", lambda self: None)
+        with serving(root, direct=True) as server:
+            lamella.init(f"grpc://{server.address}/team").push(weights(), "m@main")
+    store, report = store_of(lamella.open(f"{root}/team")), Verification(deep=True)
+    count = sum(doubts(root))
+    with closing(verifying(store, report, doubtful=True)) as steps:
+        for _ in steps:
+            if report.packs == 4:  # three have been decoded
+                break
+    assert report.vouched == 3
+    assert sum(doubts(root)) == count - 3
+    monkeypatch.setattr(maintenance, "VOUCHED_AT_ONCE", 1)
+    with closing(verifying(store, report, doubtful=True)) as steps:
+        for _ in steps:
+            assert len(report.proven) <= 1
+    assert not any(doubts(root))
+
+
 # -- who lies ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +291,22 @@ def test_a_chunk_that_is_not_what_its_writer_said_harms_nobody_else(
     assert sum(doubts(root)) == 1
 
 
+def test_what_a_liar_has_put_is_read_once(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    repo = lamella.init(f"grpc://{server.address}/team")
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        lie(patch, about=1)
+        repo.push(weights(), "m@main")
+        assert server.verified()
+    for at in range(2):
+        repo.push({"w": noise(50 + at, 500, 500)}, f"other{at}@main")
+        assert server.verified()
+    assert sum(doubts(root)) == 1
+    assert caplog.text.count("stays doubtful") == 1
+    assert len(repo.verify(doubtful=True).problems) == 1  # whoever asks is told
+
+
 def test_a_manifest_that_is_not_what_its_writer_said_is_not_recorded(
     root: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +321,7 @@ def test_a_manifest_that_is_not_what_its_writer_said_is_not_recorded(
     repo.push(tensors, "m@main")
 
 
-@pytest.mark.parametrize("harm", ["nothing", "short", "other tail", "long"])
+@pytest.mark.parametrize("harm", ["nothing", "short", "other tail", "other footer", "long"])
 def test_a_pack_that_is_not_there_or_not_as_described_is_not_recorded(
     root: str, server: Server, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
@@ -287,7 +330,12 @@ def test_a_pack_that_is_not_there_or_not_as_described_is_not_recorded(
     def put(url: str, parts: Sequence[bytes]) -> None:
         data = b"".join(parts)
         if harm != "nothing":
-            changed = {"short": data[:-1], "other tail": data[:-50] + bytes(50), "long": data + b"\0"}
+            changed = {
+                "short": data[:-1],
+                "other tail": data[:-50] + bytes(50),
+                "other footer": data[:-8] + bytes(8),
+                "long": data + b"\0",
+            }
             really_put(url, changed[harm])
 
     with puts_are(monkeypatch, put), pytest.raises(InvalidInputError) as caught:
@@ -299,6 +347,23 @@ def test_a_pack_that_is_not_there_or_not_as_described_is_not_recorded(
     repo.push(weights(), "m@main")
     assert server.verified()
     assert bits(repo.checkout("m@main")) == bits(weights())
+
+
+def test_weights_that_a_liar_has_recorded_before_are_recorded_again(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    repo = lamella.init(f"grpc://{server.address}/team")
+    with monkeypatch.context() as patch:
+        lie(patch, about=1)
+        liar = repo.push(weights(), "m@main")
+        assert server.verified()
+    honest = repo.push(weights(), "m@main")
+    assert honest.number == liar.number + 1
+    assert honest.parameters_id == liar.parameters_id
+    assert server.verified()
+    assert repo.push(weights(), "m@main") == honest
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert bits(lamella.open(f"grpc://{server.address}/team").checkout("m@main")) == bits(weights())
 
 
 def test_what_is_put_after_a_pack_was_taken_over_changes_nothing(
@@ -380,6 +445,74 @@ def test_a_bucket_that_takes_nothing_from_here_is_done_without(
     tried.clear()
     repo.push({"w": noise(7, 500, 500)}, "m@main")
     assert tried == []  # it is known by now
+
+
+def test_workers_that_cannot_reach_the_bucket_push_through_the_service_the_next_time(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    repos = [lamella.open(f"grpc://{server.address}/team") for _ in range(3)]
+    tensors = weights()
+    shares = split(tensors, 3, lambda name: None if name == "short" else 0)
+
+    def put(url: str, parts: Sequence[bytes]) -> None:
+        raise direct._not_put("no route", transient=False)
+
+    with puts_are(monkeypatch, put):
+        for _ in repos:  # what was exchanged is gone each time that one finds out
+            with suppress(lamella.StorageError):
+                push_shared(repos, "m@main", tensors, shares)
+    assert bits(repos[0].checkout("m@main")) == bits(tensors)
+
+
+def test_a_url_that_is_none_is_done_without(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(IncomingPacks, "put_url", lambda self, granted: "https://[::1/x")
+    repo = lamella.init(f"grpc://{server.address}/team")
+    repo.push(weights(), "m@main")
+    assert doubts(root) == [False]
+
+
+def test_a_push_is_not_given_up_while_a_pack_is_put(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(url: str, parts: Sequence[bytes]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions, "IDLE_S", 0.0)
+            server._rpcs.sessions.sweep()
+        really_put(url, b"".join(parts))
+
+    repo = lamella.init(f"grpc://{server.address}/team")
+    with puts_are(monkeypatch, put):
+        repo.push(weights(), "m@main")
+    assert len(doubts(root)) >= 5
+
+
+def test_a_check_tells_what_it_found_also_if_it_cannot_be_recorded(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vouch(self: PackedStore, packs: Sequence[str]) -> int:
+        raise OutcomeUnknownError("nobody knows")
+
+    lamella.init(f"grpc://{server.address}/team").push(weights(), "m@main")
+    monkeypatch.setattr(PackedStore, "vouch", vouch)
+    report = lamella.open(f"{root}/team").verify(deep=True)
+    assert (report.problems, report.versions, report.vouched) == ([], 1, 0)
+
+
+def test_a_bug_in_one_check_ends_no_other(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = Verifier._verify, []
+
+    def verify(self: Verifier, store: PackedStore) -> None:
+        seen.append(store)
+        if len(seen) == 1:
+            raise OverflowError
+        real(self, store)
+
+    monkeypatch.setattr(Verifier, "_verify", verify)
+    repo = lamella.init(f"grpc://{server.address}/team")
+    repo.push(weights(), "m@main")
+    assert server.verified()
+    repo.push(weights(), "n@main")
+    assert server.verified()
+    assert not any(doubts(root))
 
 
 def test_a_transfer_that_breaks_is_made_again(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,6 +613,81 @@ def test_grants_are_given_in_turn_and_the_newest_again(root: str, server: Server
         with pytest.raises(Failure) as caught:
             client.call("Pushes.Part", pb.PushRequest(repository="team", push=push))
         assert caught.value.kind == "not_uploaded"
+
+
+def row_of_companions(count: int) -> tuple[list[Planned], list[Described]]:
+    """Return cells each of which is a companion of the one before, and blobs: the first in full, each next a delta."""
+    chunks = [chunk_id(at.to_bytes(200, "little")) for at in range(count)]
+    planned = [
+        Planned(Cell(f"t{at}", 0), chunk, Cell(f"t{at - 1}", 0) if at else None) for at, chunk in enumerate(chunks)
+    ]
+    bases = [None, *chunks[:-1]]
+    return planned, [
+        Described(one, base, bytes(16), 200, 9, 5 if base else 0, 4) for one, base in zip(chunks, bases, strict=True)
+    ]
+
+
+def planned_push(client: WireClient, planned: Sequence[Planned]) -> str:
+    push = new_push_id()
+    client.call("Pushes.Begin", pb.BeginRequest(repository="team", push=push, model="m", branch="main"))
+    cells = [encode_planned(one) for one in planned]
+    client.call("Pushes.Plan", pb.PlanRequest(repository="team", push=push, cells=cells))
+    return push
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_companions_stand_on_none_that_stands_on_one(root: str, server: Server, together: bool) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    planned, blobs = row_of_companions(3)
+    with WireClient(server.address) as client:
+        push = planned_push(client, planned)
+        if not together:
+            client.call("Pushes.Grant", asking(push, 0, blobs[:2]))
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Grant", asking(push, 0, blobs) if together else asking(push, 1, blobs[2:]))
+        assert caught.value.kind == "wrong_base"
+        client.call("Pushes.Grant", asking(push, 0, blobs[:2]))  # nothing of what was refused is left
+
+
+def test_a_companion_that_was_granted_long_ago_is_none(root: str, server: Server) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    planned, blobs = row_of_companions(2 + COMPANION_REACH)
+    others = [blob._replace(base=None, encoding=0) for blob in blobs[2:]]
+    with WireClient(server.address) as client:
+        push = planned_push(client, planned)
+        client.call("Pushes.Grant", asking(push, 0, blobs[:1]))
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Grant", asking(push, 1, [*others, blobs[1]]))
+        assert caught.value.kind == "wrong_base"
+        client.call("Pushes.Grant", asking(push, 1, [*others[1:], blobs[1]]))
+
+
+def test_what_was_granted_is_no_companion_of_what_is_written(root: str, server: Server) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    first, data = noise(1, 1000), noise(1, 1000) * np.float32(1.0001)
+    encoded = codecs.encode(data.tobytes(), width=4, floating=True, base=first.tobytes())
+    assert encoded.against is codecs.Against.BASE
+    one = Blob(chunk_id(first.tobytes()), 0, 4, first.nbytes, first.tobytes(), None)
+    two = Blob(chunk_id(data.tobytes()), encoded.encoding, 4, data.nbytes, encoded.payload, one.chunk)
+    with WireClient(server.address) as client:
+        push = planned_push(client, [Planned(Cell("a", 0), one.chunk), Planned(Cell("b", 0), two.chunk, Cell("a", 0))])
+        client.call("Pushes.Grant", asking(push, 0, [described(one, one.payload)]))
+        records = b"".join(bytes(part) for blob in (one, two) for part in encode_record(blob))
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Write", write_messages("team", push, records))
+        assert caught.value.kind == "wrong_base"
+
+
+def test_a_pack_ends_when_it_is_full(root: str, server: Server) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    planned, blobs = row_of_companions(18)
+    full = [blob._replace(base=None, encoding=0, encoded_nbytes=4 << 20) for blob in blobs]
+    with WireClient(server.address) as client:
+        push = planned_push(client, planned)
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Grant", asking(push, 0, full[:17]))
+        assert caught.value.kind == "bad_record"
+        client.call("Pushes.Grant", asking(push, 0, full[:16]))
 
 
 def test_a_service_that_does_not_offer_it_refuses_it(tmp_path: Any) -> None:

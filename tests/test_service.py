@@ -163,7 +163,7 @@ def test_a_repository_is_made_found_again_and_not_made_twice(repositories: Repos
     [
         *("", ".", "..", "/", "a/", "/a", "a//b", "a/..", "../a", "a/../b", "a..b", "./a", ".a", "-a", "a/.b"),
         *("A", "é", "a b", "a\n", "a\x00", "a\\b", "~", "~root", "%2e%2e", "a/b/c/d/e", "a" * 64, "s3://bucket", "*"),
-        *("log", "access", "team/log", "log/x", "packs", "audit", "index", "a/meta", "probe"),
+        *("log", "access", "team/log", "log/x", "packs", "audit", "index", "a/meta", "probe", "incoming"),
     ],
 )
 def test_a_name_that_leads_elsewhere_is_none(repositories: Repositories, tmp_path: Path, name: str):

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -14,8 +14,6 @@ from lamella_engine.errors import (
     CorruptionError,
     LamellaError,
     NotFoundError,
-    PermissionDeniedError,
-    StorageError,
     UnsupportedFormatError,
 )
 from lamella_engine.format.entry import VERIFIED_BY_WRITER, FoldRef, PackAdded, VersionAdded
@@ -30,6 +28,10 @@ logger = logging.getLogger("lamella")
 
 BLOBS_AT_ONCE = 256
 """Blobs whose checks are handed out at a time; each thread holds one payload."""
+
+VOUCHED_AT_ONCE = 64
+"""Doubtful packs that are recorded together once they are proven right: 4 GiB, so that others wait for no more, and no
+more is read again when a process dies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Verification:
     vouched: int = 0
     """Packs that any push may stand on from now on: until now nobody but their writers had decoded them."""
     proven: list[str] = field(default_factory=list, repr=False)
-    """Names of packs that nobody but their writers had decoded, and that are right."""
+    """Names of packs that nobody but their writers had decoded, and that are right: until they are recorded as such."""
 
     @property
     def ok(self) -> bool:
@@ -102,27 +104,41 @@ def verify(
 
 
 def verifying(
-    store: PackedStore, report: Verification, *, doubtful: bool = False, check_packs: CheckPacks | None = None
-) -> Iterator[None]:
-    """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop."""
+    store: PackedStore,
+    report: Verification,
+    *,
+    doubtful: bool = False,
+    known: Container[str] = (),
+    check_packs: CheckPacks | None = None,
+) -> Generator[None]:
+    """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop.
+
+    Of doubtful packs those that are ``known`` to be wrong are passed over. What has been proven is recorded as it goes,
+    and when whoever asks closes this.
+    """
     # A store of its own: what is read must come from where it is stored, not from what this process remembers.
     checker = _Checker(PackedStore(store.objects, store.executor), report)
     if doubtful:
-        packs: Iterable[PackAdded] = doubtful_packs(store.log.refresh())
+        packs: Iterable[PackAdded] = (pack for pack in doubtful_packs(store.log.refresh()) if pack.name not in known)
     else:
         state = yield from checker.log()
         packs = state.packs()
-    if check_packs is None:
-        yield from checker.packs(packs)
-    else:
-        for found in check_packs(packs):
-            yield
-            report.add_packs(found)
-    if not doubtful:
-        yield from checker.versions(state)
     try:
-        report.vouched = store.vouch(report.proven)
-    except (PermissionDeniedError, StorageError) as error:  # what was found is as true
+        for _ in checker.packs(packs) if check_packs is None else map(report.add_packs, check_packs(packs)):
+            yield
+            if len(report.proven) >= VOUCHED_AT_ONCE:
+                _vouch(store, report)
+        if not doubtful:
+            yield from checker.versions(state)
+    finally:
+        _vouch(store, report)
+
+
+def _vouch(store: PackedStore, report: Verification) -> None:
+    proven, report.proven = report.proven, []
+    try:
+        report.vouched += store.vouch(proven)
+    except LamellaError as error:  # what was found is as true
         logger.warning("packs that are right stay doubtful: %s", error)
 
 

@@ -18,6 +18,7 @@ from lamella_engine.content_store.packs import Packs, StoredBlob
 from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError
 from lamella_engine.executor import Executor
 from lamella_engine.format.names import incoming_name
+from lamella_engine.format.pack import FOOTER_NBYTES, decode_footer
 from lamella_engine.format.version import PackRef
 from lamella_engine.model import ChunkId, PushId
 from lamella_engine.objects import Objects
@@ -77,10 +78,6 @@ class IncomingPacks:
         self.written: dict[str, PackRef] = {}
         """Those that were granted, by name; only after :meth:`finish` they are all there."""
 
-    def holds(self, chunk: ChunkId) -> bool:
-        """Whether another blob may be made against a chunk that was granted shortly before."""
-        return self._rows.holds(chunk)
-
     def grant(self, blobs: Sequence[tuple[Described, StoredBlob | ChunkId | None]]) -> Granted:
         """Make a pack of blobs in this order, each with what it is a delta of."""
         for blob, base in blobs:
@@ -112,16 +109,21 @@ class IncomingPacks:
     def _take(self, ref: PackRef) -> None:
         incoming = incoming_name(ref.name)
         try:
+            self._check_size(incoming, ref)  # a URL bounds no length: what is far too long is not even copied
             self._bucket.copy(incoming, ref.name)
-            nbytes = self._objects.size(ref.name)
+            self._check_size(ref.name, ref)
+            footer = self._packs.range(ref.name, ref.nbytes - FOOTER_NBYTES, ref.nbytes)
+            if decode_footer(footer, pack=ref.name, pack_nbytes=ref.nbytes) != ref.index_nbytes:
+                raise _not_uploaded()
             self._packs.learn([ref])
-            if nbytes == ref.nbytes:
-                self._packs.index(ref.name)
+            self._packs.index(ref.name)
         except (NotFoundError, CorruptionError) as error:
             raise _not_uploaded() from error
-        if nbytes != ref.nbytes:
-            raise _not_uploaded()
         self._objects.delete(incoming)
+
+    def _check_size(self, name: str, ref: PackRef) -> None:
+        if self._objects.size(name) != ref.nbytes:
+            raise _not_uploaded()
 
     def left(self) -> list[str]:
         """Return the names of all that may lie in the bucket, when nothing is being copied any more."""

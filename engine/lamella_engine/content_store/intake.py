@@ -5,7 +5,7 @@ Of blobs that lie elsewhere only a description is given, and nothing is known bu
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lamella_engine.codecs import Encoding, needs_base
@@ -47,6 +47,8 @@ class Intake:
         self._wanted: dict[ChunkId, Offer] = {}
         self._given: OrderedDict[ChunkId, _Given] = OrderedDict()
         """The blobs given last: bases of the next ones."""
+        self._described: OrderedDict[ChunkId, bool] = OrderedDict()
+        """The blobs described last, and whether others may be made against each."""
 
     @property
     def outstanding(self) -> int:
@@ -90,9 +92,10 @@ class Intake:
                     raise _unplanned()
                 base = None if offer is None else offer.base
                 own = base if base is not None and base.row.chunk == blob.base else None
-                self._given[blob.chunk] = _Given(blob, own)
-                if len(self._given) > COMPANION_REACH:
-                    self._given.popitem(last=False)
+                if offer is not None:  # else it is not stored now, and nothing that is may be made against it
+                    self._given[blob.chunk] = _Given(blob, own)
+                    if len(self._given) > COMPANION_REACH:
+                        self._given.popitem(last=False)
                 yield blob, offer, None if blob.base is None else self._given.get(blob.base)
 
         checked = map_batched(self._executor, self._check, given(), nbytes=lambda item: item[0].decoded_nbytes)
@@ -100,17 +103,14 @@ class Intake:
             if self._wanted.pop(blob.chunk, None) is not None:  # else it was given twice
                 yield blob, base
 
-    def described(
-        self, blobs: Sequence[Described], holds: Callable[[ChunkId], bool]
-    ) -> list[tuple[Described, StoredBlob | ChunkId | None]]:
+    def described(self, blobs: Sequence[Described]) -> list[tuple[Described, StoredBlob | ChunkId | None]]:
         """Take blobs for given of which nobody here sees a payload; return each with what it is a delta of.
 
-        ``holds`` tells whether one may be made against a chunk that was described shortly before the first. All or
-        none: raises InvalidInputError if nobody asked for one (``unplanned_blob``), it is a delta against something
-        else than was offered (``wrong_base``), or no blob is like that (``bad_record``).
+        All or none: raises InvalidInputError if nobody asked for one (``unplanned_blob``), it is a delta against
+        something else than was offered (``wrong_base``), or no blob is like that (``bad_record``).
         """
         found: dict[ChunkId, tuple[Described, StoredBlob | ChunkId | None]] = {}
-        recent: OrderedDict[ChunkId, None] = OrderedDict()
+        recent = self._described.copy()
         for blob in blobs:
             offer = self._wanted.get(blob.chunk)
             if offer is None or blob.chunk in found:
@@ -118,14 +118,15 @@ class Intake:
             if blob.encoding not in set(Encoding) or needs_base(blob.encoding) != (blob.base is not None):
                 raise InvalidInputError("a blob is described as none can be", kind="bad_record")
             base = None if blob.base is None else _offered(blob.base, offer)
-            if isinstance(base, bytes) and not (base in recent or holds(base)):
+            if isinstance(base, bytes) and not recent.get(base, False):
                 raise _wrong_base()
             found[blob.chunk] = blob, base
-            recent[blob.chunk] = None
+            recent[blob.chunk] = base is None or base is offer.base  # as with those that are given
             if len(recent) > COMPANION_REACH:
                 recent.popitem(last=False)
         for chunk in found:
             del self._wanted[chunk]
+        self._described = recent
         return list(found.values())
 
     def _check(self, item: tuple[Blob, Offer | None, _Given | None]) -> tuple[Blob, StoredBlob | ChunkId | None]:

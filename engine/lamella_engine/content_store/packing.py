@@ -82,10 +82,6 @@ class PackRows:
         """Whether the next blob belongs into another pack."""
         return self.nbytes >= PACK_NBYTES or len(self) == PACK_BLOBS or len(self._base_packs) == MAX_BASE_PACKS
 
-    def holds(self, chunk: ChunkId) -> bool:
-        """Whether a chunk is of one of the blobs added last, so that others may be made against it."""
-        return chunk in self._latest
-
     def add(self, blob: Described, *, base: StoredBlob | ChunkId | None) -> None:
         """Append a blob whose base, for a delta, is a copy in another pack, or a chunk that this holds."""
         if isinstance(base, bytes):

@@ -173,7 +173,7 @@ class PackedPush:
 
         Raises InvalidInputError as :meth:`write` does, as far as that shows without a payload.
         """
-        granted = self._incoming.grant(self._intake.described(blobs, self._incoming.holds))
+        granted = self._incoming.grant(self._intake.described(blobs))
         self._note_pack(granted.ref.name, granted.chunks)
         return granted
 
@@ -368,7 +368,10 @@ class PackedPush:
     def _same_as_head(self, state: State, head: Ref, description: Description) -> VersionAdded | None:
         row = state.version(self.model, head.number)
         assert row is not None
-        there = self._store.reader.open_added(row).recorded.description
+        opened = self._store.reader.open_added(row)
+        there = opened.recorded.description
+        # Nobody knows that a doubtful pack holds what its writer said: what was pushed now may be all that there is.
+        packs = (name for pack in opened.locator.packs for name in state.where_is(pack.name))
         same = (
             there.parameters_id == description.parameters_id
             and there.attachments == description.attachments
@@ -376,6 +379,7 @@ class PackedPush:
             # compared as stored, so that NaN equals NaN and a tuple equals the list it was stored as
             and _as_stored(there.recipe) == _as_stored(description.recipe)
             and _as_stored(there.metrics) == _as_stored(description.metrics)
+            and all(serves_all(state, name) for name in packs)
         )
         return row if same else None
 

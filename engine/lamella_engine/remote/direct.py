@@ -140,7 +140,7 @@ class _Put:
     parts
         What is put there, one after another.
     way
-        Told that it works, once it has.
+        Told that it works, once it has, or that it does not.
     """
 
     def __init__(self, url: str, parts: Sequence[Buffer], way: Way) -> None:
@@ -153,9 +153,10 @@ class _Put:
         self._thread.start()
 
     def result(self) -> None:
-        """Return when it is there; raises StorageError (``not_put``) if it cannot be."""
+        """Return when it is there; raises StorageError (``not_put``) if it cannot be: then the way is given up."""
         self._thread.join()
         if self._error is not None:
+            self._way.direct = False
             raise self._error
 
     def stop(self) -> None:
@@ -184,7 +185,10 @@ class _Put:
 
 def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
     """Put one object; raises StorageError (``not_put``)."""
-    place = urlsplit(url)
+    try:
+        place = urlsplit(url)
+    except ValueError:
+        raise _not_put("its endpoint has no address", transient=False) from None
     if place.scheme != "https" and not (place.scheme == "http" and is_loopback(place.hostname or "")):
         raise _not_put("its endpoint speaks no https", transient=False)
     headers = {
@@ -194,8 +198,7 @@ def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
         "Content-MD5": base64.b64encode(md5).decode(),
     }
     try:
-        with urlopen(Request(url, map(bytes, parts), headers, method="PUT"), timeout=_TIMEOUT_S) as answer:
-            answer.read(_ANSWER_NBYTES)
+        urlopen(Request(url, map(bytes, parts), headers, method="PUT"), timeout=_TIMEOUT_S).close()
     except HTTPError as error:
         error.close()
         raise _not_put(f"it answers {error.code}", transient=error.code in _PASSING or error.code >= 500) from None
@@ -206,9 +209,6 @@ def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
 
 # Statuses with which stores say that a transfer failed, or that they have too much to do.
 _PASSING = (400, 408, 409, 429)
-
-# More of what a store says to a put that went well is not read.
-_ANSWER_NBYTES = 1 << 16
 
 
 def _not_put(reason: str, *, transient: bool) -> StorageError:

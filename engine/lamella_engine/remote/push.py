@@ -278,11 +278,7 @@ class RemotePush:
 
     def restart(self, error: LamellaError) -> bool:
         """See :class:`~lamella_engine.content_store.seam.Push`."""
-        if error.kind == NOT_PUT:
-            self._way.direct = False
-        elif error.kind != "session_lost":
-            return False
-        if self._restarts == RESTARTS:
+        if error.kind not in (NOT_PUT, "session_lost") or self._restarts == RESTARTS:
             return False
         self._restarts += 1
         parents = self._begin(self.parents[0].id if self.parents else None, again=True)

@@ -23,7 +23,7 @@ looked at. To open one again and read 50 small tensors of it takes 17 ms on a di
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}")
 # A repository's own directories, and the root's: a name with one of these in it could lie inside another repository.
-_TAKEN = frozenset((*OBJECT_DIRECTORIES, "index", "probe", "access"))
+_TAKEN = frozenset((*OBJECT_DIRECTORIES, "incoming", "index", "probe", "access"))
 
 
 def check_repository_name(name: str) -> str:

@@ -11,10 +11,10 @@ from functools import partial
 from lamella_engine import codecs
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
-from lamella_engine.content_store.incoming import GRANTED_BLOBS, Granted
+from lamella_engine.content_store.incoming import GRANTED_BLOBS, PUT_S, Granted
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.content_store.packing import Described
+from lamella_engine.content_store.packing import PACK_NBYTES, Described
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
 from lamella_engine.errors import (
@@ -130,7 +130,9 @@ class Session:
     @property
     def idle_s(self) -> float:
         """For how long nobody may call for it before it is given up."""
-        return PART_IDLE_S if self.claim.part and self._part is None else IDLE_S
+        if self.claim.part and self._part is None:
+            return PART_IDLE_S
+        return IDLE_S if self._granted is None else PUT_S + IDLE_S  # whoever puts a pack has nothing to call for
 
     def is_any_of(self, parts: Container[bytes]) -> bool:
         """Whether it has ended as one of ``parts``."""
@@ -301,15 +303,19 @@ class Session:
         with self._our_turn():
             if self.ended:
                 raise _push_over()
-            if not 0 < len(blobs) <= GRANTED_BLOBS:
-                raise InvalidInputError(f"such a pack has 1 to {GRANTED_BLOBS} blobs", kind="bad_record")
+            nbytes = sum(blob.encoded_nbytes for blob in blobs)
+            if not 0 < len(blobs) <= GRANTED_BLOBS or nbytes - blobs[-1].encoded_nbytes >= PACK_NBYTES:
+                raise InvalidInputError(
+                    f"such a pack has 1 to {GRANTED_BLOBS} blobs, and ends where they reach {PACK_NBYTES} bytes",
+                    kind="bad_record",
+                )
             if self._granted is None or number != self._grants - 1 or self._granted[0] != blobs:
                 if number != self._grants or arrived > number:
                     raise InvalidInputError(
                         f"pack {number} was asked for out of turn, after {self._grants}: begin again",
                         kind="out_of_turn",
                     )
-                self.claim.take(sum(blob.encoded_nbytes + _ROW_NBYTES for blob in blobs))
+                self.claim.take(nbytes + len(blobs) * _ROW_NBYTES)
                 self._granted = blobs, self.push.grant(blobs)
                 self._grants += 1
                 self.push.arrived(arrived)

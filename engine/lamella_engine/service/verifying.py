@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from weakref import WeakSet
+from contextlib import closing
+from weakref import WeakKeyDictionary
 
 from lamella_engine.content_store.acting import acting_as
 from lamella_engine.content_store.packed import PackedStore
@@ -25,7 +26,8 @@ class Verifier:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: list[PackedStore] = []
-        self._seen: WeakSet[PackedStore] = WeakSet()
+        self._wrong: WeakKeyDictionary[PackedStore, set[str]] = WeakKeyDictionary()
+        """For each repository that was looked at, the packs that are not right: they are not read again and again."""
         self._working = False
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="lamella-verifier", daemon=True)
@@ -37,14 +39,14 @@ class Verifier:
     def look_at(self, store: PackedStore) -> None:
         """Have a repository looked at, soon, if it is not about to be."""
         with self._changed:
-            self._seen.add(store)
+            self._wrong.setdefault(store, set())
             if store not in self._waiting:
                 self._waiting.append(store)
                 self._changed.notify_all()
 
     def look_once(self, store: PackedStore) -> None:
         """Have a repository looked at that this process has not seen before: another one may have left something."""
-        if store not in self._seen:
+        if store not in self._wrong:
             self.look_at(store)
 
     def _run(self) -> None:
@@ -54,6 +56,8 @@ class Verifier:
                     self._verify(store)
             except LamellaError as error:  # whoever pushes there next has it looked at again
                 logger.warning("doubtful packs are not verified: %s", error)
+            except Exception:  # a bug: other repositories are looked at all the same
+                logger.exception("doubtful packs are not verified")
 
     def _next(self) -> PackedStore | None:
         with self._changed:
@@ -67,9 +71,12 @@ class Verifier:
 
     def _verify(self, store: PackedStore) -> None:
         report = Verification(deep=True)
-        for _ in verifying(store, report, doubtful=True):
-            if self._stopped:
-                return
+        wrong = self._wrong[store]
+        with closing(verifying(store, report, doubtful=True, known=wrong)) as steps:
+            for _ in steps:
+                if self._stopped:
+                    return
+        wrong.update(problem.where for problem in report.problems)
         for problem in report.problems:
             logger.error("%s stays doubtful: %s", problem.where, problem.message)
 
