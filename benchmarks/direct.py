@@ -4,8 +4,8 @@
 
 The bucket is reached as the environment says (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...). Two float32 checkpoints of the
 MiniLM family, the second a fine-tune of the first, are pushed from one process to a service in another: through it, and
-straight into the bucket, in turn. What is shown are medians; the second push begins when the packs of the first have been
-verified. The service's processor time is taken until everything is verified, so what that costs is in it.
+straight into the bucket, in turn. What is shown are medians; the second push begins when the packs of the first are
+verified.
 """
 
 import argparse

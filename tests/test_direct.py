@@ -1,6 +1,7 @@
 """Clients of a service put packs straight into its bucket; nobody else stands on them until they have been decoded."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from workers import push_shared, split
 import lamella
 from lamella_engine import codecs, maintenance
 from lamella_engine.content_store.acting import new_push_id
-from lamella_engine.content_store.incoming import PUT_S, IncomingPacks
+from lamella_engine.content_store.incoming import AHEAD, PUT_S, IncomingPacks, sweep
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packing import Described, described
 from lamella_engine.content_store.seam import COMPANION_REACH, Blob, Planned
@@ -89,7 +90,7 @@ def stored_nbytes(root: str) -> int:
 def puts_are(monkeypatch: pytest.MonkeyPatch, put: Callable[[str, Sequence[bytes]], None]) -> Iterator[None]:
     """Have ``put`` do in this block what is done with a pack and its URL."""
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "_send", lambda url, parts, md5: put(url, [bytes(part) for part in parts]))
+        patch.setattr(direct, "_send", lambda url, parts, md5, **_: put(url, [bytes(part) for part in parts]))
         yield
 
 
@@ -435,7 +436,7 @@ def test_a_bucket_that_takes_nothing_from_here_is_done_without(
                 return urlopen(Request(request.full_url.replace("Signature=", "Signature=0"), b"", method="PUT"))
             raise URLError(OSError("no route"))
 
-        monkeypatch.setattr(direct, "urlopen", fail)
+        monkeypatch.setattr(direct, "_exchange", fail)
     repo = lamella.init(f"grpc://{server.address}/team")
     repo.push(weights(), "m@main")
     assert tried
@@ -522,9 +523,9 @@ def test_a_transfer_that_breaks_is_made_again(root: str, server: Server, monkeyp
         if request.full_url not in broken:
             broken.append(request.full_url)
             raise ConnectionResetError
-        return urlopen(request, **options)
+        urlopen(request, timeout=60).close()
 
-    monkeypatch.setattr(direct, "urlopen", fail_once)
+    monkeypatch.setattr(direct, "_exchange", fail_once)
     repo = lamella.init(f"grpc://{server.address}/team")
     repo.push(weights(), "m@main")
     assert len(broken) >= 4
@@ -535,7 +536,7 @@ def test_a_transfer_that_breaks_is_made_again(root: str, server: Server, monkeyp
 def test_urls_are_in_no_error(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "OPENING_PATIENCE_S", 0.0)
     monkeypatch.setattr(direct.Way, "direct", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr(direct, "urlopen", lambda request, **_: (_ for _ in ()).throw(URLError(request.full_url)))
+    monkeypatch.setattr(direct, "_exchange", lambda request, **_: (_ for _ in ()).throw(URLError(request.full_url)))
     repo = lamella.init(f"grpc://{server.address}/team")
     with pytest.raises(lamella.StorageError) as caught:
         repo.push(weights(), "m@main")
@@ -561,6 +562,45 @@ def test_a_push_that_is_given_up_leaves_nothing_in_the_bucket(
             repo.push(weights(), "m@main")
     objects = store_of(lamella.open(f"{root}/team")).objects
     assert [info.name for directory in ("packs/", "incoming/") for info in objects.list(directory)] == []
+
+
+def test_what_was_put_and_never_asked_for_is_deleted_after_a_week(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    objects = store_of(lamella.open(f"{root}/team")).objects
+    old, young = (f"{int((time.time() - days * 86_400) * 1000):012x}{'7' * 20}-0-{'0' * 64}" for days in (7.1, 6.9))
+    for name in (old, young):
+        objects.put_if_absent(f"incoming/{name}", [b"late"])
+    sweep(objects)
+    assert incoming(root) == [f"incoming/{young}"]
+
+
+def test_a_service_elsewhere_cannot_have_this_machine_speak_to_itself() -> None:
+    with pytest.raises(lamella.StorageError, match="https"):
+        direct._send("http://127.0.0.1:1/x", [b"data"], bytes(16), in_the_clear=False)
+
+
+def test_what_goes_to_this_machine_goes_by_no_proxy(root: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = lamella.init(f"grpc://{server.address}/team")
+    with monkeypatch.context() as patch:  # the service has looked at its environment by now
+        patch.setenv("http_proxy", "http://127.0.0.1:1")  # where nobody listens
+        patch.delenv("no_proxy", raising=False)
+        repo.push(weights(), "m@main")
+    assert len(doubts(root)) >= 5
+
+
+@pytest.mark.usefixtures("idle")
+def test_an_audit_says_who_found_packs_right(root: str, server: Server) -> None:
+    repo = lamella.init(f"grpc://{server.address}/team")
+    repo.push(weights(), "m@main")
+    count = sum(doubts(root))
+    repo.verify(doubtful=True)
+    acts = [act for act in repo.audit() if isinstance(act, lamella.Act)]
+    assert (acts[-1].principal, acts[-1].did) == (
+        "local",
+        (f"found {count} packs right, which only their writers had decoded",),
+    )
 
 
 # -- the wire ----------------------------------------------------------------------------------------------------------
@@ -701,3 +741,18 @@ def test_a_service_that_does_not_offer_it_refuses_it(tmp_path: Any) -> None:
             assert caught.value.kind == "no_grants"
         with pytest.raises(InvalidInputError, match="bucket"):
             Server(str(tmp_path), "127.0.0.1:0", insecure_loopback=True, direct=True)
+
+
+def test_a_client_is_granted_a_few_packs_before_it_has_put_any(root: str, server: Server) -> None:
+    lamella.init(f"grpc://{server.address}/team")
+    with WireClient(server.address) as client:
+        push, blobs = begun(client, {f"w{at}": noise(at, 100) for at in range(AHEAD + 4)})
+        for at in range(AHEAD):
+            client.call("Pushes.Grant", asking(push, at, blobs[at : at + 1]))
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Grant", asking(push, AHEAD, blobs[AHEAD : AHEAD + 1]))
+        assert caught.value.kind == "out_of_turn"
+        client.call("Pushes.Grant", asking(push, AHEAD, blobs[AHEAD : AHEAD + 1], arrived=1))
+        with pytest.raises(Failure) as caught:
+            client.call("Pushes.Part", pb.PushRequest(repository="team", push=push))
+        assert caught.value.kind == "not_uploaded"  # who says that one has come is found out

@@ -14,7 +14,14 @@ from typing import TypeAlias
 from lamella_engine.content_store.trust import Trust
 from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError, UnsupportedFormatError
 from lamella_engine.format.audit import MAX_SEGMENT_NBYTES, Read, decode_segment, segment_digest
-from lamella_engine.format.entry import MAX_ENTRY_NBYTES, Entry, decode_entry, decode_genesis, entry_digest
+from lamella_engine.format.entry import (
+    MAX_ENTRY_NBYTES,
+    VERIFIED_BY_WRITER,
+    Entry,
+    decode_entry,
+    decode_genesis,
+    entry_digest,
+)
 from lamella_engine.format.names import audit_name, audit_number, log_name, metadata_push
 from lamella_engine.heads import Head
 from lamella_engine.maintenance import Problem
@@ -106,6 +113,7 @@ def _acts(
     trust = Trust(None, ())
     repository, digest, number = "", b"", -1
     signers: tuple[bytes, ...] = ()
+    doubtful: set[str] = set()
     for number, (name, data) in enumerate(entries):
         if name != log_name(number):
             raise CorruptionError(f"entry {number} is missing from the log: restore it from a copy", kind="log_gap")
@@ -115,7 +123,7 @@ def _acts(
             entry = decode_entry(data, number=number, repository=repository, previous=digest)
             trust.check(signers, entry)
             signers = entry.signers or signers
-            yield from _acts_of(entry)
+            yield from _acts_of(entry, doubtful)
             yield from _conflicting(entry, vouched)
         digest = entry_digest(data)
         for head in known:
@@ -137,8 +145,8 @@ def _acts(
     return repository
 
 
-def _acts_of(entry: Entry) -> Iterator[Act]:
-    """Yield what each principal did by an entry."""
+def _acts_of(entry: Entry, doubtful: set[str]) -> Iterator[Act]:
+    """Yield what each principal did by an entry; keep account of packs that nobody but their writers has decoded."""
     did: defaultdict[str, list[str]] = defaultdict(list)
     by = dict(zip(entry.pushes, entry.by, strict=False))
     for at, ref in enumerate(entry.refs):
@@ -147,6 +155,11 @@ def _acts_of(entry: Entry) -> Iterator[Act]:
     for version in entry.versions:
         who = by.get(metadata_push(version.metadata), entry.principal)
         did[who].append(f"recorded {version.model}@v{version.number} ({version.id[:12]})")
+    verified = doubtful.intersection(pack.name for pack in entry.packs)
+    if verified:
+        did[_verifier(entry)].append(f"found {len(verified)} packs right, which only their writers had decoded")
+    doubtful -= verified
+    doubtful |= {pack.name for pack in entry.packs if pack.verifier == VERIFIED_BY_WRITER}
     whole = did[entry.principal]
     whole += [f"condemned {name}" for name in entry.condemned]
     whole += [f"replaced {name}" for name in entry.replaced]
@@ -156,6 +169,14 @@ def _acts_of(entry: Entry) -> Iterator[Act]:
     for who, lines in did.items():
         if lines:
             yield Act(entry.number, entry.time, who, signer, tuple(lines))
+
+
+def _verifier(entry: Entry) -> str:
+    """Return who had an entry say that packs are right: of those who share it, whoever did nothing else."""
+    recorded = {metadata_push(version.metadata) for version in entry.versions}
+    acted = zip(entry.pushes, entry.by, strict=True) if entry.by else ()
+    others = {who for at, (push, who) in enumerate(acted) if at not in entry.movers and push not in recorded}
+    return ", ".join(sorted(others)) or entry.principal
 
 
 def _version(number: int | None) -> str:

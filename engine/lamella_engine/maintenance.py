@@ -3,10 +3,12 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
 
+from lamella_engine.content_store.acting import acting_as
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packs import StoredBlob
 from lamella_engine.content_store.state import State
@@ -109,12 +111,13 @@ def verifying(
     *,
     doubtful: bool = False,
     known: Container[str] = (),
+    by: str | None = None,
     check_packs: CheckPacks | None = None,
 ) -> Generator[None]:
     """Do what :func:`verify` does, into ``report``; yield now and then, so that who asks can look at it, or stop.
 
     Of doubtful packs those that are ``known`` to be wrong are passed over. What has been proven is recorded as it goes,
-    and when whoever asks closes this.
+    and when whoever asks closes this, as done by the principal ``by``, or by this machine's user.
     """
     # A store of its own: what is read must come from where it is stored, not from what this process remembers.
     checker = _Checker(PackedStore(store.objects, store.executor), report)
@@ -127,17 +130,18 @@ def verifying(
         for _ in checker.packs(packs) if check_packs is None else map(report.add_packs, check_packs(packs)):
             yield
             if len(report.proven) >= VOUCHED_AT_ONCE:
-                _vouch(store, report)
+                _vouch(store, report, by)
         if not doubtful:
             yield from checker.versions(state)
     finally:
-        _vouch(store, report)
+        _vouch(store, report, by)
 
 
-def _vouch(store: PackedStore, report: Verification) -> None:
+def _vouch(store: PackedStore, report: Verification, by: str | None) -> None:
     proven, report.proven = report.proven, []
     try:
-        report.vouched += store.vouch(proven)
+        with nullcontext() if by is None else acting_as(by):
+            report.vouched += store.vouch(proven)
     except LamellaError as error:  # what was found is as true
         logger.warning("packs that are right stay doubtful: %s", error)
 

@@ -6,18 +6,18 @@ by an upload that was begun in time and ends hours later, changes no pack. That 
 its writer's word; until somebody else has decoded them, no other push stands on it.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, cast
 
 from lamella_engine.content_store.packing import Described, PackRows
 from lamella_engine.content_store.packs import Packs, StoredBlob
-from lamella_engine.errors import CorruptionError, InvalidInputError, NotFoundError
-from lamella_engine.executor import Executor
-from lamella_engine.format.names import incoming_name
+from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError, NotFoundError
+from lamella_engine.format.names import incoming_name, incoming_time
 from lamella_engine.format.pack import FOOTER_NBYTES, decode_footer
 from lamella_engine.format.version import PackRef
 from lamella_engine.model import ChunkId, PushId
@@ -27,7 +27,16 @@ GRANTED_BLOBS = 1 << 14
 """Most blobs of such a pack: its description, and its index, which goes back, are one message each."""
 
 PUT_S = 900.0
-"""For how long a URL is good: 64 MiB at 75 kB/s. Whoever is slower asks for it again."""
+"""For how long a URL is good: 64 MiB at 75 kB/s, though a put that was begun in time may end later."""
+
+AHEAD = 8
+"""Most packs of a push that are granted and have not arrived: each may lie in the bucket and never be asked for."""
+
+LEFT_S = 7 * 86_400.0
+"""After so long nothing comes of what lies below ``incoming/`` any more: it was put late, or its push is over."""
+
+# What the store does for one push at a time: each takes a request or three, and no time of this machine's.
+_THREADS = 4
 
 
 class Bucket(Objects, Protocol):
@@ -57,24 +66,21 @@ class IncomingPacks:
     ----------
     objects
         Where they go. Only packs that are granted make it a :class:`Bucket`.
-    executor
-        What copies them.
     packs
         Checks their indexes.
     push, numbers
         As for :class:`~lamella_engine.content_store.packing.PackRows`.
     """
 
-    def __init__(
-        self, objects: Objects, executor: Executor, packs: Packs, push: PushId, numbers: Iterator[int]
-    ) -> None:
+    def __init__(self, objects: Objects, packs: Packs, push: PushId, numbers: Iterator[int]) -> None:
         self._objects = objects
-        self._executor = executor
         self._packs = packs
         self._rows = PackRows(push, numbers)
         self._waiting: deque[PackRef] = deque()
         """Those that were granted and not taken over yet, the first first."""
         self._taking: list[Future[None]] = []
+        self._threads: ThreadPoolExecutor | None = None
+        """Of its own: what waits for the store must not keep others from working."""
         self.written: dict[str, PackRef] = {}
         """Those that were granted, by name; only after :meth:`finish` they are all there."""
 
@@ -96,15 +102,34 @@ class IncomingPacks:
         return cast("Bucket", self._objects)
 
     def take(self, packs: int) -> None:
-        """Begin to take over those that have been put, the first ``packs`` of all that were granted."""
+        """Begin to take over those that have been put, the first ``packs`` of all that were granted.
+
+        Raises what has come of those before: InvalidInputError (``not_uploaded``) for one that is not what was
+        described, or StorageError.
+        """
         while self._waiting and len(self._taking) < packs:
-            self._taking.append(self._executor.submit(partial(self._take, self._waiting.popleft())))
+            self._taking.append(self._pool.submit(self._take, self._waiting.popleft()))
+        for taking in self._taking:
+            if taking.done():
+                taking.result()
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS, "lamella-incoming")
+        return self._threads
 
     def finish(self) -> None:
-        """Take over what is left; raises InvalidInputError (``not_uploaded``) if it is not what was described."""
+        """Take over what is left; raises as :meth:`take` does."""
         self.take(len(self.written))
         for taking in self._taking:
             taking.result()
+        self._end()
+
+    def _end(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
     def _take(self, ref: PackRef) -> None:
         incoming = incoming_name(ref.name)
@@ -119,17 +144,33 @@ class IncomingPacks:
             self._packs.index(ref.name)
         except (NotFoundError, CorruptionError) as error:
             raise _not_uploaded() from error
-        self._objects.delete(incoming)
+        self._delete(incoming)
+
+    def _delete(self, name: str) -> None:
+        with suppress(LamellaError):  # it is in nobody's way
+            self._objects.delete(name)
 
     def _check_size(self, name: str, ref: PackRef) -> None:
         if self._objects.size(name) != ref.nbytes:
             raise _not_uploaded()
 
-    def left(self) -> list[str]:
-        """Return the names of all that may lie in the bucket, when nothing is being copied any more."""
+    def discard(self) -> None:
+        """Delete all of it, when nothing is being copied any more; raises nothing."""
         for taking in self._taking:
             taking.exception()
-        return [name for pack in self.written for name in (incoming_name(pack), pack)]
+        if self.written:
+            names = [name for pack in self.written for name in (incoming_name(pack), pack)]
+            deque(self._pool.map(self._delete, names), maxlen=0)
+        self._end()
+
+
+def sweep(objects: Objects) -> None:
+    """Delete what has lain below ``incoming/`` for :data:`LEFT_S`, by the time in its name."""
+    before = time.time() - LEFT_S
+    for info in objects.list("incoming/"):
+        if incoming_time(info.name) > before:
+            return  # so are those that follow
+        objects.delete(info.name)
 
 
 def _not_uploaded() -> InvalidInputError:

@@ -86,7 +86,7 @@ class Packs:
         row = self._row_of(pack)
         if row is not None and row.verifier == VERIFIED_BY_STORE:
             self._decoded.add(pack)  # and it stays so
-        return row is None or row.verifier == VERIFIED_BY_STORE
+        return pack in self._decoded
 
     def blob(self, stored: StoredBlob, payload: Buffer) -> Blob:
         """Return a stored blob as it travels; ``payload`` has been compared with its row."""

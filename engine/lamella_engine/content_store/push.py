@@ -103,7 +103,7 @@ class PackedPush:
         )
         numbers = count()
         self._writer = PackWriter(context.objects, context.executor, writer_id, self._note_pack, numbers)
-        self._incoming = IncomingPacks(context.objects, context.executor, context.packs, writer_id, numbers)
+        self._incoming = IncomingPacks(context.objects, context.packs, writer_id, numbers)
         self._packs: dict[ChunkId, str] = {}
         """The pack that holds each chunk planned so far; "" for one that this push has yet to store."""
         self._intake = Intake(self._bases, context.executor)
@@ -269,9 +269,10 @@ class PackedPush:
             return
         with suppress(LamellaError):
             self._writer.wait()
-        for name in (*self._writer.written, *self._incoming.left()):
+        for name in self._writer.written:
             with suppress(LamellaError):
                 self._store.objects.delete(name)
+        self._incoming.discard()
 
     # -- commit -------------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,11 @@ def incoming_name(pack: str) -> str:
     return f"incoming/{pack.removeprefix('packs/')}"
 
 
+def incoming_time(name: str) -> float:
+    """Return when the push began that was to put something there, in seconds since 1970; raises CorruptionError."""
+    return int(_match(r"incoming/([0-9a-f]{12})[0-9a-f]{20}-[0-9]{1,9}-[0-9a-f]{64}", name)[1], 16) / 1000
+
+
 def fold_name(number: int, root_digest: bytes) -> str:
     """Return the name of the fold of entries up to ``number``.
 

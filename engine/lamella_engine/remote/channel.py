@@ -141,6 +141,11 @@ class Channel:
             self._grpc = grpc.insecure_channel(place.address, options)
         self._stubs = {name: self._stub(name) for name in METHODS}
 
+    @property
+    def secure(self) -> bool:
+        """Whether it speaks TLS; without, only to this machine."""
+        return self._place.secure
+
     def __repr__(self) -> str:
         return f"Channel({self._place.address})"
 

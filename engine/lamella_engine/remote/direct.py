@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from lamella_engine.content_store.incoming import GRANTED_BLOBS
 from lamella_engine.content_store.packing import PACK_NBYTES, described
@@ -44,6 +44,8 @@ class Way:
 
     direct: bool
     """Whether straight into the bucket, as far as they can."""
+    in_the_clear: bool
+    """Whether this machine itself serves: then its own bucket may be spoken to without TLS."""
     proven: bool = False
     """Whether that has worked once."""
 
@@ -171,7 +173,7 @@ class _Put:
             patience = Patience(PATIENCE_S if self._way.proven else OPENING_PATIENCE_S)
             while not self._stopped:
                 try:
-                    _send(self._url, self._parts, checksum.digest())
+                    _send(self._url, self._parts, checksum.digest(), in_the_clear=self._way.in_the_clear)
                 except StorageError as error:
                     patience.wait(error)
                 else:
@@ -183,13 +185,14 @@ class _Put:
             self._parts = ()
 
 
-def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
+def _send(url: str, parts: Sequence[Buffer], md5: bytes, *, in_the_clear: bool) -> None:
     """Put one object; raises StorageError (``not_put``)."""
     try:
         place = urlsplit(url)
     except ValueError:
         raise _not_put("its endpoint has no address", transient=False) from None
-    if place.scheme != "https" and not (place.scheme == "http" and is_loopback(place.hostname or "")):
+    here = in_the_clear and place.scheme == "http" and is_loopback(place.hostname or "")
+    if place.scheme != "https" and not here:
         raise _not_put("its endpoint speaks no https", transient=False)
     headers = {
         "Content-Length": str(sum(map(len, parts))),
@@ -198,13 +201,19 @@ def _send(url: str, parts: Sequence[Buffer], md5: bytes) -> None:
         "Content-MD5": base64.b64encode(md5).decode(),
     }
     try:
-        urlopen(Request(url, map(bytes, parts), headers, method="PUT"), timeout=_TIMEOUT_S).close()
+        _exchange(Request(url, map(bytes, parts), headers, method="PUT"), here=here)
     except HTTPError as error:
         error.close()
         raise _not_put(f"it answers {error.code}", transient=error.code in _PASSING or error.code >= 500) from None
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise _not_put(f"{type(reason).__name__}", transient=True) from None
+
+
+def _exchange(request: Request, *, here: bool) -> None:
+    """Send a request, by a proxy of the environment unless it is for this machine itself; its answer is not read."""
+    handlers = (ProxyHandler({}),) if here else ()
+    build_opener(*handlers).open(request, timeout=_TIMEOUT_S).close()
 
 
 # Statuses with which stores say that a transfer failed, or that they have too much to do.

@@ -63,7 +63,7 @@ class RemoteStore:
         self.repository = repository
         self.executor = executor
         self.cache = cache
-        self._way = Way(direct)
+        self._way = Way(direct, in_the_clear=not channel.secure)
         self._versions: OrderedDict[VersionId, tuple[Recorded, Manifest]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -407,11 +407,12 @@ class Rpcs:
         with self._readers.taken(call.principal.name):
             report = Verification(request.deep or request.doubtful)
             told = time.monotonic()
-            for _ in verifying(store, report, doubtful=request.doubtful):
-                call.check()
-                if time.monotonic() - told >= _PROGRESS_S:
-                    yield _verified(report, done=False)
-                    told = time.monotonic()
+            with closing(verifying(store, report, doubtful=request.doubtful, by=call.principal.name)) as steps:
+                for _ in steps:
+                    call.check()
+                    if time.monotonic() - told >= _PROGRESS_S:
+                        yield _verified(report, done=False)
+                        told = time.monotonic()
         yield _verified(report, done=True)
 
     def jobs_audit(self, request: pb.AuditRequest, call: Call) -> Iterator[pb.AuditReply]:

@@ -11,7 +11,7 @@ from functools import partial
 from lamella_engine import codecs
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
-from lamella_engine.content_store.incoming import GRANTED_BLOBS, PUT_S, Granted
+from lamella_engine.content_store.incoming import AHEAD, GRANTED_BLOBS, PUT_S, Granted
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.content_store.packing import PACK_NBYTES, Described
@@ -117,8 +117,8 @@ class Session:
         self._untried: dict[ChunkId, Missing] = {}
         """What was offered a base, and has not been stored."""
         self._grants = 0
-        self._granted: tuple[Sequence[Described], Granted] | None = None
-        """The newest pack that the client puts by itself, and what it was asked for with."""
+        self._granted: tuple[int, Granted] | None = None
+        """The newest pack that the client puts by itself, and a hash of what it was asked for with."""
         self._parser = RecordParser()
         self._received = self._taken = 0
         self._batch: list[tuple[Blob, int]] = []
@@ -309,16 +309,18 @@ class Session:
                     f"such a pack has 1 to {GRANTED_BLOBS} blobs, and ends where they reach {PACK_NBYTES} bytes",
                     kind="bad_record",
                 )
-            if self._granted is None or number != self._grants - 1 or self._granted[0] != blobs:
-                if number != self._grants or arrived > number:
+            asked = hash(tuple(blobs))
+            if self._granted is None or number != self._grants - 1 or self._granted[0] != asked:
+                if number != self._grants or not number - AHEAD < arrived <= number:
                     raise InvalidInputError(
-                        f"pack {number} was asked for out of turn, after {self._grants}: begin again",
+                        f"pack {number} was asked for out of turn, after {self._grants} of which {arrived} have "
+                        "arrived: begin again",
                         kind="out_of_turn",
                     )
-                self.claim.take(nbytes + len(blobs) * _ROW_NBYTES)
-                self._granted = blobs, self.push.grant(blobs)
-                self._grants += 1
                 self.push.arrived(arrived)
+                self.claim.take(nbytes + len(blobs) * _ROW_NBYTES)
+                self._granted = asked, self.push.grant(blobs)
+                self._grants += 1
                 for blob in blobs:
                     self._untried.pop(blob.chunk, None)
             return self._granted[1], self.push.put_url(self._granted[1])
@@ -422,7 +424,6 @@ class Sessions:
 
         Raises what ``ContentStore.begin`` does, and LimitError for one too many.
         """
-        self.sweep()
         with self._lock:
             session = self._sessions.get((store, push_id))
         if session is not None:

@@ -5,7 +5,7 @@ import threading
 from contextlib import closing
 from weakref import WeakKeyDictionary
 
-from lamella_engine.content_store.acting import acting_as
+from lamella_engine.content_store.incoming import sweep
 from lamella_engine.content_store.packed import PackedStore
 from lamella_engine.errors import LamellaError
 from lamella_engine.maintenance import Verification, verifying
@@ -21,6 +21,7 @@ class Verifier:
 
     Each blob is checked as ``verify --deep`` checks it, in the server's threads, and packs that are right may serve any
     push from then on. One that is not stays as it is: the version that stands on it fails ``verify``, no other does.
+    What was put and never asked for is deleted after a week.
     """
 
     def __init__(self) -> None:
@@ -52,8 +53,7 @@ class Verifier:
     def _run(self) -> None:
         while (store := self._next()) is not None:
             try:
-                with acting_as(PRINCIPAL):
-                    self._verify(store)
+                self._verify(store)
             except LamellaError as error:  # whoever pushes there next has it looked at again
                 logger.warning("doubtful packs are not verified: %s", error)
             except Exception:  # a bug: other repositories are looked at all the same
@@ -70,9 +70,10 @@ class Verifier:
             return self._waiting.pop(0)
 
     def _verify(self, store: PackedStore) -> None:
+        sweep(store.objects)
         report = Verification(deep=True)
         wrong = self._wrong[store]
-        with closing(verifying(store, report, doubtful=True, known=wrong)) as steps:
+        with closing(verifying(store, report, doubtful=True, known=wrong, by=PRINCIPAL)) as steps:
             for _ in steps:
                 if self._stopped:
                     return
