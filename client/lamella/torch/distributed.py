@@ -311,26 +311,22 @@ def _tensors(plan: SavePlan) -> list[WriteItem]:
 
 
 def _shared(plan: SavePlan) -> SavePlan:
-    """Return a plan in which what is equal is one object: the layers of a model are few kinds of tensors.
+    """Return a plan in which tensors of one shape, cut alike, are described once: the layers of a model are few kinds.
 
-    Plans travel pickled, and the coordinator makes those of all ranks, one after another, while they wait. An item
-    takes sixteen objects without this and four with it, and enough objects have Python collect garbage, which takes
-    0.2 s in a process that has imported torch: of 2,400 items it did so in most saves.
+    Plans travel pickled, and the coordinator makes those of all ranks while they wait for it. An item takes 14 objects
+    without this and 6 with it; and so many live ones may have Python look for garbage, which takes 0.2 s in a process
+    that has imported torch: with 1,216 items on each of two ranks it did in every save.
     """
     known: dict[Any, TensorWriteData] = {}
 
-    def shared(item: WriteItem) -> WriteItem:
-        data, index = item.tensor_data, item.index
+    def described_once(item: WriteItem) -> WriteItem:
+        data = item.tensor_data
         if data is None:
             return item
-        data = known.setdefault(
-            (data.chunk.offsets, data.chunk.sizes, data.size, *vars(data.properties).values()), data
-        )
-        if index.offset == data.chunk.offsets:
-            index = replace(index, offset=data.chunk.offsets)
-        return replace(item, index=index, tensor_data=data)
+        key = (data.chunk.offsets, data.chunk.sizes, data.size, *vars(data.properties).values())
+        return replace(item, tensor_data=known.setdefault(key, data))
 
-    return replace(plan, items=[shared(item) for item in plan.items])
+    return replace(plan, items=[described_once(item) for item in plan.items])
 
 
 def _described(item: WriteItem) -> tuple[TensorSpec, Box]:
