@@ -149,15 +149,18 @@ class Pipeline:
         cast: codecs.Encoded | None = None
         if guide is not None and len(guide) != nbytes:  # of the same weights in another type, or was expected to be
             if codecs.is_near_cast(chunk.data, guide, width=place.width):
-                cast = encode(base=guide)
-                if cast.encoding is codecs.Encoding.CAST and len(cast.payload) == 1:  # nothing but which cast it is
+                found = encode(base=guide)
+                cast = found if found.encoding is codecs.Encoding.CAST else None
+                if cast is not None and len(cast.payload) == 1:  # nothing but which cast it is
                     return cast, missing.companion
             guide = None
         base = self._base_of(missing)
+        if base is None and missing.base is not None:
+            cast = None  # the store, which has that base, may do better
         if base is not None and not codecs.fits(len(base), nbytes, floating=place.floating):
             base = None  # the tensor grew or shrank at this place
         encoded = encode(base=base, guide=guide)
-        if cast is not None and cast.encoding is codecs.Encoding.CAST and len(cast.payload) < len(encoded.payload):
+        if cast is not None and len(cast.payload) < len(encoded.payload):
             return cast, missing.companion
         against = {
             codecs.Against.NOTHING: None,
