@@ -11,7 +11,7 @@ from workers import Held, split, structure_of
 
 from lamella_engine.boxes import Box
 from lamella_engine.checkpoints.shards import Shards
-from lamella_engine.companions import moments
+from lamella_engine.companions import expected
 from lamella_engine.errors import InvalidInputError, StorageError
 from lamella_engine.exchanging import pieces_of
 from lamella_engine.model import Buffer
@@ -129,7 +129,7 @@ def test_batches_are_the_share_with_companions_side_by_side(nbytes: int) -> None
             (name, number) for name, some in share.cells.items() for number in some
         )
         assert len(cut) == 1 or all(cells)
-        for follower, companion in moments(structure).items():
+        for follower, companion in expected(structure).items():
             for one in cells:
                 for name, number in one:
                     beside = number in share.cells.get(companion.name, ())

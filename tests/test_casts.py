@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lamella_engine import casts
 from lamella_engine.casts import Cast
-from lamella_engine.codecs import Encoding, decode, encode
+from lamella_engine.codecs import Encoding, decode, encode, is_near_cast
 from lamella_engine.errors import CorruptionError, UnsupportedFormatError
 
 TYPES = {
@@ -134,3 +134,14 @@ def test_the_numbers_of_casts_never_change():
         "BFLOAT16_TO_FLOAT32": 2,
         "FLOAT16_TO_FLOAT32": 3,
     }
+
+
+def test_some_lanes_tell_what_may_be_a_cast():
+    source = weights(5000)
+    short = source.astype(ml_dtypes.bfloat16)
+    near = (source * np.float32(1.01)).astype(ml_dtypes.bfloat16)
+    other = weights(5000, seed=1).astype(ml_dtypes.bfloat16)
+    found = [is_near_cast(target.tobytes(), source.tobytes(), width=2) for target in (short, near, other, short[:4999])]
+    assert found == [True, True, False, False]
+    assert is_near_cast(source.tobytes(), short.tobytes(), width=4)
+    assert not is_near_cast(b"", b"", width=2)

@@ -6,8 +6,8 @@ import pytest
 from support import Copy, bits, copies_in, new_repository, noise, open_again, store_of
 
 from lamella_engine.codecs import Encoding
-from lamella_engine.companions import MOST_FOLLOWERS, companions
-from lamella_engine.dtypes import dtype_of_numpy
+from lamella_engine.companions import MOST_FOLLOWERS, companions, expected
+from lamella_engine.dtypes import dtype_named, dtype_of_numpy
 from lamella_engine.executor import ThreadExecutor
 from lamella_engine.format.digests import chunk_id
 from lamella_engine.model import TensorSpec
@@ -54,6 +54,23 @@ def test_moments_are_found_by_their_names():
     assert found({"state.0.exp_avg": first, "state.0.exp_avg_sq": second}) == {"state.0.exp_avg": "state.0.exp_avg_sq"}
     assert found({"state.0.exp_avg": first, "state.1.exp_avg_sq": second}) == {}
     assert found({"0.exp_avg": first, "0.exp_avg_sq": second.astype(np.float64)}) == {}
+
+
+def test_casts_are_expected_where_as_many_tensors_of_a_shape_sort_alike():
+    def guessed(*names: str, shape: tuple[int, ...] = (40, 50)) -> dict[str, str]:
+        kinds = {"16": "bfloat16", "h": "float16", "d": "float64"}
+        dtypes = {name: dtype_named(kinds.get(name.rpartition(":")[2], "float32")) for name in names}
+        return {
+            name: spec.name
+            for name, spec in expected([TensorSpec(name, dtypes[name], shape) for name in sorted(names)]).items()
+        }
+
+    assert guessed("master.a", "master.b", "a:16", "b:16") == {"a:16": "master.a", "b:16": "master.b"}
+    assert guessed("a.master", "b.master", "a:16", "a:h") == {}
+    assert guessed("a.master", "a:16", "a:h") == {"a:16": "a.master", "a:h": "a.master"}
+    assert guessed("a.fp32", "a.momentum_buffer", "exp_avg.a", "a:16") == {"a:16": "a.fp32"}
+    assert guessed("a:d", "a:16") == {}
+    assert guessed("a.master", "a:16", shape=(7,)) == {}
 
 
 def test_a_companion_has_none_itself_and_few_followers():

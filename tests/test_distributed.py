@@ -204,6 +204,16 @@ def test_one_process_needs_no_group(repo: lamella.Repository) -> None:
     assert leaves(state) == leaves(state_on(None))
 
 
+def test_a_plan_that_travels_describes_tensors_that_are_alike_once(repo: lamella.Repository) -> None:
+    planner = dcp.DefaultSavePlanner()
+    state = {f"w{at}": torch.ones(3, 4) for at in range(20)} | {"half": torch.ones(3, 4).bfloat16(), "n": 1}
+    planner.set_up_planner(state, is_coordinator=True)
+    plan = planner.create_local_plan()
+    found = pickle.loads(pickle.dumps(LamellaWriter(repo, "llm@main").prepare_local_plan(plan)))
+    assert found.items == plan.items
+    assert len({id(item.tensor_data) for item in found.items if item.tensor_data is not None}) == 2
+
+
 def test_a_checkpoint_id_names_the_branch(repo: lamella.Repository) -> None:
     dcp.save({"w": torch.ones(3)}, checkpoint_id="llm@run-7", storage_writer=LamellaWriter(repo, "llm@main"))
     assert repo.version("llm@run-7")["w"].numpy().tolist() == [1, 1, 1]

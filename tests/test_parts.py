@@ -116,6 +116,54 @@ def test_a_delta_is_as_small_in_parts_as_in_one_push() -> None:
     assert max(sizes) < 1.03 * min(sizes)
 
 
+def mixed_precision(step: int) -> dict[str, Array]:
+    """Masters, their moments, and the weights that a model computes with, which sort before them or behind."""
+    rng = np.random.default_rng(step)
+    tensors: dict[str, Array] = {}
+    for at, (name, shape) in enumerate({"a": (700, 2100), "b": (700, 2100), "norm": (2100,)}.items()):
+        drift = np.float32(1e-3 * step) * rng.standard_normal(shape).astype(np.float32)
+        master = np.random.default_rng(100 + at).standard_normal(shape).astype(np.float32) + drift
+        tensors[f"optim.master.{name}"] = master
+        tensors[f"optim.{name}.exp_avg"] = rng.standard_normal(shape).astype(np.float32) * np.float32(1e-3)
+        tensors[f"model.{name}"] = master.astype(ml_dtypes.bfloat16)
+        tensors[f"z.{name}.half"] = master.astype(np.float16)
+    return tensors
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_casts_take_as_little_in_parts_as_in_one_push(workers: int) -> None:
+    plain, repo = new_repository(), new_repository()
+    sizes: list[tuple[int, int]] = []
+    for step in range(2):
+        tensors = mixed_precision(step)
+        expected = plain.push(tensors, "m@main")
+        version, _ = push_shared([repo] * workers, "m@main", tensors, split(tensors, workers, lambda name: 0))
+        assert version.parameters_id == expected.parameters_id
+        sizes.append((pack_nbytes(plain), pack_nbytes(repo)))
+    # A worker's own packs and their heads, at each step.
+    assert all(shared < alone + (step + 1) * workers * 1000 for step, (alone, shared) in enumerate(sizes))
+    assert bits(repo.checkout("m@main", verify="chunk")) == bits(tensors)
+
+
+def test_what_is_only_near_its_master_is_stored_against_what_it_was_where_that_is_nearer() -> None:
+    grown = []
+    for workers in (0, 2):
+        repo = new_repository()
+        for step in range(2):
+            before = pack_nbytes(repo)
+            tensors = mixed_precision(step)
+            for name, first in mixed_precision(0).items():
+                if name.startswith("model."):
+                    nearly = first.astype(np.float32) * np.float32(1.05) + np.float32(1e-4 * step)
+                    tensors[name] = nearly.astype(ml_dtypes.bfloat16)
+            if workers:
+                push_shared([repo] * workers, "m@main", tensors, split(tensors, workers, lambda name: 0))
+            else:
+                repo.push(tensors, "m@main")
+        grown.append(pack_nbytes(repo) - before)
+    assert grown[1] < 1.002 * grown[0]
+
+
 def test_workers_that_have_opened_the_repository_by_themselves_make_one_version() -> None:
     objects = MemoryObjects()
     new_repository(objects)
@@ -274,6 +322,15 @@ def test_adam_moments_are_stored_where_each_other_is() -> None:
         cells = list(share.cells.values())
         assert len(cells) in (0, 2)
         assert all(one == cells[0] for one in cells)
+
+
+def test_a_cast_is_stored_where_its_master_is() -> None:
+    tensors = {name: array for name, array in mixed_precision(0).items() if "exp_avg" not in name}
+    shares = share_out(structure_of(tensors), holdings_of(split(tensors, 2, lambda name: 0)), 2)
+    for share in shares:
+        for name in ("a", "b", "norm"):
+            assert share.cells.get(f"model.{name}") == share.cells.get(f"optim.master.{name}")
+            assert share.cells.get(f"z.{name}.half") == share.cells.get(f"optim.master.{name}")
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,20 @@ _CASTS = {
     ("float16", "float32"): Cast.FLOAT16_TO_FLOAT32,
 }
 
+_OF_OPTIMIZERS = ("exp_avg", "momentum")
+"""In names of what optimizers keep for each weight, of its shape: no weights."""
+
 Read = Callable[[TensorSpec, Region], Buffer]
 
 
-def moments(structure: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
-    """Find those companions that names alone tell: Adam's second moments, of the first ones."""
-    return _paired(structure, _moments({spec.name: spec for spec in structure}))
+def expected(structure: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """Find those companions that the structure alone tells, for workers none of which has all elements.
+
+    Names tell of Adam's moments. Of casts they tell less, so more of these are expected than there are; see
+    :func:`companions` for what is returned.
+    """
+    specs = {spec.name: spec for spec in structure}
+    return _paired(structure, (*_moments(specs), *_namesakes(structure)))
 
 
 def companions(structure: Sequence[TensorSpec], read: Read) -> dict[str, TensorSpec]:
@@ -141,6 +149,22 @@ def _casts(structure: Sequence[TensorSpec], read: Read) -> Iterator[tuple[str, T
                         yield spec.name, other  # the narrow one is the shorter one to store
                     else:
                         yield other.name, spec
+
+
+def _namesakes(structure: Sequence[TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield narrow tensors with the wide ones that may be their masters: as many of a shape, the same place by name.
+
+    Whatever stands before or behind the names of a model's tensors, they sort alike.
+    """
+    by_shape: defaultdict[tuple[int, ...], defaultdict[str, list[TensorSpec]]] = defaultdict(lambda: defaultdict(list))
+    for spec in sorted(structure, key=lambda spec: spec.name):
+        if _is_worth_it(spec) and not any(word in spec.name for word in _OF_OPTIMIZERS):
+            by_shape[spec.shape][spec.dtype.name].append(spec)
+    for by_type in by_shape.values():
+        masters = by_type.get("float32", [])
+        for name in ("bfloat16", "float16"):
+            if len(by_type.get(name, ())) == len(masters):
+                yield from ((spec.name, master) for spec, master in zip(by_type[name], masters, strict=True))
 
 
 def _is_worth_it(spec: TensorSpec) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from lamella_engine.boxes import Box, box_of
 from lamella_engine.checkpoints.shards import Shards
 from lamella_engine.chunking import Region
-from lamella_engine.companions import in_order, moments
+from lamella_engine.companions import expected, in_order
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.seam import ContentStore, Planned, Push, Recorded
 from lamella_engine.errors import InvalidInputError, LamellaError, StorageError
@@ -309,7 +309,7 @@ def _stored(
     pipeline = Pipeline(push, executor)
     push.consider(sketch)
 
-    cells = in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ()))
+    cells = in_order(structure, expected(structure), lambda spec: share.cells.get(spec.name, ()))
     upcoming = next(cells, None)
     beside: Place | None = None
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lamella_engine.boxes import Box, box_nbytes, box_of, intersection
-from lamella_engine.companions import in_order, moments
+from lamella_engine.companions import expected, in_order
 from lamella_engine.errors import InvalidInputError
 from lamella_engine.model import Cell, TensorSpec
 
@@ -112,7 +112,7 @@ def share_out(
     rounds = _Rounds(shares)
     stored = [0] * workers
     owners: dict[Cell, int] = {}
-    companion_of = moments(structure)
+    companion_of = expected(structure)
     layouts: dict[object, list[_Lying]] = {}
     lying: dict[str, list[_Lying]] = {}
     for spec in structure:
@@ -144,7 +144,7 @@ def batches(structure: Sequence[TensorSpec], share: Share, nbytes: int) -> list[
     brought = share.brought()
     found = [Share(share.worker)]
     filled = 0
-    for spec, number, follows in in_order(structure, moments(structure), lambda spec: share.cells.get(spec.name, ())):
+    for spec, number, follows in in_order(structure, expected(structure), lambda spec: share.cells.get(spec.name, ())):
         if filled >= nbytes and not follows:
             found.append(Share(share.worker))
             filled = 0

@@ -134,23 +134,37 @@ class Pipeline:
         if missing.companion is not None and place.companion is not None:
             memory = self._memory() if place.companion.nbytes >= POOLED_NBYTES else None
             guide = place.companion.read(memory)
-        encode = partial(codecs.encode, chunk.data, width=place.width, floating=place.floating)
-        encoded, against = codecs.Encoded(codecs.Encoding.RAW, b""), None
-        if guide is not None and len(guide) != nbytes:  # of the same weights in another type
-            encoded, against, guide = encode(base=guide), missing.companion, None
-        if encoded.encoding is not codecs.Encoding.CAST:
-            base = self._base_of(missing)
-            if base is not None and not codecs.fits(len(base), nbytes, floating=place.floating):
-                base = None  # the tensor grew or shrank at this place
-            encoded = encode(base=base, guide=guide)
-            against = {
-                codecs.Against.NOTHING: None,
-                codecs.Against.BASE: missing.base,
-                codecs.Against.GUIDE: missing.companion,
-            }[encoded.against]
+        encoded, against = self._smallest(chunk, missing, guide)
         again = partial(place.read, None)
         blob = Blob(chunk.id, encoded.encoding, place.width, nbytes, encoded.payload, against, again, place.floating)
         self._push.keep(blob, chunk.data)
         self._release(chunk.memory)
         self._release(memory)
         return blob
+
+    def _smallest(self, chunk: Chunk, missing: Missing, guide: Buffer | None) -> tuple[codecs.Encoded, ChunkId | None]:
+        """Return the payload of a chunk, and the chunk that it is made against; ``guide`` is that of its companion."""
+        place, nbytes = chunk.place, len(chunk.data)
+        encode = partial(codecs.encode, chunk.data, width=place.width, floating=place.floating)
+        cast: codecs.Encoded | None = None
+        if guide is not None and len(guide) != nbytes:  # of the same weights in another type, or was expected to be
+            if codecs.is_near_cast(chunk.data, guide, width=place.width):
+                found = encode(base=guide)
+                cast = found if found.encoding is codecs.Encoding.CAST else None
+                if cast is not None and len(cast.payload) == 1:  # nothing but which cast it is
+                    return cast, missing.companion
+            guide = None
+        base = self._base_of(missing)
+        if base is None and missing.base is not None:
+            cast = None  # the store, which has that base, may do better
+        if base is not None and not codecs.fits(len(base), nbytes, floating=place.floating):
+            base = None  # the tensor grew or shrank at this place
+        encoded = encode(base=base, guide=guide)
+        if cast is not None and len(cast.payload) < len(encoded.payload):
+            return cast, missing.companion
+        against = {
+            codecs.Against.NOTHING: None,
+            codecs.Against.BASE: missing.base,
+            codecs.Against.GUIDE: missing.companion,
+        }
+        return encoded, against[encoded.against]

@@ -42,8 +42,19 @@ Where it stands, each line importing only from those below its own:
     encodings  checks   their numbers, and what each is made against; what is a chunk, and what is a lie
 """
 
-from lamella_engine.codecs.choosing import encode
+from lamella_engine.codecs.choosing import encode, is_near_cast
 from lamella_engine.codecs.decoding import decode, measure
 from lamella_engine.codecs.encodings import Against, Encoded, Encoding, fits, is_measurable, needs_base
 
-__all__ = ["Against", "Encoded", "Encoding", "decode", "encode", "fits", "is_measurable", "measure", "needs_base"]
+__all__ = [
+    "Against",
+    "Encoded",
+    "Encoding",
+    "decode",
+    "encode",
+    "fits",
+    "is_measurable",
+    "is_near_cast",
+    "measure",
+    "needs_base",
+]

@@ -76,6 +76,11 @@ def _misfit(what: str, actual: int, expected: int) -> InvalidInputError:
     )
 
 
+def is_near_cast(chunk: Buffer, base: Buffer, *, width: int) -> bool:
+    """Whether some lanes say that a chunk is, or nearly is, a cast of a base of another width."""
+    return casts.likeliest(as_bytes(base, what="base"), as_bytes(chunk, what="chunk"), width) is not None
+
+
 def _encode_cast(source: Bytes, base: Bytes, *, width: int) -> Encoded:
     """Encode floats against a base of another width, if one is near a cast of the other."""
     cast = casts.likeliest(base, source, width)
