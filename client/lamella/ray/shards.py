@@ -1,6 +1,7 @@
 """Shards: what lies on one node, in a file or in memory, and how it is read there."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import ray
 
-from lamella.ray.refs import PATIENCE_S, got, put
+from lamella.ray.refs import brought, put
 from lamella_engine.boxes import Octets
 from lamella_engine.checkpoints import MemoryCheckpoint, SafetensorsCheckpoint
 from lamella_engine.chunking import Region
@@ -138,10 +139,13 @@ class LentTensors:
         self.random_access = True
         self.fingerprint: tuple[int, ...] = ()
         self._lent = lent
-        self._object = lru_cache(LENT_HELD)(lambda number: got(lent.objects[number], PATIENCE_S))
+        lengths = Counter[int]()
+        for spec in lent.structure:
+            lengths[lent.places[spec.name][0]] += spec.nbytes
+        self._object = lru_cache(LENT_HELD)(lambda number: brought(lent.objects[number], lengths[number]))
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
-        """See :meth:`Checkpoint.read`; a view. Raises StorageError if the process that lent it is gone."""
+        """See :meth:`Checkpoint.read`; a view. Raises StorageError if who lent it is gone, or there is no room for it."""
         number, at = self._lent.places[tensor.name]
         octets: Octets = self._object(number)[at]
         return octets[region.start : region.stop].data
