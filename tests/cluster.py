@@ -152,7 +152,13 @@ def running(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
                 try:
                     started = cluster.list_all_nodes()
                     raylets = tuple(node.all_processes["raylet"][0].process.pid for node in started)
-                    yield Nodes(cluster.address, settings, tuple(node.node_id for node in started), raylets, Path(folder, "spilled"))
+                    yield Nodes(
+                        cluster.address,
+                        settings,
+                        tuple(node.node_id for node in started),
+                        raylets,
+                        Path(folder, "spilled"),
+                    )
                 finally:
                     ray.shutdown()
             finally:

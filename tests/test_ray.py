@@ -276,7 +276,13 @@ class Killer:
         self._stored.wait(self.moment_s)
         alive = self._alive()
         if alive and not self._stored.is_set():
-            self.found = "nobody told" if not self._told.is_set() else "something stored" if self._seen.done_nbytes else "all told"
+            self.found = (
+                "nobody told"
+                if not self._told.is_set()
+                else "something stored"
+                if self._seen.done_nbytes
+                else "all told"
+            )
             self.killed = kill(random.choice(alive)) and not self._stored.is_set()
         (self._stored if self._storing else self._told).wait()
         self.lasted_s = time.monotonic() - begun
@@ -465,9 +471,11 @@ def test_a_driver_that_is_killed_at_any_moment_leaves_nothing_or_a_version(nodes
         number, seed = number + 1, seed + 1
         tensors = weights(seed)
         moments = [time.monotonic()]
-        look = lambda _: moments.append(time.monotonic())  # noqa: E731
-        assert lamella.ray.push(lent(nodes, tensors, 2), "llm@main", place, progress=look).number == number
+        lamella.ray.push(
+            lent(nodes, tensors, 2), "llm@main", place, progress=lambda _: moments.append(time.monotonic())
+        )
         with lamella.open(place) as repo:
+            assert repo.version("llm@main").number == number
             assert bits(repo.checkout("llm@main")) == bits(tensors)
         return moments[1] - moments[0], moments[-1] - moments[1]
 

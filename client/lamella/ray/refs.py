@@ -10,9 +10,10 @@ from lamella_engine.errors import LamellaError, StorageError
 PATIENCE_S = 300.0
 """How long an encoder waits for what another one does: one that is being started again takes seconds."""
 
-ROOM_S = 30.0
+ROOM_S = 60.0
 """How long what is there already may take to come into the object store of this node, beside the time to move it. What
-Ray has spilled it brings back when there is room, and until then it says nothing, for ever if need be."""
+Ray has spilled it brings back when there is room, and until then it says nothing, for ever if need be; that a node is
+gone it says within half a minute."""
 
 SLOWEST = 10 << 20
 """Bytes a second: a busy hard disk, or a network of 100 Mbit/s."""
@@ -31,13 +32,13 @@ def brought(ref: Any, nbytes: int = 0) -> Any:
 
     Raises as :func:`got` does, and StorageError (``worker_lost``, ``object_store_full``) if they do not come.
     """
+    there, _ = ray.wait([ref], timeout=PATIENCE_S, fetch_local=False)
+    if not there:
+        raise _lost("a node did not answer", f"in {PATIENCE_S:.0f} s")
     try:
-        there, _ = ray.wait([ref], timeout=PATIENCE_S, fetch_local=False)
-        if not there:
-            raise GetTimeoutError(f"not within {PATIENCE_S:.0f} s")
         return ray.get(ref, timeout=ROOM_S + nbytes / SLOWEST)
     except GetTimeoutError as error:
-        raise (_full() if there else _lost("a node did not answer", error)) from error
+        raise _full() from error
     except RayError as error:
         raise _understood(error) from error
 
@@ -58,7 +59,7 @@ def _understood(error: RayError) -> Exception:
         return _full()
     if isinstance(error, RayTaskError):
         return error
-    return _lost("a worker, or what it held, is gone", error)
+    return _lost("a worker, or what it held, is gone", str(error).partition("\n")[0])
 
 
 def _full() -> StorageError:
@@ -68,6 +69,5 @@ def _full() -> StorageError:
     )
 
 
-def _lost(what: str, error: Exception) -> StorageError:
-    why = str(error).partition("\n")[0]
+def _lost(what: str, why: str) -> StorageError:
     return StorageError(f"{what}: push again when the cluster is whole ({why})", kind="worker_lost", transient=True)

@@ -145,7 +145,7 @@ class LentTensors:
         self._object = lru_cache(LENT_HELD)(lambda number: brought(lent.objects[number], lengths[number]))
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
-        """See :meth:`Checkpoint.read`; a view. Raises StorageError if who lent it is gone, or there is no room for it."""
+        """See :meth:`Checkpoint.read`; a view. Raises StorageError if its lender is gone, or it finds no room."""
         number, at = self._lent.places[tensor.name]
         octets: Octets = self._object(number)[at]
         return octets[region.start : region.stop].data
