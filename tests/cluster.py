@@ -2,7 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +16,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from support import Array
+from support import PATIENCE_S, Array
 
 from lamella.ray import Group, Place, Shard, refs
 from lamella.ray.refs import got
@@ -23,6 +25,13 @@ from lamella_engine.errors import StorageError
 
 STORE_NBYTES = 80 << 20
 """Of each node's object store: about as small as Ray lets it be."""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        threading.Event().wait(0.05)
 
 
 class Holder:
@@ -103,6 +112,10 @@ class Nodes:
 
     def encoders(self) -> dict[int, int]:
         """Return the processes of encoders at work: process id -> number of the node."""
+        return self.actors("_Encoder")
+
+    def actors(self, name: str) -> dict[int, int]:
+        """Return the processes of actors of a class: process id -> number of the node."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -112,7 +125,7 @@ class Nodes:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:  # it has ended meanwhile
                 continue
-            if title.startswith(b"ray::_Encoder") and parent in self.raylets:
+            if title.startswith(f"ray::{name}".encode()) and parent in self.raylets:
                 found[int(entry.name)] = self.raylets.index(parent)
         return found
 
