@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -31,9 +32,11 @@ from workers import split
 
 import lamella
 import lamella.ray
-from lamella.ray import Group, Place, Shard, pushes
+from lamella.ray import Group, Place, Shard, pushes, refs
 from lamella.ray.encoders import RESTARTS
 from lamella.ray.refs import got
+from lamella.ray.shards import LENT_HELD
+from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError, StorageError
 from lamella_engine.model import Progress
 from lamella_engine.repository import Repository
@@ -426,8 +429,26 @@ def test_a_push_through_full_object_stores_fails_and_a_later_one_does_not(nodes:
 
 def test_what_was_spilled_and_finds_no_room_is_not_waited_for_for_ever(nodes: Nodes) -> None:
     with pytest.raises(StorageError) as caught:
-        got(nodes.new_holder(1).read_too_much.remote(room_s=1.0))
+        got(nodes.new_holder(1).hold_too_much.remote(room_s=1.0))
     assert caught.value.kind == "object_store_full"
+
+
+def test_few_objects_are_held_of_however_many_shards(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[weakref.ref[Array]] = []
+
+    def brought(ref: Any, nbytes: int) -> list[Array]:
+        found: list[Array] = refs.brought(ref, nbytes)
+        assert sum(array.nbytes for array in found) == nbytes
+        fetched.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(lamella.ray.shards, "brought", brought)
+    lent = [Shard.of_tensors({"w": np.full(200_000, number, np.uint8)}) for number in range(3 * LENT_HELD)]
+    opened = [shard.source.open() for shard in lent]
+    for number, source in enumerate(opened):
+        assert bytes(source.read(source.structure[0], Region((slice(7, 8),), 7, 1))) == bytes([number])
+    assert len(fetched) == len(lent)
+    assert sum(array() is not None for array in fetched) <= LENT_HELD
 
 
 DRIVER = """

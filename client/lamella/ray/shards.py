@@ -22,7 +22,7 @@ LENT_NBYTES = 32 << 20
 """Tensors are lent together up to so many bytes: an object takes Ray about a millisecond."""
 
 LENT_HELD = 4
-"""Objects that an encoder holds at a time: what is held cannot be spilled."""
+"""Objects that an encoder holds at a time, of however many shards: what is held cannot be spilled."""
 
 Place: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """The shape of a whole tensor, and the offset of a shard in it."""
@@ -130,6 +130,12 @@ def _all_of(spec: TensorSpec) -> Region:
     return Region(tuple(slice(0, length) for length in spec.grid.shape), 0, spec.nbytes)
 
 
+@lru_cache(LENT_HELD)
+def _held(ref: Any, nbytes: int) -> list[Octets]:
+    octets: list[Octets] = brought(ref, nbytes)
+    return octets
+
+
 class LentTensors:
     """See :class:`~lamella_engine.checkpoints.Checkpoint`: reads from this node's shared memory, without a copy."""
 
@@ -139,23 +145,23 @@ class LentTensors:
         self.random_access = True
         self.fingerprint: tuple[int, ...] = ()
         self._lent = lent
-        lengths = Counter[int]()
+        self._lengths = Counter[int]()
+        """Of its objects."""
         for spec in lent.structure:
-            lengths[lent.places[spec.name][0]] += spec.nbytes
-        self._object = lru_cache(LENT_HELD)(lambda number: brought(lent.objects[number], lengths[number]))
+            self._lengths[lent.places[spec.name][0]] += spec.nbytes
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
         """See :meth:`Checkpoint.read`; a view. Raises StorageError if its lender is gone, or it finds no room."""
         number, at = self._lent.places[tensor.name]
-        octets: Octets = self._object(number)[at]
+        octets: Octets = _held(self._lent.objects[number], self._lengths[number])[at]
         return octets[region.start : region.stop].data
 
     def check_unchanged(self) -> None:
         """Objects never change."""
 
     def close(self) -> None:
-        """Let go of what is held."""
-        self._object.cache_clear()
+        """Let go of what is held, for others too: they fetch it again."""
+        _held.cache_clear()
 
     def __enter__(self) -> Self:
         return self
