@@ -2,8 +2,10 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +16,22 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from support import Array
+from support import PATIENCE_S, Array
 
-from lamella.ray import Group, Place, Shard
+from lamella.ray import Group, Place, Shard, refs
 from lamella.ray.refs import got
+from lamella_engine.chunking import Region
+from lamella_engine.errors import StorageError
 
 STORE_NBYTES = 80 << 20
 """Of each node's object store: about as small as Ray lets it be."""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        threading.Event().wait(0.05)
 
 
 class Holder:
@@ -31,6 +42,25 @@ class Holder:
 
     def fill(self, nbytes: int) -> Shard:
         return Shard.of_tensors({"w": np.zeros(nbytes, np.uint8)})
+
+    def fill_up(self) -> list[Shard]:
+        """Lend until there is no room for another 110 KiB: less does not come into the object store."""
+        lent = []
+        for nbytes in (2 << 20, 256 << 10, 110 << 10):
+            with suppress(StorageError):
+                while True:
+                    lent.append(self.fill(nbytes))
+        return lent
+
+    def hold_too_much(self, room_s: float) -> int:
+        """Lend twice what the object store holds, some of which is spilled; read it and hold what was read."""
+        refs.ROOM_S = room_s
+        lent: list[Shard] = []
+        while len(lent) < 10:
+            with suppress(StorageError):  # as long as others are being spilled
+                lent.append(self.fill(STORE_NBYTES // 5))
+        opened = [shard.source.open() for shard in lent]
+        return len([source.read(source.structure[0], Region((slice(0, 1),), 0, 1)) for source in opened])
 
     def file(self, path: str, places: Mapping[str, Place]) -> Shard:
         return Shard.of_file(path, places=places)
@@ -50,6 +80,8 @@ class Nodes:
     ids: tuple[str, ...]
     raylets: tuple[int, ...]
     """Their process ids."""
+    spilled: Path
+    """Where nodes put what does not fit into their object stores, each in a directory of its own."""
 
     @cached_property
     def holders(self) -> tuple[Any, ...]:
@@ -63,8 +95,26 @@ class Nodes:
             max_concurrency=2, scheduling_strategy=NodeAffinitySchedulingStrategy(self.ids[number], soft=False)
         ).remote()
 
+    @contextmanager
+    def full(self, number: int) -> Iterator[None]:
+        """Fill the object store of a node that has spilled nothing, and have nobody write where it spills to."""
+        place = self.spilled / f"ray_spilled_objects_{self.ids[number]}"
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to("/proc/self")  # there is no file to be made here, not even by root
+        try:
+            filling = got(self.holders[number].fill_up.remote())
+            yield
+            del filling
+        finally:
+            place.unlink()
+            place.mkdir()
+
     def encoders(self) -> dict[int, int]:
         """Return the processes of encoders at work: process id -> number of the node."""
+        return self.actors("_Encoder")
+
+    def actors(self, name: str) -> dict[int, int]:
+        """Return the processes of actors of a class: process id -> number of the node."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -74,7 +124,7 @@ class Nodes:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:  # it has ended meanwhile
                 continue
-            if title.startswith(b"ray::_Encoder") and parent in self.raylets:
+            if title.startswith(f"ray::{name}".encode()) and parent in self.raylets:
                 found[int(entry.name)] = self.raylets.index(parent)
         return found
 
@@ -83,7 +133,10 @@ class Nodes:
 def running(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
     """Start nodes, whose workers find ``environment``, and connect to them."""
     with tempfile.TemporaryDirectory(prefix="lr") as folder:  # a short path: sockets lie in it
+        Path(folder, "ray").mkdir()  # Ray notes there which cluster is the newest, and expects to find it
         settings = {
+            "RAY_TMPDIR": folder,
+            "RAY_object_spilling_directory": f"{folder}/spilled",
             "PYTHONPATH": str(Path(__file__).parent),
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -99,7 +152,7 @@ def running(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
                     "object_store_memory": STORE_NBYTES,
                     "include_dashboard": False,
                     "temp_dir": folder,
-                    # Every disk counts as full: what does not fit into an object store has nowhere to go.
+                    # Every disk counts as full, so that objects are in memory, or spilled, and not in mapped files.
                     "_system_config": {"local_fs_capacity_threshold": 0.0},
                 },
             )
@@ -111,7 +164,13 @@ def running(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
                 try:
                     started = cluster.list_all_nodes()
                     raylets = tuple(node.all_processes["raylet"][0].process.pid for node in started)
-                    yield Nodes(cluster.address, settings, tuple(node.node_id for node in started), raylets)
+                    yield Nodes(
+                        cluster.address,
+                        settings,
+                        tuple(node.node_id for node in started),
+                        raylets,
+                        Path(folder, "spilled"),
+                    )
                 finally:
                     ray.shutdown()
             finally:

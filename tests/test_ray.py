@@ -1,8 +1,10 @@
 """A checkpoint in pieces on the nodes of a Ray cluster becomes one version, whoever dies meanwhile.
 
-``LAMELLA_RAY_KILLS`` says how many pushes are to lose an encoder at a random moment: 10 by default, 1000 in a campaign.
+``LAMELLA_RAY_KILLS`` says how many pushes are to lose an encoder at a random moment: 10 by default, 1000 in a campaign;
+``LAMELLA_RAY_DRIVERS`` how many drivers are killed in the middle of a push: 2, and 100.
 """
 
+import math
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -21,17 +24,19 @@ import numpy as np
 import pytest
 import ray
 import s3
-from cluster import STORE_NBYTES, Nodes
+from cluster import STORE_NBYTES, Nodes, wait_until
 from safetensors.numpy import save_file
 from service import serving
-from support import PATIENCE_S, Array, bits, names_of, new_repository, store_of
+from support import Array, bits, names_of, new_repository, store_of
 from workers import split
 
 import lamella
 import lamella.ray
-from lamella.ray import Group, Place, Shard, pushes
+from lamella.ray import Group, Place, Shard, pushes, refs
 from lamella.ray.encoders import RESTARTS
 from lamella.ray.refs import got
+from lamella.ray.shards import LENT_HELD
+from lamella_engine.chunking import Region
 from lamella_engine.errors import InvalidInputError, StorageError
 from lamella_engine.model import Progress
 from lamella_engine.repository import Repository
@@ -39,6 +44,8 @@ from lamella_engine.repository import Repository
 pytestmark = pytest.mark.ray
 
 KILLS = int(os.environ.get("LAMELLA_RAY_KILLS", "10"))
+
+DRIVERS = int(os.environ.get("LAMELLA_RAY_DRIVERS", "2"))
 
 BATCH_NBYTES = 1 << 20
 
@@ -105,8 +112,7 @@ def blobs(repo: Repository) -> Counter[bytes]:
     return Counter(row.chunk for name in names for row in store.packs.index(name).rows)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_what_lies_on_nodes_becomes_the_version_that_one_push_makes(nodes: Nodes, place: str, count: int) -> None:
+def test_what_lies_on_two_or_four_nodes_becomes_the_version_that_one_push_makes(nodes: Nodes, place: str) -> None:
     plain = new_repository()
     seen: list[Progress] = []
     at_work: set[int] = set()
@@ -115,7 +121,8 @@ def test_what_lies_on_nodes_becomes_the_version_that_one_push_makes(nodes: Nodes
         seen.append(progress)
         at_work.update(nodes.encoders().values())
 
-    for step in (0.0, 1e-3):
+    for count, step in ((2, 0.0), (4, 1e-3)):
+        at_work.clear()
         tensors = weights(step=step)
         expected = plain.push(tensors, "llm@main")
         version = lamella.ray.push(lent(nodes, tensors, count), "llm@main", place, message="a step", progress=look)
@@ -207,69 +214,106 @@ def test_a_file_that_changes_meanwhile_is_noticed(nodes: Nodes, place: str, tmp_
     lamella.ray.push([shard], "llm@main", place)
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end
-        threading.Event().wait(0.05)
-
-
-def kill(process: int) -> None:
-    with suppress(ProcessLookupError):  # its push may be over
+def kill(process: int) -> bool:
+    """Kill a process; return whether there was one."""
+    try:
         os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:  # its push may be over
+        return False
+    return True
 
 
 class Killer:
-    """Kills one encoder of a push a random time, at most ``within_s``, after they appear; none without it."""
+    """Kills one encoder of a push a random time after encoders appear, or after they are told what to store.
 
-    def __init__(self, nodes: Nodes, within_s: float | None) -> None:
+    :meth:`look` is to see the progress of the push. Only what dies while there is something to store counts.
+    """
+
+    def __init__(self, nodes: Nodes, *, storing: bool, within_s: float | None) -> None:
         self._nodes = nodes
+        self._earlier = nodes.encoders().keys()  # of the push before, about to end
+        self._storing = storing
         self.moment_s = None if within_s is None else random.uniform(0, within_s)
+        """None lets all live."""
         self.killed = False
-        self.lived_s = 0.0
-        """How long there were encoders."""
-        self._over = threading.Event()
+        self.found = ""
+        """How far the push was when an encoder was killed."""
+        self.starting_s = self.storing_s = math.inf
+        """How long encoders were there until they were told, and from there until all was stored."""
+        self._done_nbytes = 0
+        self._told, self._stored = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run)
+
+    def look(self, progress: Progress) -> None:
+        self._done_nbytes = progress.done_nbytes
+        self._told.set()
+        if progress.done_nbytes == progress.total_nbytes:
+            self._stored.set()
 
     def __enter__(self) -> "Killer":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._told.set()
+        self._stored.set()
         self._thread.join()
 
+    def _alive(self) -> list[int]:
+        return sorted(self._nodes.encoders().keys() - self._earlier)
+
     def _run(self) -> None:
-        while not self._nodes.encoders():
-            if self._over.wait(0.01):
+        while not self._alive():
+            if self._stored.wait(0.01):
                 return
-        born = time.monotonic()
-        self._over.wait(self.moment_s)
-        alive = sorted(self._nodes.encoders())
-        if alive and not self._over.is_set():
-            kill(random.choice(alive))
-            self.killed = True
-        self._over.wait()
-        self.lived_s = time.monotonic() - born
+        appeared = time.monotonic()
+        if not self._storing:
+            self._kill()
+        self._told.wait()
+        told = time.monotonic()
+        if self._storing:
+            self._kill()
+        self._stored.wait()
+        if not self.killed:
+            self.starting_s, self.storing_s = told - appeared, time.monotonic() - told
+
+    def _kill(self) -> None:
+        if self.moment_s is None:
+            return
+        (self._stored if self._storing else self._told).wait(self.moment_s)
+        alive = self._alive()
+        if alive and not self._stored.is_set():
+            self.found = (
+                "nobody told" if not self._told.is_set() else "some stored" if self._done_nbytes else "all told"
+            )
+            self.killed = kill(random.choice(alive)) and not self._stored.is_set()
 
 
 @pytest.mark.parametrize("campaign", range(-(-KILLS // 10)))
 def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: str, campaign: int) -> None:
-    with Killer(nodes, within_s=None) as spared:
-        lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place)
-    killed, number, lived_s = 0, 0, spared.lived_s
-    while killed < 10:
+    with Killer(nodes, storing=False, within_s=None) as spared:
+        lamella.ray.push(lent(nodes, weights(), 2), "llm@main", place, progress=spared.look)
+    starting_s, storing_s = spared.starting_s, spared.storing_s
+    number = 0
+    ends: Counter[str] = Counter()
+    while ends["killed"] < 10:
         number += 1
-        assert number < 100, "encoders are gone before they can be killed"
+        assert number < 100, "all is stored before an encoder can be killed"
+        storing = number % 4 > 0
         tensors = weights(seed=100 * campaign + number)
         shards = lent(nodes, tensors, 2)
         completed = False
-        with Killer(nodes, lived_s) as killer, suppress(StorageError):
-            lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
+        with (
+            Killer(nodes, storing=storing, within_s=storing_s if storing else starting_s) as killer,
+            suppress(StorageError),
+        ):
+            lamella.ray.push(shards, "llm@main", place, message=f"step {number}", progress=killer.look)
             completed = True
-        killed += killer.killed
-        if not killer.killed:  # the first push of all is slower than others: their end is not to be missed for ever
-            lived_s = min(lived_s, killer.lived_s)
+        if killer.killed:
+            ends.update(["killed", "completed" if completed else "failed", killer.found])
+        assert completed or killer.killed
+        # The first push of all is slower than others: their end is not to be missed for ever.
+        starting_s, storing_s = min(starting_s, killer.starting_s), min(storing_s, killer.storing_s)
         if not completed:
             lamella.ray.push(shards, "llm@main", place, message=f"step {number}")
         with lamella.open(place) as repo:
@@ -278,6 +322,7 @@ def test_an_encoder_that_dies_at_any_moment_harms_nothing(nodes: Nodes, place: s
     with lamella.open(place) as repo:
         assert repo.verify(deep=True).ok
         assert repo.stats().versions == 1 + number
+    print(f"of {number} pushes: {dict(ends)}")
 
 
 def test_what_had_arrived_is_not_sent_again(nodes: Nodes, place: str) -> None:
@@ -368,44 +413,121 @@ def test_a_full_object_store_is_said_to_be_full(nodes: Nodes, place: str) -> Non
     assert lamella.ray.push([got(nodes.holders[3].fill.remote(STORE_NBYTES // 4))], "llm@main", place).number == 1
 
 
+def test_a_push_through_full_object_stores_fails_and_a_later_one_does_not(nodes: Nodes, place: str) -> None:
+    held = parts(weights(), 2)
+    shards = [got(holder.shard.remote(*mine)) for holder, mine in zip(nodes.holders[2:], held, strict=True)]
+    with nodes.full(2), nodes.full(3):
+        with pytest.raises(StorageError) as caught:
+            lamella.ray.push(shards, "llm@main", place)
+        assert caught.value.kind == "object_store_full"
+        assert not lamella.open(place).models()
+    lamella.ray.push(shards, "llm@main", place)
+    with lamella.open(place) as repo:
+        assert bits(repo.checkout("llm@main")) == bits(weights())
+        assert repo.verify(deep=True).ok
+
+
+def test_what_was_spilled_and_finds_no_room_is_not_waited_for_for_ever(nodes: Nodes) -> None:
+    with pytest.raises(StorageError) as caught:
+        got(nodes.new_holder(1).hold_too_much.remote(room_s=1.0))
+    assert caught.value.kind == "object_store_full"
+
+
+def test_few_objects_are_held_of_however_many_shards(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[weakref.ref[Array]] = []
+
+    def brought(ref: Any, nbytes: int) -> list[Array]:
+        found: list[Array] = refs.brought(ref, nbytes)
+        assert sum(array.nbytes for array in found) == nbytes
+        fetched.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(lamella.ray.shards, "brought", brought)
+    lent = [Shard.of_tensors({"w": np.full(200_000, number, np.uint8)}) for number in range(3 * LENT_HELD)]
+    opened = [shard.source.open() for shard in lent]
+    for number, source in enumerate(opened):
+        assert bytes(source.read(source.structure[0], Region((slice(7, 8),), 7, 1))) == bytes([number])
+    assert len(fetched) == len(lent)
+    assert sum(array() is not None for array in fetched) <= LENT_HELD
+
+
 DRIVER = """
 import sys, ray
 import lamella.ray
 from lamella.ray import Shard, pushes
-from test_ray import BATCH_NBYTES, weights
+from test_ray import BATCH_NBYTES, parts, weights
 
-place, address = sys.argv[1:]
+place, address, seed, path, node = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 pushes.BATCH_NBYTES = BATCH_NBYTES
-
-def progress(now):
-    if now.done_nbytes:
-        print("pushing", flush=True)
-        sys.stdin.read()
-
-lamella.ray.push([Shard.of_tensors(weights())], "llm@main", place, progress=progress)
+(held, places), (_, filed) = parts(weights(int(seed)), 2)
+shards = [Shard.of_tensors(held, places=places), Shard.of_file(path, node=node, places=filed)]
+print("ready", flush=True)
+sys.stdin.readline()
+lamella.ray.push(shards, "llm@main", place, progress=lambda now: print(now.done_nbytes, flush=True))
+print("pushed", flush=True)
 """
 
 
-def test_a_driver_that_is_killed_leaves_nothing_visible(nodes: Nodes, place: str) -> None:
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, place, nodes.address],
+def new_driver(nodes: Nodes, place: str, seed: int) -> "subprocess.Popen[bytes]":
+    """Start a process that pushes weights, half of which it has itself, and half in a file on node 1."""
+    path = f"{place}-{seed}.safetensors"
+    save_file(parts(weights(seed), 2)[1][0], path)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, place, nodes.address, str(seed), path, nodes.ids[1]],
         env=os.environ | nodes.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    with driver:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == b"pushing\n"
-        assert nodes.encoders()
-        driver.kill()
-    wait_until(lambda: not nodes.encoders())
-    assert not lamella.open(place).models()
-    tensors = weights()
-    lamella.ray.push(lent(nodes, tensors, 2), "llm@main", place)
+
+
+def test_a_driver_that_is_killed_at_any_moment_leaves_nothing_or_a_version(nodes: Nodes, place: str) -> None:
+    ends: Counter[str] = Counter()
+    number = seed = 0
+
+    def push_here() -> tuple[float, float]:
+        """Push from this process; return how long it took until encoders were told what to store, and from there."""
+        nonlocal number, seed
+        number, seed = number + 1, seed + 1
+        tensors = weights(seed)
+        moments = [time.monotonic()]
+        lamella.ray.push(
+            lent(nodes, tensors, 2), "llm@main", place, progress=lambda _: moments.append(time.monotonic())
+        )
+        with lamella.open(place) as repo:
+            assert repo.version("llm@main").number == number
+            assert bits(repo.checkout("llm@main")) == bits(tensors)
+        return moments[1] - moments[0], moments[-1] - moments[1]
+
+    while ends["killed"] < DRIVERS:
+        storing = bool(ends["killed"] % 2)
+        with new_driver(nodes, place, seed + 2) as driver:
+            assert driver.stdin is not None
+            assert driver.stdout is not None
+            moment_s = random.uniform(0, push_here()[storing])
+            assert driver.stdout.readline() == b"ready\n"
+            driver.stdin.write(b"\n")
+            driver.stdin.flush()
+            said = [driver.stdout.readline()] if storing else []
+            threading.Event().wait(moment_s)
+            driver.kill()
+            said += driver.stdout.read().split()
+        wait_until(lambda: not nodes.encoders())
+        seed += 1
+        with lamella.open(place) as repo:
+            there = repo.version("llm@main").number > number
+            assert not there or bits(repo.checkout("llm@main")) == bits(weights(seed)), moment_s
+        number += there
+        if b"pushed" in said:
+            assert there
+        else:
+            found = "nobody told" if not said else "something stored" if int(said[-1]) else "all told"
+            ends.update(["killed", found, "a version" if there else "nothing"])
+    push_here()
     with lamella.open(place) as repo:
-        assert bits(repo.checkout("llm@main")) == bits(tensors)
         assert repo.verify(deep=True).ok
+        assert repo.stats().versions == number
+    print(dict(ends))
 
 
 def test_a_group_of_workers_makes_one_version_each_time(nodes: Nodes, place: str) -> None:

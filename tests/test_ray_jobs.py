@@ -1,10 +1,12 @@
 """What is asked of a whole repository is done by the nodes of a Ray cluster, with the same answers."""
 
+import _thread
 import json
 import os
 import pickle
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import ray
-from cluster import Nodes
+from cluster import Nodes, wait_until
 from safetensors.numpy import save_file
 from service import serving
 from support import Array, new_repository
@@ -191,6 +193,33 @@ def test_what_ends_every_worker_is_given_up_and_the_rest_done(
         with pytest.raises(StorageError) as caught:
             list(workers.ended())
         assert caught.value.kind == "worker_lost"
+
+
+def go_on(_: Repository) -> None:
+    threading.Event().wait()
+
+
+def test_what_is_interrupted_leaves_no_worker_behind(nodes: Nodes, place: str) -> None:
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while len(nodes.actors("_Worker.do")) < 2 and not over.wait(0.05):
+            pass
+        _thread.interrupt_main()
+
+    def work() -> None:
+        with Workers(place) as workers:
+            for number in range(2):
+                workers.begin(number, go_on)
+            list(workers.ended())
+
+    watch = threading.Thread(target=interrupt)
+    watch.start()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    over.set()
+    watch.join()
+    wait_until(lambda: not nodes.actors("_Worker"))
 
 
 @pytest.fixture

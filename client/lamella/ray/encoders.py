@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 import lamella
-from lamella.ray.refs import PATIENCE_S, got
+from lamella.ray.refs import brought
 from lamella.ray.shards import Shard
 from lamella_engine.boxes import Box, Octets
 from lamella_engine.checkpoints import Checkpoint
@@ -144,7 +144,7 @@ class _Encoder:
         """Store one assignment."""
         work, node = self._known(told)
         self._repo = self._repo or lamella.open(self._location)
-        merged: Octets = got(told.merged, PATIENCE_S)
+        merged: Octets = brought(told.merged)
         fetch = partial(_fetched, work.encoders, told)
         return self._repo.sharing.store_batch(work.assignments[number], node.shards, merged.data, fetch)
 
@@ -156,7 +156,7 @@ class _Encoder:
     def _known(self, told: Told) -> tuple[Work, _Node]:
         """Return what this push is, and the shards of this node, which are what they were when it began."""
         with self._lock:
-            self._work = self._work or got(told.work, PATIENCE_S)
+            self._work = self._work or brought(told.work)
         shards = self._work.shards[self._worker]
         node = self._node(shards)
         if node.fingerprints != self._work.fingerprints[self._worker]:
@@ -180,4 +180,4 @@ new_encoder = _remote(
 def _fetched(encoders: Sequence[Any], told: Told, wanted: Mapping[int, Sequence[Piece]]) -> dict[int, Buffer]:
     """See :data:`~lamella_engine.exchanging.Fetch`."""
     refs = {worker: encoders[worker].pieces.remote(told, pieces) for worker, pieces in wanted.items()}
-    return {worker: got(ref, PATIENCE_S).data for worker, ref in refs.items()}
+    return {worker: brought(ref, sum(piece.nbytes for piece in wanted[worker])).data for worker, ref in refs.items()}

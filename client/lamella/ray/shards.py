@@ -1,6 +1,7 @@
 """Shards: what lies on one node, in a file or in memory, and how it is read there."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import ray
 
-from lamella.ray.refs import PATIENCE_S, got, put
+from lamella.ray.refs import brought, put
 from lamella_engine.boxes import Octets
 from lamella_engine.checkpoints import MemoryCheckpoint, SafetensorsCheckpoint
 from lamella_engine.chunking import Region
@@ -20,8 +21,9 @@ from lamella_engine.model import Attachment, Buffer, TensorSpec
 LENT_NBYTES = 32 << 20
 """Tensors are lent together up to so many bytes: an object takes Ray about a millisecond."""
 
-LENT_HELD = 4
-"""Objects that an encoder holds at a time: what is held cannot be spilled."""
+LENT_HELD = 16
+"""Objects that an encoder holds at a time, of all shards together: what is held cannot be spilled. A small tensor may lie
+in as many objects as there are processes that train on the node, eight as a rule, and the next one in the same."""
 
 Place: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """The shape of a whole tensor, and the offset of a shard in it."""
@@ -125,6 +127,12 @@ def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+@lru_cache(LENT_HELD)
+def _held(ref: Any, nbytes: int) -> list[Octets]:
+    octets: list[Octets] = brought(ref, nbytes)
+    return octets
+
+
 class LentTensors:
     """See :class:`~lamella_engine.checkpoints.Checkpoint`: reads from this node's shared memory, without a copy."""
 
@@ -134,20 +142,23 @@ class LentTensors:
         self.random_access = True
         self.fingerprint: tuple[int, ...] = ()
         self._lent = lent
-        self._object = lru_cache(LENT_HELD)(lambda number: got(lent.objects[number], PATIENCE_S))
+        self._lengths = Counter[int]()
+        """Of its objects."""
+        for spec in lent.structure:
+            self._lengths[lent.places[spec.name][0]] += spec.nbytes
 
     def read(self, tensor: TensorSpec, region: Region, out: Buffer | None = None) -> Buffer:
-        """See :meth:`Checkpoint.read`; a view. Raises StorageError if the process that lent it is gone."""
+        """See :meth:`Checkpoint.read`; a view. Raises StorageError if its lender is gone, or it finds no room."""
         number, at = self._lent.places[tensor.name]
-        octets: Octets = self._object(number)[at]
+        octets: Octets = _held(self._lent.objects[number], self._lengths[number])[at]
         return octets[region.start : region.stop].data
 
     def check_unchanged(self) -> None:
         """Objects never change."""
 
     def close(self) -> None:
-        """Let go of what is held."""
-        self._object.cache_clear()
+        """Let go of what is held, for others too: they fetch it again."""
+        _held.cache_clear()
 
     def __enter__(self) -> Self:
         return self
