@@ -22,8 +22,8 @@ LENT_NBYTES = 32 << 20
 """Tensors are lent together up to so many bytes: an object takes Ray about a millisecond."""
 
 LENT_HELD = 16
-"""Objects that an encoder holds at a time, of all shards together: what is held cannot be spilled. A small tensor may lie
-in as many objects as there are processes that train on the node, eight as a rule, and the next one in the same."""
+"""Objects that an encoder holds at a time, of all shards together: what is held cannot be spilled. A small tensor may
+lie in as many objects as there are processes that train on the node, eight as a rule, and the next one in the same."""
 
 Place: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """The shape of a whole tensor, and the offset of a shard in it."""
