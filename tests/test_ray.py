@@ -27,7 +27,7 @@ import s3
 from cluster import STORE_NBYTES, Nodes, wait_until
 from safetensors.numpy import save_file
 from service import serving
-from support import Array, bits, names_of, new_repository, store_of
+from support import Array, bits, names_of, new_repository, noise, store_of
 from workers import split
 
 import lamella
@@ -166,6 +166,28 @@ def test_files_and_memory_go_into_buckets_and_services(nodes: Nodes, anywhere: s
     with lamella.open(anywhere) as repo:
         assert bits(repo.checkout("llm@main")) == bits(tensors)
         assert repo.verify(deep=True).ok
+
+
+def test_encoders_put_packs_into_the_bucket_of_a_service(
+    nodes: Nodes, seaweedfs: s3.Server, use: Callable[[s3.Server], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushes, "BATCH_NBYTES", 16 << 20)  # what is small goes through the service
+    tensors = {f"w{number}": noise(number, 1000, 1500) for number in range(4)}
+    use(seaweedfs)
+    root = s3.new_url()
+    with serving(root, direct=True) as server:
+        place = f"grpc://{server.address}/team"
+        lamella.init(place).close()
+        version = lamella.ray.push(lent(nodes, tensors, 2), "llm@main", place)
+        assert server.verified()
+    with lamella.open(f"{root}/team") as repo:
+        log = store_of(repo).log
+        first = [pack.verifier for pack in log.entry(1).packs]
+        assert first.count("writer") >= 2  # each of the two encoders put one
+        assert {pack.verifier for pack in log.state.packs()} == {"store"}
+        assert version.parameters_id == new_repository().push(tensors, "llm@main").parameters_id
+        assert bits(repo.checkout("llm@main")) == bits(tensors)
+        assert repo.verify(deep=True, executor="ray").ok
 
 
 def test_copies_of_a_box_are_read_once(nodes: Nodes, place: str) -> None:
