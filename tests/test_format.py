@@ -1202,6 +1202,21 @@ def test_a_version_comes_back():
     assert description.attachments[0].nbytes == 9
 
 
+@pytest.mark.parametrize("doubtful", [(0,), (1,), (0, 1)])
+def test_a_version_says_which_of_its_packs_are_doubtful(doubtful: tuple[int, ...]):
+    first = version.encode_description(DESCRIPTION)
+    data = version.encode_metadata(first, replace(LOCATOR, doubtful=doubtful))
+    assert version.decode_metadata(data, expected=version.version_id(first))[1].doubtful == doubtful
+
+
+@pytest.mark.parametrize("doubtful", [[], [2], [1, 0], [0, 0], [-1], ["0"], None])
+def test_a_version_that_calls_no_pack_of_its_own_doubtful_is_refused(doubtful: object):
+    first = version.encode_description(DESCRIPTION)
+    with pytest.raises(CorruptionError) as caught:
+        read_metadata(first, canonical.dumps(LOCATOR_JSON | {"doubtful": doubtful}))
+    assert caught.value.kind in ("bad_metadata", "bad_field")
+
+
 def test_manifest_chunks_are_pages_each_with_its_cells_then_attachments():
     assert [nbytes for _, nbytes in DESCRIPTION.manifest_chunks] == [100, 50, 60, 101, 102, 5, 4, 5]
 

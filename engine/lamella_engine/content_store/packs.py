@@ -66,6 +66,10 @@ class Packs:
         for ref in refs:
             self._refs.setdefault(ref.name, ref)
 
+    def trust(self, packs: Iterable[str]) -> None:
+        """Remember that others than their writers have decoded these packs: each saves a look into the log."""
+        self._decoded.update(packs)
+
     def ref(self, pack: str) -> PackRef:
         """Return a pack with the size of its index."""
         ref = self._refs.get(pack)

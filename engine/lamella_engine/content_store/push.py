@@ -311,6 +311,11 @@ class PackedPush:
                     packs=located.packs,
                     manifest_runs=located.manifest_runs,
                     cell_runs=located.cell_runs,
+                    doubtful=tuple(
+                        at
+                        for at, pack in enumerate(located.packs)
+                        if pack.name in undecoded and not serves_all(state, pack.name)
+                    ),
                 )
                 added.append(self._metadata(data, locator, description))
             version, metadata = added[-1]

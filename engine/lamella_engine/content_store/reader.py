@@ -204,6 +204,7 @@ class PackedReader:
         if (description.model, locator.number) != (added.model, added.number):
             raise CorruptionError(f"{added.metadata} belongs to another version", kind="bad_metadata")
         self._packs.learn(locator.packs)
+        self._packs.trust(pack.name for at, pack in enumerate(locator.packs) if at not in locator.doubtful)
         parents = tuple(
             Parent(id, model, number) for id, (model, number) in zip(description.parents, locator.parents, strict=True)
         )

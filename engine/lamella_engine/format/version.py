@@ -117,6 +117,9 @@ class Locator:
     """(count, position in ``packs``) over :attr:`Description.manifest_chunks`."""
     cell_runs: tuple[tuple[int, int], ...]
     """(count, position in ``packs``) over all cells; what it says of a cell that stands in its row means nothing."""
+    doubtful: tuple[int, ...] = ()
+    """Positions in ``packs``, ascending, of those that only their writers had decoded: the log knows whether others
+    have since. Of the rest nobody needs to ask."""
 
 
 _DESCRIPTION = {
@@ -148,6 +151,8 @@ _LOCATOR = {
     "packs": [(str, int, int)],
     "parents": [(str, int)],
 }
+_WHERE_NEEDED = {"doubtful": [int]}
+"""Fields that stand only in locators which they tell something of."""
 
 
 def encode_description(description: Description) -> bytes:
@@ -209,6 +214,7 @@ def encode_metadata(description: bytes, locator: Locator) -> bytes:
             "packs": [[pack.name, pack.nbytes, pack.index_nbytes] for pack in locator.packs],
             "parents": locator.parents,
         }
+        | ({"doubtful": locator.doubtful} if locator.doubtful else {})
     )
     data = description + b"\n" + second + b"\n"
     if len(data) > MAX_METADATA_NBYTES:
@@ -306,7 +312,8 @@ def _description(value: Any, what: str) -> Description:
 
 
 def _locator(value: Any, description: Description, what: str) -> Locator:
-    canonical.conform(value, _LOCATOR, what=what)
+    optional = _WHERE_NEEDED.keys() & value if isinstance(value, dict) else ()
+    canonical.conform(value, _LOCATOR | {name: _WHERE_NEEDED[name] for name in optional}, what=what)
     packs = tuple(PackRef(name, nbytes, index_nbytes) for name, nbytes, index_nbytes in value["packs"])
     for pack in packs:
         parse_pack_name(pack.name)
@@ -316,6 +323,9 @@ def _locator(value: Any, description: Description, what: str) -> Locator:
         runs = value[key]
         if sum(count for count, _ in runs) != total or any(pack >= len(packs) for _, pack in runs):
             raise CorruptionError(f"{what} does not locate all its {key}", kind="bad_metadata")
+    doubtful = tuple(value.get("doubtful", ()))
+    if ("doubtful" in value and not doubtful) or doubtful != tuple(sorted({at for at in doubtful if at < len(packs)})):
+        raise CorruptionError(f"{what} does not say which of its packs are doubtful", kind="bad_metadata")
     check_named(description.model, value["number"], what=what, kind="bad_metadata")
     for model, number in value["parents"]:
         check_named(model, number, what=what, kind="bad_metadata")
@@ -327,6 +337,7 @@ def _locator(value: Any, description: Description, what: str) -> Locator:
         packs=packs,
         manifest_runs=tuple((count, pack) for count, pack in value["manifest"]),
         cell_runs=tuple((count, pack) for count, pack in value["cells"]),
+        doubtful=doubtful,
     )
 
 

@@ -7,6 +7,7 @@ some minutes. Blobs whose base is not here go through the service as ever: it ha
 import base64
 import hashlib
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,9 @@ PUTS_AT_ONCE = 2
 
 NOT_PUT = "not_put"
 """Kind of the error that a bucket could not be reached from here."""
+
+LAST_WAIT_S = 2.0
+"""How long whoever gives up waits for what is on its way: what comes later is deleted a week later."""
 
 # How long the store may be silent.
 _TIMEOUT_S = 60.0
@@ -129,6 +133,9 @@ class DirectPacks:
         """Give up what is on its way, as far as that can be. Raises nothing."""
         for put in self._puts:
             put.stop()
+        until = time.monotonic() + LAST_WAIT_S
+        for put in self._puts:
+            put.wait(max(until - time.monotonic(), 0))
         self._puts.clear()
 
 
@@ -164,6 +171,10 @@ class _Put:
     def stop(self) -> None:
         """Do not begin once more."""
         self._stopped = True
+
+    def wait(self, seconds: float) -> None:
+        """Return when it has ended, whatever came of it, or so much later."""
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         try:
