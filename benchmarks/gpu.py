@@ -46,7 +46,7 @@ from benchmarks import corpora, gpt
 from lamella.torch import LamellaWriter
 from lamella_engine.boxes import Octets
 from lamella_engine.checkpoints import MemoryCheckpoint, expect
-from lamella_engine.checkpoints.pages import Pages
+from lamella_engine.checkpoints.pages import Pages, aligned
 from lamella_engine.chunking import MAX_CELL_NBYTES, Region
 from lamella_engine.executor import ThreadExecutor, map_batched
 from lamella_engine.format.digests import chunk_id
@@ -111,7 +111,7 @@ def arrive(state: State, device: Device, *, rounds: int) -> dict[str, list[float
     nbytes = 0
     for spec in checkpoint.structure:
         starts[spec.name] = nbytes
-        nbytes += -(-spec.nbytes // 64) * 64
+        nbytes += aligned(spec.nbytes)
     memory = {"pinned": Pages(nbytes, device), "unpinned": Pages(nbytes, None)}
     buffers = threading.local()
     executor = ThreadExecutor()

@@ -67,6 +67,10 @@ class FakeGpu:
     most_pinned: int = 0
     """Bytes, at any time."""
     registering_fails: int = 0
+    latched: bool = False
+    """Whether an error waits for whoever uses the GPU next, as CUDA keeps those of its runtime."""
+    devices: list[object] = field(default_factory=list)
+    """Those that were made current."""
     lands_at_once: bool = False
     copies: int = 0
     """That were queued."""
@@ -110,6 +114,7 @@ class FakeGpu:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy on the current stream."""
+        self.check_latch()
         self.copies += 1
         number, address = self.copies, target.data_ptr()
         pinned = any(start <= address < start + nbytes for start, nbytes in self.pinned.items())
@@ -123,11 +128,23 @@ class FakeGpu:
         self.entered[-1].queue.append(run)
         self.queued.release()
 
+    def check_latch(self) -> None:
+        latched, self.latched = self.latched, False
+        if latched:
+            raise RuntimeError("CUDA error: out of memory")
+
+    @contextmanager
+    def device(self, device: object) -> Iterator[None]:
+        assert isinstance(device, torch.device), "the current GPU of a thread of ours is not of our choice"
+        self.devices.append(device)
+        yield
+
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         assert flags == 1
         if not self.registering_fails:
             self.pinned[address] = nbytes
             self.most_pinned = max(self.most_pinned, sum(self.pinned.values()))
+        self.latched = bool(self.registering_fails)
         return self.registering_fails
 
     def cudaHostUnregister(self, address: int) -> int:
@@ -140,7 +157,7 @@ class FakeGpu:
             stream.gate.set()
 
 
-_copy = torch.Tensor.copy_
+_copy, _fill = torch.Tensor.copy_, torch.Tensor.fill_
 
 
 @contextmanager
@@ -154,6 +171,12 @@ def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         gpu.copy(target, source)
         return target
 
+    def fill(target: torch.Tensor, value: float) -> torch.Tensor:
+        gpu.check_latch()
+        return _fill(target, value)
+
+    monkeypatch.setattr(torch.Tensor, "fill_", fill)
+    monkeypatch.setattr(torch.cuda, "device", gpu.device)
     monkeypatch.setattr(torch.cuda, "Stream", gpu.stream_of)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", gpu.queuing)

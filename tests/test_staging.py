@@ -567,3 +567,17 @@ def test_a_push_that_is_taken_back_gives_its_memory_back_when_its_copies_have_ar
     assert not gpu.streams[0].queue
     objects.open.set()
     assert published(first).number == 1
+
+
+def test_a_copy_whose_source_cannot_be_let_go_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: MemoryCheckpoint) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    staging = Staging()
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryCheckpoint, "close", fail)
+        for _ in range(STAGED_COPIES):
+            with pytest.raises(RuntimeError, match="launch failure"):
+                staging.copy(MemoryCheckpoint({"w": np.zeros(4)}))
+    assert staging._taken == 0
+    staging.copy(MemoryCheckpoint({"w": np.zeros(4)})).close()

@@ -7,7 +7,7 @@ can be told without it, because a program that holds a tensor has imported torch
 import os
 import sys
 import weakref
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -227,7 +227,15 @@ class Device(Protocol):
 
 
 class Cuda:
-    """See :class:`Device`: torch's GPUs."""
+    """See :class:`Device`: torch's GPUs.
+
+    Threads of our own have the first GPU for their current one, which may be another rank's: whatever made it one of
+    ours would take memory there for nothing. So each call names a device that tensors lie on.
+    """
+
+    def __init__(self) -> None:
+        self._used: torch.device | None = None
+        """One that a stream was made for."""
 
     def holds(self, tensor: "torch.Tensor") -> bool:
         """See :class:`Device`."""
@@ -237,6 +245,7 @@ class Cuda:
         """See :class:`Device`."""
         import torch
 
+        self._used = tensor.device
         stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         return stream
@@ -245,7 +254,10 @@ class Cuda:
         """See :class:`Device`."""
         import torch
 
-        return torch.cuda.stream(stream)
+        stack = ExitStack()
+        stack.enter_context(torch.cuda.device(stream.device))
+        stack.enter_context(torch.cuda.stream(stream))
+        return stack
 
     def mark(self, stream: Any) -> Waitable:
         """See :class:`Device`."""
@@ -259,27 +271,32 @@ class Cuda:
         """See :class:`Device`. Registered, and not had from torch, which would round up to a power of two."""
         import torch
 
-        address = memory.ctypes.data
+        address, device = memory.ctypes.data, self._used
         # 1: cudaHostRegisterPortable, pinned for all GPUs.
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = int(runtime.cudaHostRegister(address, memory.nbytes, 1))
+        with torch.cuda.device(device):
+            error = int(runtime.cudaHostRegister(address, memory.nbytes, 1))
+            if error:
+                with suppress(RuntimeError):  # CUDA remembers the error for whoever asks this thread's GPU next: here
+                    torch.empty(1, device=device).fill_(0)
         if error:
             raise LimitError(
                 f"{memory.nbytes} bytes of memory cannot be pinned (CUDA error {error}): allow the process more locked "
                 "memory, or push with wait=True",
                 kind="not_pinned",
             )
-        weakref.finalize(memory, _unpin, address, os.getpid()).atexit = False
+        weakref.finalize(memory, _unpin, address, device, os.getpid()).atexit = False
 
 
 CUDA = Cuda()
 
 
-def _unpin(address: int, process: int) -> None:
+def _unpin(address: int, device: "torch.device | None", process: int) -> None:
     import torch
 
     if process == os.getpid():  # a fork has the memory, but not the GPU
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 class Transfers:

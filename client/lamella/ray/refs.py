@@ -38,7 +38,7 @@ def brought(ref: Any, nbytes: int = 0) -> Any:
     try:
         return ray.get(ref, timeout=ROOM_S + nbytes / SLOWEST)
     except GetTimeoutError as error:
-        raise _full() from error
+        raise _full("what another process holds did not come: ") from error
     except RayError as error:
         raise _understood(error) from error
 
@@ -62,9 +62,9 @@ def _understood(error: RayError) -> Exception:
     return _lost("a worker, or what it held, is gone", str(error).partition("\n")[0])
 
 
-def _full() -> StorageError:
+def _full(symptom: str = "") -> StorageError:
     return StorageError(
-        "a node's object store is full, and so is the disk that it spills to: free some of it, or push files",
+        f"{symptom}a node's object store is full, and so is the disk that it spills to: free some of it, or push files",
         kind="object_store_full",
     )
 

@@ -25,8 +25,8 @@ logger = logging.getLogger("lamella")
 
 RING_NBYTES = 64 << 20
 """Most memory that is pinned for one push. A push with an executor's usual memory asks for six batches of cells ahead
-(``executor.map_batched``), each of at most 5 MiB, and for a message of 8 MiB to other workers: twice that finds room
-however the parts lie, and leaves a push below 512 MiB."""
+(``executor.map_batched``), each of at most 5 MiB, and for a message of 8 MiB to other workers: 38 MiB, and room for the
+gaps between parts that are given back in another order."""
 
 
 class Arrivals:

@@ -149,8 +149,10 @@ class StagedCheckpoint:
             memory, self._memory = self._memory, None
             if memory is None:
                 return
-            self._source.close()
-        self._give_back(memory)
+            try:
+                self._source.close()
+            finally:  # a GPU that fails writes nothing any more
+                self._give_back(memory)
 
     def __enter__(self) -> Self:
         return self

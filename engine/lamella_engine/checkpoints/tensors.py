@@ -184,11 +184,13 @@ class MemoryCheckpoint:
 
     def close(self) -> None:
         """Let go of the tensors, once nothing is copied from them any more. Doing it twice is harmless."""
-        self._arrivals.close()
-        self._closed = True
-        self._tensors = {}
-        self._of_torch = frozenset()
-        self._change_counts = {}
+        try:
+            self._arrivals.close()
+        finally:
+            self._closed = True
+            self._tensors = {}
+            self._of_torch = frozenset()
+            self._change_counts = {}
 
     def __enter__(self) -> Self:
         return self
