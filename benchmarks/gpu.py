@@ -33,13 +33,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_to_the_end
 
 import lamella
 from benchmarks import corpora, gpt
@@ -210,11 +210,11 @@ def measure(state: State, repo: lamella.Repository, folder: Path, device: Device
         return nothing, saved.result
 
     def dcp_save_to_files(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
-        dcp.save(dict(state), checkpoint_id=str(folder / "dcp files"), no_dist=True)
+        save_to_the_end(dict(state), checkpoint_id=str(folder / "dcp files"), no_dist=True)
         return nothing, nothing
 
     def dcp_save_to_lamella(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
-        dcp.save(dict(state), storage_writer=LamellaWriter(repo, "dcp@main"), no_dist=True)
+        save_to_the_end(dict(state), storage_writer=LamellaWriter(repo, "dcp@main"), no_dist=True)
         return nothing, nothing
 
     def push(state: State) -> tuple[Callable[[], object], Callable[[], object]]:
