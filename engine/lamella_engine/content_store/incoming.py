@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol, cast
 
-from lamella_engine.content_store.packing import Described, PackRows
+from lamella_engine.content_store.packing import ClosedPack, Described, PackRows
 from lamella_engine.content_store.packs import Packs, StoredBlob
 from lamella_engine.errors import CorruptionError, InvalidInputError, LamellaError, NotFoundError
 from lamella_engine.format.names import incoming_name, incoming_time
@@ -49,16 +48,6 @@ class Bucket(Objects, Protocol):
         """Copy an object within the store."""
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A pack that somebody may put where it belongs."""
-
-    ref: PackRef
-    chunks: tuple[ChunkId, ...]
-    tail: tuple[bytes, bytes]
-    """Its last bytes, after the payloads: index and footer."""
-
-
 class IncomingPacks:
     """The packs of one push that come so. For one thread.
 
@@ -84,16 +73,16 @@ class IncomingPacks:
         self.written: dict[str, PackRef] = {}
         """Those that were granted, by name; only after :meth:`finish` they are all there."""
 
-    def grant(self, blobs: Sequence[tuple[Described, StoredBlob | ChunkId | None]]) -> Granted:
+    def grant(self, blobs: Sequence[tuple[Described, StoredBlob | ChunkId | None]]) -> ClosedPack:
         """Make a pack of blobs in this order, each with what it is a delta of."""
         for blob, base in blobs:
             self._rows.add(blob, base=base)
         pack = self._rows.close()
         self.written[pack.ref.name] = pack.ref
         self._waiting.append(pack.ref)
-        return Granted(pack.ref, pack.chunks, pack.tail)
+        return pack
 
-    def put_url(self, granted: Granted) -> str:
+    def put_url(self, granted: ClosedPack) -> str:
         """Return where to put a pack, a secret."""
         return self._bucket.put_url(incoming_name(granted.ref.name), PUT_S)
 

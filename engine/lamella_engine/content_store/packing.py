@@ -46,7 +46,7 @@ class ClosedPack:
     ref: PackRef
     chunks: tuple[ChunkId, ...]
     tail: tuple[bytes, bytes]
-    """Its last bytes: index and footer."""
+    """Its last bytes, after the payloads: index and footer."""
 
 
 class PackRows:

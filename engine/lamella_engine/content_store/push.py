@@ -11,12 +11,12 @@ from typing import NamedTuple
 from lamella_engine.chunk_index import ChunkIndex
 from lamella_engine.content_store.bases import Bases, serves_all
 from lamella_engine.content_store.committing import Change
-from lamella_engine.content_store.incoming import Granted, IncomingPacks
+from lamella_engine.content_store.incoming import IncomingPacks
 from lamella_engine.content_store.intake import Intake
 from lamella_engine.content_store.locating import locate
 from lamella_engine.content_store.log import Log
 from lamella_engine.content_store.manifest import Manifest
-from lamella_engine.content_store.packing import Described, PackWriter
+from lamella_engine.content_store.packing import ClosedPack, Described, PackWriter
 from lamella_engine.content_store.packs import Packs, StoredBlob
 from lamella_engine.content_store.reader import OpenVersion, PackedReader
 from lamella_engine.content_store.seam import Blob, Missing, Parent, Planned, Recorded
@@ -166,7 +166,7 @@ class PackedPush:
         """Take the pack that is being filled for full: its memory is wanted for something else."""
         self._writer.close_pack()
 
-    def grant(self, blobs: Sequence[Described]) -> Granted:
+    def grant(self, blobs: Sequence[Described]) -> ClosedPack:
         """Make a pack of blobs that whoever asks has, in this order, and will put into the bucket without our help.
 
         They count as written; nobody has decoded them, so that no other push may stand on them until somebody has.
@@ -177,7 +177,7 @@ class PackedPush:
         self._note_pack(granted.ref.name, granted.chunks)
         return granted
 
-    def put_url(self, granted: Granted) -> str:
+    def put_url(self, granted: ClosedPack) -> str:
         """Return a URL at which the bytes of a granted pack may be put for a while. It is a secret."""
         return self._incoming.put_url(granted)
 

@@ -11,10 +11,10 @@ from functools import partial
 from lamella_engine import codecs
 from lamella_engine.content_store.acting import new_push_id
 from lamella_engine.content_store.decoding import decode_chain
-from lamella_engine.content_store.incoming import AHEAD, GRANTED_BLOBS, PUT_S, Granted
+from lamella_engine.content_store.incoming import AHEAD, GRANTED_BLOBS, PUT_S
 from lamella_engine.content_store.manifest import Manifest
 from lamella_engine.content_store.packed import PackedStore
-from lamella_engine.content_store.packing import PACK_NBYTES, Described
+from lamella_engine.content_store.packing import PACK_NBYTES, ClosedPack, Described
 from lamella_engine.content_store.push import PackedPush
 from lamella_engine.content_store.seam import Blob, Missing, Planned, Recorded
 from lamella_engine.errors import (
@@ -117,7 +117,7 @@ class Session:
         self._untried: dict[ChunkId, Missing] = {}
         """What was offered a base, and has not been stored."""
         self._grants = 0
-        self._granted: tuple[int, Granted] | None = None
+        self._granted: tuple[int, ClosedPack] | None = None
         """The newest pack that the client puts by itself, and a hash of what it was asked for with."""
         self._parser = RecordParser()
         self._received = self._taken = 0
@@ -295,7 +295,7 @@ class Session:
             return blob
         return Blob(blob.chunk, encoded.encoding, blob.width, blob.decoded_nbytes, encoded.payload, missing.base)
 
-    def grant(self, number: int, blobs: Sequence[Described], arrived: int) -> tuple[Granted, str]:
+    def grant(self, number: int, blobs: Sequence[Described], arrived: int) -> tuple[ClosedPack, str]:
         """Return pack ``number`` of those that the client puts by itself, and a URL for it.
 
         The first ``arrived`` of them have been put. The newest may be asked for again.
